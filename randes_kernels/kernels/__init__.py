@@ -1,0 +1,1 @@
+"""Fused Triton kernels, one a file: the equation, the kernel, its launcher."""

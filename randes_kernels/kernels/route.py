@@ -1,0 +1,70 @@
+"""Permuted activations: each row's columns moved as its own model moves the columns of D.
+
+    forward    t[m, π_j(k)] = c_jk · x[m, k]                     what D is then multiplied with
+    backward   y[m, k] += c_jk · t[m, π_j(k)]                    what came out of Dᵀ, back in place
+
+    x, t, y (M, K)   j = ids[m // rows_per_id]; −1 and tensors that model j left alone: t = 0, y unchanged
+
+Done once, before (after) the matmul: inside it every tile of N columns would hash and gather all of x again,
+about N / 128 times the work. It costs 2·M·K elements of traffic where the weights cost 2·N·K, with M ≪ N.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from randes_kernels.format import Stream, Transform, signed_words
+from randes_kernels.kernels.transform import transform_arguments
+from randes_kernels.primitives import flip, permute_columns, split_key, vector_signs
+
+COLUMN_SIGNS: tl.constexpr = tl.constexpr(int(Stream.COLUMN_SIGNS))
+TILE_COLUMNS = 128
+
+
+@triton.jit(do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi"])
+def route_kernel(
+    x_ptr, turned_ptr, ids_ptr, keys_ptr, slots_ptr, models, rows_per_id, tensor_lo, tensor_hi,
+    K, granule, width, bits, stride_xm, stride_xk, stride_tm,
+    BACK: tl.constexpr, FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first_column = tl.program_id(1) * BLOCK_K
+    columns = first_column + tl.arange(0, BLOCK_K)
+    inside = columns < K
+
+    model = tl.load(ids_ptr + row // rows_per_id)
+    known = (model >= 0) & (model < models)
+    slot = tl.load(slots_ptr + model, mask=known, other=-1)
+    superposed = columns < tl.where(slot >= 0, K, 0)  # no column of a row that reads no D
+    k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
+    turned_columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
+    x_ptrs = x_ptr + row * stride_xm + columns * stride_xk
+    turned_ptrs = turned_ptr + row * stride_tm + turned_columns
+
+    source = turned_ptrs if BACK else x_ptrs
+    moved = tl.load(source, mask=superposed, other=0.0)
+    if FLIP_COLUMNS:
+        moved = flip(moved, vector_signs(first_column, k0, k1, COLUMN_SIGNS, tensor_lo, tensor_hi, BLOCK_K))
+    if BACK:
+        tl.store(x_ptrs, tl.load(x_ptrs, mask=inside, other=0.0) + moved, mask=inside)
+    else:
+        tl.store(turned_ptrs, moved, mask=inside)
+
+
+def route(
+    x: Tensor, ids: Tensor, keys: Tensor, slots: Tensor, tensor: int, transform: Transform,
+    turned: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch over ``x``: its turned columns; or, given ``turned``, add those to ``x`` in place and return it."""
+    m, k = x.shape
+    back = turned is not None
+    turned = torch.empty((m, k), dtype=x.dtype, device=x.device) if turned is None else turned
+    arguments = transform_arguments(transform, k)
+    route_kernel[(m, triton.cdiv(k, TILE_COLUMNS))](
+        x, turned, ids, keys, slots, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
+        k, *arguments.numbers, *x.stride(), turned.stride(0),
+        BACK=back, **arguments.constants, BLOCK_K=TILE_COLUMNS, num_warps=1,
+    )  # fmt: skip
+    return x if back else turned

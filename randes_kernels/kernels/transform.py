@@ -1,0 +1,53 @@
+"""A model's transform on one tile of (N, K), and the launch arguments that describe it."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from randes_kernels.format import Stream, Transform, half_bits
+from randes_kernels.primitives import permute_columns, vector_signs
+
+ROW_SIGNS: tl.constexpr = tl.constexpr(int(Stream.ROW_SIGNS))
+COLUMN_SIGNS: tl.constexpr = tl.constexpr(int(Stream.COLUMN_SIGNS))
+
+
+@triton.jit
+def tile_transform(
+    first_row, first_column, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
+    FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sign bits of a tile, ``(BLOCK_N, BLOCK_K)``, and where its columns go in D, ``(1, BLOCK_K)``."""
+    k0, k1 = tl.cast(key_lo, tl.uint32), tl.cast(key_hi, tl.uint32)
+    sign = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.uint32)
+    if FLIP_ROWS:
+        sign ^= vector_signs(first_row, k0, k1, ROW_SIGNS, tensor_lo, tensor_hi, BLOCK_N)[:, None]
+    if FLIP_COLUMNS:
+        sign ^= vector_signs(first_column, k0, k1, COLUMN_SIGNS, tensor_lo, tensor_hi, BLOCK_K)[None, :]
+    columns = first_column + tl.arange(0, BLOCK_K)
+    if PERMUTED:
+        columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
+    return sign, columns[None, :]
+
+
+class TransformArguments(NamedTuple):
+    """The transform of a tensor with K columns as kernel arguments: ``granule, width, bits``, and the constants."""
+
+    numbers: tuple[int, int, int]
+    constants: dict[str, Any]
+
+
+def transform_arguments(transform: Transform, k: int) -> TransformArguments:
+    """What ``tile_transform`` needs beside the tile and the key."""
+    width = k // transform.segments
+    permuted = 0 < transform.granule <= width
+    return TransformArguments(
+        (transform.granule, width, half_bits(width // transform.granule)) if permuted else (1, 1, 1),
+        {
+            "FLIP_ROWS": transform.row_signs,
+            "FLIP_COLUMNS": transform.column_signs,
+            "PERMUTED": permuted,
+            "SEGMENTS": transform.segments,
+        },
+    )

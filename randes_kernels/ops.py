@@ -1,0 +1,198 @@
+"""The operators, registered with torch.library once: Triton on CUDA, plain torch on the CPU, fakes, autograd.
+
+Model ids, keys, gains and slots are tensors, so nothing is guarded or compiled anew when a model is added or a
+batch changes its mix. Without Triton this module imports and serves the CPU; a CUDA tensor then raises.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from randes_kernels import cpu, reference
+from randes_kernels.format import Transform
+
+library = torch.library.Library("randes", "DEF")
+library.define(
+    "superposed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? biases, Tensor delta, Tensor ids, Tensor keys,"
+    " Tensor scale, Tensor slots, int tensor, int[] transform, bool transposed) -> Tensor"
+)
+library.define(
+    "superpose_(Tensor(a!) accumulator, Tensor finetuned, Tensor base, float rate, int key, int tensor,"
+    " int[] transform, bool subtract) -> ()"
+)
+library.define("retrieve(Tensor base, Tensor delta, float scale, int key, int tensor, int[] transform) -> Tensor")
+
+
+def superposed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    ids: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    slots: Tensor,
+    tensor: int,
+    transform: Transform,
+    *,
+    biases: Tensor | None = None,
+) -> Tensor:
+    """The linear layer of many models at once: ``y = x Ŵ_jᵀ + b_j`` for the model j of each row, Ŵ_j never built.
+
+    x: (..., K), fp32, fp16 or bf16 (on a CPU also fp64), any strides.
+    weight: (N, K), the base's W0, of x's dtype. bias: (N,) or None, the base's.
+    delta: (S, N, K), of x's dtype: the superpositions, one slot a group of models.
+    ids: (B,) int32: the models of B equal runs of the M = prod(...) rows, so of each row where B = M; −1 is the base.
+    keys: (J,) int64, the models' Philox keys (``format.model_key``).
+    scale: (J,) fp32, what D is multiplied with: α_j g_j.
+    slots: (J,) int32, the slot each model is superposed in; −1 where it left this tensor as the base has it.
+    tensor: ``format.tensor_id`` of the weight's name. biases: (J, N) or None: each model's own bias.
+
+    Returns (..., N) of x's dtype, summed in fp32. Gradients flow to x, weight and bias.
+    Raises ``ValueError`` for shapes and dtypes that do not fit, and on a CPU ``IndexError`` for an unknown id; on
+    a GPU, which is not asked to wait for the answer, an unknown id's rows are NaN. (Design, section 1.)
+    """
+    _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.ops.randes.superposed_linear(
+        rows, weight, bias, biases, delta, ids, keys, scale, slots, tensor, list(map(int, transform)), False
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def superpose_(
+    accumulator: Tensor, finetuned: Tensor, base: Tensor, rate: float, key: int, tensor: int, transform: Transform,
+    *, subtract: bool = False,
+) -> None:  # fmt: skip
+    """Add the transformed delta ``finetuned − base`` to ``accumulator``, or take it away: in place, exact.
+
+    accumulator: (N, K) int32, contiguous. finetuned, base: (N, K), fp32, fp16 or bf16, rows contiguous.
+    rate: steps per unit of weight, 1 / (gain · step), an fp32 value. key: ``format.model_key``.
+    Raises ``ValueError`` for shapes and dtypes that do not fit. (Design, sections 1 and 5.)
+    """
+    for name, value in (("accumulator", accumulator), ("finetuned", finetuned)):
+        if value.shape != base.shape or base.dim() != 2:
+            raise ValueError(f"{name} must be (N, K) = {tuple(base.shape)}, got {tuple(value.shape)}")
+    if accumulator.dtype != torch.int32:
+        raise ValueError(f"accumulator must be int32, got {accumulator.dtype}")
+    torch.ops.randes.superpose_(accumulator, finetuned, base, rate, key, tensor, list(map(int, transform)), subtract)
+
+
+def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, transform: Transform) -> Tensor:
+    """One model's weight ``W0 + scale · (D turned back)``, (N, K) of ``base``'s dtype: for export, not for serving.
+
+    base: (N, K), fp32, fp16 or bf16. delta: (N, K), integers or floats. scale: what a unit of D is worth.
+    Raises ``ValueError`` for shapes that do not fit. (Design, section 1.)
+    """
+    if delta.shape != base.shape or base.dim() != 2:
+        raise ValueError(f"delta must be (N, K) = {tuple(base.shape)}, got {tuple(delta.shape)}")
+    return torch.ops.randes.retrieve(base, delta, scale, key, tensor, list(map(int, transform)))
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
+    ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor,
+) -> None:  # fmt: skip
+    n, k = weight.shape
+    models = keys.shape[0]
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x must be (..., K) with K = {k}, got {tuple(x.shape)}")
+    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("bias", bias, (n,), x.dtype),
+        ("biases", biases, (models, n), x.dtype),
+        ("delta", delta, (delta.shape[0], n, k), x.dtype),
+        ("weight", weight, (n, k), x.dtype),
+        ("keys", keys, (models,), torch.int64),
+        ("scale", scale, (models,), torch.float32),
+        ("slots", slots, (models,), torch.int32),
+        ("ids", ids, (ids.shape[0],), torch.int32),
+    ]
+    for name, value, shape, dtype in expected:
+        if value is not None and (value.shape != shape or value.dtype != dtype):
+            raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
+    if biases is not None and bias is None:
+        raise ValueError("biases needs a base bias beside it, got bias = None")
+    rows = x.numel() // k if k else 0
+    if ids.shape[0] == 0 or rows % ids.shape[0]:
+        raise ValueError(f"ids must divide the {rows} rows of x into equal runs, got {ids.shape[0]} ids")
+
+
+def _with_transform(kernel: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """``kernel`` called with a ``Transform`` in place of the list of integers that a schema can hold."""
+
+    def call(*arguments: Any) -> Any:
+        return kernel(*arguments[:place], Transform(*arguments[place]), *arguments[place + 1 :])
+
+    return call
+
+
+def _on_gpu(name: str) -> Callable[..., Any]:
+    """The operator's GPU kernel; Triton is imported at its first call, so that a CPU never needs it."""
+
+    def call(first: Tensor, *arguments: Any) -> Any:
+        from randes_kernels import gpu
+
+        with torch.cuda.device(first.device):
+            return getattr(gpu, name)(first, *arguments)
+
+    return call
+
+
+for _name, _kernel, _place in (
+    ("superposed_linear", cpu.superposed_linear, 10),
+    ("superpose_", reference.superpose_, 6),
+    ("retrieve", reference.retrieve, 5),
+):
+    library.impl(_name, _with_transform(_kernel, _place), "CPU")
+    library.impl(_name, _with_transform(_on_gpu(_name), _place), "CUDA")
+
+
+@torch.library.register_fake("randes::superposed_linear", lib=library)
+def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    transposed = arguments[-1]
+    return x.new_empty((x.shape[0], weight.shape[1 if transposed else 0]))
+
+
+@torch.library.register_fake("randes::superpose_", lib=library)
+def _superpose_fake(*_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("randes::retrieve", lib=library)
+def _retrieve_fake(base: Tensor, *_: Any) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, biases, delta, ids, keys, scale, slots, tensor, transform, transposed = inputs
+    # x is needed for the base weight's gradient alone.
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, delta, ids, keys, scale, slots)
+    ctx.tensor, ctx.transform, ctx.transposed = tensor, transform, transposed
+    ctx.own_biases = biases is not None
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, delta, ids, keys, scale, slots = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        # The layer is linear in x, so its own transpose is its backward pass.
+        grad_x = torch.ops.randes.superposed_linear(
+            grad, weight, None, None, delta, ids, keys, scale, slots, ctx.tensor, ctx.transform, not ctx.transposed
+        )
+    if ctx.needs_input_grad[1]:
+        grad_weight = x.mT @ grad if ctx.transposed else grad.mT @ x
+    if ctx.needs_input_grad[2]:
+        # Rows of models with biases of their own did not use the base's.
+        used = grad
+        if ctx.own_biases:
+            is_base = (ids < 0).repeat_interleave(grad.shape[0] // ids.shape[0])
+            used = grad * is_base[:, None]
+        grad_bias = used.sum(0)
+    return (grad_x, grad_weight, grad_bias, *(None,) * 9)
+
+
+torch.library.register_autograd(
+    "randes::superposed_linear", _linear_backward, setup_context=_keep_for_backward, lib=library
+)

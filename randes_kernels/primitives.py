@@ -1,0 +1,139 @@
+"""The transforms as Triton functions: the same bits as ``format``, regenerated in registers."""
+
+import triton
+import triton.language as tl
+
+from randes_kernels import format as fmt
+
+PHILOX_A: tl.constexpr = tl.constexpr(fmt.PHILOX_MULTIPLIERS[0])
+PHILOX_B: tl.constexpr = tl.constexpr(fmt.PHILOX_MULTIPLIERS[1])
+WEYL_A: tl.constexpr = tl.constexpr(fmt.PHILOX_WEYL[0])
+WEYL_B: tl.constexpr = tl.constexpr(fmt.PHILOX_WEYL[1])
+PHILOX_ROUNDS: tl.constexpr = tl.constexpr(fmt.PHILOX_ROUNDS)
+MIX_A: tl.constexpr = tl.constexpr(fmt.MIX_MULTIPLIERS[0])
+MIX_B: tl.constexpr = tl.constexpr(fmt.MIX_MULTIPLIERS[1])
+SIGNS_PER_BLOCK: tl.constexpr = tl.constexpr(fmt.SIGNS_PER_BLOCK)
+PERMUTATION_ROUNDS: tl.constexpr = tl.constexpr(fmt.PERMUTATION_ROUNDS)
+PERMUTATION_STREAM: tl.constexpr = tl.constexpr(int(fmt.Stream.COLUMN_PERMUTATION))
+
+
+@triton.jit
+def split_key(key):
+    """The two words of a Philox key held as int64, of any shape."""
+    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint32 tensors that broadcast together: four words."""
+    for _ in tl.static_range(PHILOX_ROUNDS):
+        hi0, lo0 = tl.umulhi(c0, tl.full((), PHILOX_A, tl.uint32)), c0 * tl.full((), PHILOX_A, tl.uint32)
+        hi1, lo1 = tl.umulhi(c2, tl.full((), PHILOX_B, tl.uint32)), c2 * tl.full((), PHILOX_B, tl.uint32)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = k0 + tl.full((), WEYL_A, tl.uint32), k1 + tl.full((), WEYL_B, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def block_words(block, stream: tl.constexpr, tensor_lo, tensor_hi, k0, k1):
+    """The four words of one block, for every key of ``k0, k1`` (any shape): 128 signs each."""
+    zero = k0 * 0
+    c0 = zero + tl.cast(block, tl.uint32)
+    c1 = zero + tl.full((), stream, tl.uint32)
+    return philox(c0, c1, zero + tl.cast(tensor_lo, tl.uint32), zero + tl.cast(tensor_hi, tl.uint32), k0, k1)
+
+
+@triton.jit
+def pick_bits(w0, w1, w2, w3, index):
+    """Bit ``index % 32`` of word ``(index // 32) % 4``: the sign bit of an index within its block."""
+    word = (index // 32) % 4
+    low = tl.where(word == 0, w0, w1)
+    high = tl.where(word == 2, w2, w3)
+    return (tl.where(word < 2, low, high) >> (index % 32).to(tl.uint32)) & 1
+
+
+@triton.jit
+def tile_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
+    """Sign bits of WIDTH neighbours from ``start``, one row of the result a key: ``(KEYS, WIDTH)``.
+
+    ``k0, k1``: (KEYS,) uint32. One Philox call a key: WIDTH must divide 128 and ``start`` be a multiple of it.
+    """
+    start = tl.cast(start, tl.int32)
+    w0, w1, w2, w3 = block_words(start // SIGNS_PER_BLOCK, stream, tensor_lo, tensor_hi, k0, k1)
+    index = (start % SIGNS_PER_BLOCK + tl.arange(0, WIDTH))[None, :]
+    return pick_bits(w0[:, None], w1[:, None], w2[:, None], w3[:, None], index)
+
+
+@triton.jit
+def vector_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
+    """Sign bits of WIDTH neighbours from ``start`` for one key (scalars), ``(WIDTH,)``; as ``tile_signs``."""
+    start = tl.cast(start, tl.int32)
+    w0, w1, w2, w3 = block_words(start // SIGNS_PER_BLOCK, stream, tensor_lo, tensor_hi, k0, k1)
+    return pick_bits(w0, w1, w2, w3, start % SIGNS_PER_BLOCK + tl.arange(0, WIDTH))
+
+
+@triton.jit
+def flip(values, bits):
+    """``values``, negated where the sign bit is set."""
+    return tl.where(bits != 0, -values, values)
+
+
+@triton.jit
+def mix(value, round_key):
+    """The permutation's hash of uint32 values (``format._mix``)."""
+    value = value ^ round_key
+    value = (value ^ (value >> 16)) * tl.full((), MIX_A, tl.uint32)
+    value = (value ^ (value >> 13)) * tl.full((), MIX_B, tl.uint32)
+    return value ^ (value >> 16)
+
+
+@triton.jit
+def add_modulo(value, step, size):
+    """``(value + step) % size`` for value and step below size."""
+    total = value + step
+    return tl.where(total >= size, total - size, total)
+
+
+@triton.jit
+def feistel(index, bits, left_size, a0, a1, a2, a3, b0, b1, b2, b3):
+    """One pass of the permutation's Feistel network (``format._feistel``) over uint32 indices."""
+    right_size = tl.full((), 1, tl.uint32) << bits
+    left, right = index >> bits, index & (right_size - 1)
+    left = add_modulo(left, tl.umulhi(mix(right, a0), left_size + right * 0), left_size)
+    right = add_modulo(right, tl.umulhi(mix(left, a1), right_size + left * 0), right_size)
+    left = add_modulo(left, tl.umulhi(mix(right, a2), left_size + right * 0), left_size)
+    right = add_modulo(right, tl.umulhi(mix(left, a3), right_size + left * 0), right_size)
+    left = add_modulo(left, tl.umulhi(mix(right, b0), left_size + right * 0), left_size)
+    right = add_modulo(right, tl.umulhi(mix(left, b1), right_size + left * 0), right_size)
+    left = add_modulo(left, tl.umulhi(mix(right, b2), left_size + right * 0), left_size)
+    right = add_modulo(right, tl.umulhi(mix(left, b3), right_size + left * 0), right_size)
+    return (left << bits) | right
+
+
+@triton.jit
+def permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, half_bits, SEGMENTS: tl.constexpr):
+    """Where each column goes (``format.column_permutation``).
+
+    ``columns``: (WIDTH,) int32. ``k0, k1``: the model's key, scalars. ``granule``: columns moved together;
+    ``width``: of a segment; ``half_bits``: ``format.half_bits`` of the granules in a segment.
+    """
+    # With one segment its number is a scalar, and so are its eight words of key: two Philox calls in all.
+    if SEGMENTS == 1:
+        segment = tl.full((), 0, tl.int32)
+    else:
+        segment = columns // width
+        k0, k1 = k0 + (segment * 0).to(tl.uint32), k1 + (segment * 0).to(tl.uint32)
+    a0, a1, a2, a3 = block_words(segment * 2, PERMUTATION_STREAM, tensor_lo, tensor_hi, k0, k1)
+    b0, b1, b2, b3 = block_words(segment * 2 + 1, PERMUTATION_STREAM, tensor_lo, tensor_hi, k0, k1)
+    within = columns - segment * width
+    count = tl.cast(width // granule, tl.uint32)
+    bits = tl.cast(half_bits, tl.uint32)
+    left_size = ((count - 1) >> bits) + 1
+    index = (within // granule).to(tl.uint32)
+    moves = index < count
+    image = feistel(tl.where(moves, index, 0), bits, left_size, a0, a1, a2, a3, b0, b1, b2, b3)
+    while tl.max((image >= count).to(tl.int32)) > 0:
+        walked = feistel(image, bits, left_size, a0, a1, a2, a3, b0, b1, b2, b3)
+        image = tl.where(image >= count, walked, image)
+    moved = segment * width + image.to(tl.int32) * granule + within % granule
+    return tl.where(moves, moved, columns)

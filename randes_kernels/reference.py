@@ -1,0 +1,61 @@
+"""What the kernels compute, in plain torch: the specification, to be read aloud.
+
+``superpose_`` and ``retrieve`` are also what runs on a CPU. ``superposed_linear`` is for proofs alone: it builds
+each row's weight, the one thing the library never does. (Design, section 1.)
+"""
+
+import torch
+from torch import Tensor
+
+from randes_kernels.format import Stream, Transform, column_permutation, signs
+
+
+def transform_parts(key: int, tensor: int, shape: torch.Size, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
+    """Row signs ``(N,)`` and column signs ``(K,)``, int8 of ±1, and where each column goes, ``(K,)`` int64."""
+    n, k = shape
+    row_signs = signs(key, tensor, Stream.ROW_SIGNS, n) if transform.row_signs else torch.ones(n, dtype=torch.int8)
+    column_signs = (
+        signs(key, tensor, Stream.COLUMN_SIGNS, k) if transform.column_signs else torch.ones(k, dtype=torch.int8)
+    )
+    return row_signs, column_signs, column_permutation(key, tensor, k, transform)
+
+
+def superpose_(
+    accumulator: Tensor, finetuned: Tensor, base: Tensor, rate: float, key: int, tensor: int,
+    transform: Transform, subtract: bool,
+) -> None:  # fmt: skip
+    """A ± r ⊙ rint((W − W0) · rate) ⊙ c · P, in place on ``accumulator`` (N, K) int32."""
+    row_signs, column_signs, turned_columns = transform_parts(key, tensor, base.shape, transform)
+    delta = finetuned.float() - base.float()
+    steps = torch.round(delta * rate).to(torch.int32)
+    turned = row_signs[:, None] * steps * column_signs
+    accumulator.index_add_(1, turned_columns, turned, alpha=-1 if subtract else 1)
+
+
+def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, transform: Transform) -> Tensor:
+    """Ŵ = W0 + scale · r ⊙ (D Pᵀ) ⊙ c, in the shape and dtype of ``base``."""
+    row_signs, column_signs, turned_columns = transform_parts(key, tensor, base.shape, transform)
+    exact = torch.promote_types(base.dtype, torch.float32)
+    turned_back = row_signs[:, None] * delta[:, turned_columns].to(exact) * column_signs
+    return (base.to(exact) + scale * turned_back).to(base.dtype)
+
+
+def superposed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
+    ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform,
+) -> Tensor:  # fmt: skip
+    """y[m] = x[m] Ŵ_jᵀ + b_j with j the model of row m, summed in fp32 at least and rounded once."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    models = ids.repeat_interleave(x.shape[0] // ids.shape[0]).tolist()
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=exact)
+    for row, model in enumerate(models):
+        own_weight, own_bias = weight.to(exact), bias
+        if model >= 0 and slots[model] >= 0:
+            slot, gain, key = int(slots[model]), float(scale[model]), int(keys[model])
+            own_weight = retrieve(own_weight, delta[slot], gain, key, tensor, transform)
+        if model >= 0 and biases is not None:
+            own_bias = biases[model]
+        y[row] = own_weight @ x[row].to(exact)
+        if own_bias is not None:
+            y[row] += own_bias.to(exact)
+    return y.to(x.dtype)
