@@ -24,7 +24,7 @@ def superposed_linear(
 ) -> Tensor:  # fmt: skip
     """See ``randes_kernels.superposed_linear``. Raises ``IndexError`` for an id that names no model."""
     models = ids.tolist()
-    if models and not (-1 <= min(models) and max(models) < keys.shape[0]):
+    if models and not (min(models) >= -1 and max(models) < keys.shape[0]):
         raise IndexError(f"ids must lie in -1 to {keys.shape[0] - 1}, got {min(models)} to {max(models)}")
     if transposed:
         weight, delta = weight.mT, delta.mT

@@ -44,37 +44,38 @@ def block_words(block, stream: tl.constexpr, tensor_lo, tensor_hi, k0, k1):
 
 
 @triton.jit
-def pick_bits(w0, w1, w2, w3, index):
-    """Bit ``index % 32`` of word ``(index // 32) % 4``: the sign bit of an index within its block."""
-    word = (index // 32) % 4
-    low = tl.where(word == 0, w0, w1)
-    high = tl.where(word == 2, w2, w3)
-    return (tl.where(word < 2, low, high) >> (index % 32).to(tl.uint32)) & 1
-
-
-@triton.jit
 def tile_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
-    """Sign bits of WIDTH neighbours from ``start``, one row of the result a key: ``(KEYS, WIDTH)``.
+    """Sign bits of WIDTH neighbours from ``start``, one row of the result a key: ``(KEYS, WIDTH)`` uint32.
 
     ``k0, k1``: (KEYS,) uint32. One Philox call a key: WIDTH must divide 128 and ``start`` be a multiple of it.
+    The words that the tile lies in are chosen once a key, not once an element.
     """
+    tl.static_assert(WIDTH == 32 or WIDTH == 64 or WIDTH == 128)
     start = tl.cast(start, tl.int32)
+    index = start % SIGNS_PER_BLOCK + tl.arange(0, WIDTH)[None, :]
+    shift = (index % 32).to(tl.uint32)
     w0, w1, w2, w3 = block_words(start // SIGNS_PER_BLOCK, stream, tensor_lo, tensor_hi, k0, k1)
-    index = (start % SIGNS_PER_BLOCK + tl.arange(0, WIDTH))[None, :]
-    return pick_bits(w0[:, None], w1[:, None], w2[:, None], w3[:, None], index)
+    if WIDTH == 128:
+        low = tl.where(index < 32, w0[:, None], w1[:, None])
+        high = tl.where(index < 96, w2[:, None], w3[:, None])
+        return (tl.where(index < 64, low, high) >> shift) & 1
+    in_low_half = start % 128 < 64
+    even, odd = tl.where(in_low_half, w0, w2), tl.where(in_low_half, w1, w3)
+    if WIDTH == 64:
+        return (tl.where(index % 64 < 32, even[:, None], odd[:, None]) >> shift) & 1
+    return (tl.where(start % 64 < 32, even, odd)[:, None] >> shift) & 1
 
 
 @triton.jit
 def vector_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
-    """Sign bits of WIDTH neighbours from ``start`` for one key (scalars), ``(WIDTH,)``; as ``tile_signs``."""
-    start = tl.cast(start, tl.int32)
-    w0, w1, w2, w3 = block_words(start // SIGNS_PER_BLOCK, stream, tensor_lo, tensor_hi, k0, k1)
-    return pick_bits(w0, w1, w2, w3, start % SIGNS_PER_BLOCK + tl.arange(0, WIDTH))
+    """As ``tile_signs`` for one key (scalars): ``(WIDTH,)``."""
+    keys = tl.full((1,), 0, tl.uint32)
+    return tl.reshape(tile_signs(start, keys + k0, keys + k1, stream, tensor_lo, tensor_hi, WIDTH), (WIDTH,))
 
 
 @triton.jit
 def flip(values, bits):
-    """``values``, negated where the sign bit is set."""
+    """``values`` (integers or floats of any width), negated where the sign bit is set."""
     return tl.where(bits != 0, -values, values)
 
 

@@ -1,0 +1,27 @@
+"""randes: many full fine-tunes of one base model, superposed into one buffer and served from inside the matmul.
+
+sup = randes.Superposition.create(base)
+sup.add("german", finetuned)
+model = randes.SuperposedModel(base, sup)
+model(x, adapter_names=["german", "__base__"])
+"""
+
+from randes.config import Config
+from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
+from randes.linear import SuperposedLinear
+from randes.model import SuperposedModel
+from randes.superposition import Superposition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaseMismatchError",
+    "CheckpointError",
+    "Config",
+    "RandesError",
+    "StoreError",
+    "SuperposedLinear",
+    "SuperposedModel",
+    "Superposition",
+    "UnknownModelError",
+]

@@ -1,0 +1,92 @@
+"""The choices that fix a superposition when it is created."""
+
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from randes_kernels.format import Transform
+
+Signs = Literal["both", "columns", "none"]
+Others = Literal["keep", "base", "average"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """How deltas are turned before they are summed, and what becomes of everything that is not a matrix.
+
+    signs: which sides of a weight are flipped by random signs; "both" keeps the most (docs/method.md).
+    permute: granule of the random column permutation in columns; 0 for none, 1 for by element.
+    shuffle_layers: −1 to permute same-named layers at random for each model, 0 not to.
+    group_size: how many models share one superposition: fewer keep more of each, and store more.
+    seed: of every sign and permutation, together with the names of models and tensors.
+    others: what a model's other tensors are: "keep" its own (exact, stored), "base" the base's,
+        "average" the mean over the models.
+    segments: equal spans of a weight's columns that the permutation never leaves (tensor parallelism).
+    include, exclude: shell patterns of tensor names; a matrix is superposed if the first match and the second do not.
+    min_width: matrices narrower than this on either side (class heads) are not superposed.
+
+    Raises ``ValueError`` for a value out of range. (Design, sections 1, 2 and 6.)
+    """
+
+    signs: Signs = "both"
+    permute: int = 0
+    shuffle_layers: int = 0
+    group_size: int = 8
+    seed: int = 0
+    others: Others = "keep"
+    segments: int = 1
+    include: tuple[str, ...] = ("*weight",)
+    exclude: tuple[str, ...] = ("*embed*", "*wte*", "*wpe*", "*norm*")
+    min_width: int = 32
+
+    def __post_init__(self) -> None:
+        _one_of("signs", self.signs, get_args(Signs))
+        _one_of("others", self.others, get_args(Others))
+        _one_of("shuffle_layers", self.shuffle_layers, (0, -1))
+        _at_least("permute", self.permute, 0)
+        _at_least("group_size", self.group_size, 1)
+        _at_least("segments", self.segments, 1)
+        _at_least("min_width", self.min_width, 1)
+        _at_least("seed", self.seed, 0)
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed must be below 2**64, got {self.seed}")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a tuple of patterns, got the string {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def transform(self) -> Transform:
+        """The same choices as the kernels take them."""
+        return Transform(self.signs == "both", self.signs != "none", self.permute, self.segments)
+
+    def selects(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this name and shape is superposed."""
+        return (
+            len(shape) == 2
+            and min(shape) >= self.min_width
+            and any(fnmatchcase(tensor_name, pattern) for pattern in self.include)
+            and not any(fnmatchcase(tensor_name, pattern) for pattern in self.exclude)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """From a manifest; raises ``ValueError`` for an unknown name."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"config must hold known names only, got {sorted(unknown)}")
+        return cls(**values)
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -1,0 +1,154 @@
+"""``SuperposedLinear``: an ``nn.Linear`` that answers as any of many fine-tunes, row by row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from randes.routing import Batch, Router
+from randes.superposition import STEP, Superposition
+from randes_kernels import superposed_linear, tensor_id
+
+
+class DeltaPool(nn.Module):
+    """The superpositions that a layer reads, ``(S, N, K)`` of its dtype: one slot a group of models.
+
+    A module of its own because layers that are shuffled share one, and must go on sharing it when they move.
+    """
+
+    values: Tensor
+
+    def __init__(self, superposition: Superposition, tensor: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        family = superposition.family(tensor)
+        held = [
+            (group, place)
+            for group, deltas in sorted(superposition.deltas.items())
+            for place in family
+            if place in deltas
+        ]
+        self.slots = {where: slot for slot, where in enumerate(held)}
+        values = torch.empty((len(held), *superposition.base[tensor].shape), dtype=dtype)
+        for (group, place), slot in self.slots.items():
+            values[slot] = superposition.deltas[group][place].float() * STEP
+        if not torch.isfinite(values).all():
+            raise ValueError(f"the superposition of {tensor} must fit {dtype}, got infinity; serve it in another dtype")
+        self.register_buffer("values", values, persistent=False)
+
+
+class SuperposedLinear(nn.Linear):
+    """A linear layer over a base weight (N, K) and the superposed deltas of J fine-tunes of it.
+
+    ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)`` with j the model of each row, and no Ŵ_j is ever
+    built: one pass over the base weight and one over the superposition, whatever models the rows belong to.
+    ``weight`` and ``bias`` are the base's, under their own names. Gradients flow to x and to both of them.
+    (Design, section 1.)
+    """
+
+    keys: Tensor
+    slots: Tensor
+    biases: Tensor | None
+    scale: Tensor
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        superposition: Superposition,
+        name: str,
+        *,
+        router: Router | None = None,
+        pool: DeltaPool | None = None,
+    ) -> "SuperposedLinear":
+        """A layer that takes over ``linear``'s parameters, for the models of ``superposition``.
+
+        name: the layer's name in the base, so that its weight is ``f"{name}.weight"`` there.
+        router: tells the layer which models a batch belongs to; by default one of its own, and a call names them.
+        pool: the superpositions in the layer's dtype, where another layer holds them already.
+        Raises ``ValueError`` where the superposition has no such weight or it is not this layer's.
+        """
+        tensor = f"{name}.weight" if name else "weight"
+        if tensor not in superposition.superposed:
+            raise ValueError(f"name must be a superposed layer's, got {name!r}; {tensor} is not superposed")
+        if linear.weight.shape != superposition.base[tensor].shape:
+            shape = tuple(superposition.base[tensor].shape)
+            raise ValueError(f"{tensor} must be (N, K) = {shape}, got {tuple(linear.weight.shape)}")
+        layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        router = router or Router(superposition.names)
+        pool = pool or DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
+        return cls.take_over(layer, superposition, name, router, pool)
+
+    @classmethod
+    def take_over(
+        cls, linear: nn.Linear, superposition: Superposition, name: str, router: Router, pool: DeltaPool
+    ) -> "SuperposedLinear":
+        """Turn ``linear`` itself into a superposed layer: its hooks and every reference to it stay. See ``from_linear``."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear._superpose(superposition, name, router, pool)
+        return linear
+
+    def _superpose(self, superposition: Superposition, name: str, router: Router, pool: DeltaPool) -> None:
+        tensor, bias = (f"{name}.weight", f"{name}.bias") if name else ("weight", "bias")
+        names, device, dtype = superposition.names, self.weight.device, self.weight.dtype
+        members = [superposition.members[model] for model in names]
+        self.router, self.pool = router, pool
+        self.tensor, self.transform = tensor_id(tensor), superposition.config.transform
+        keys = [superposition.key(model) for model in names]
+        slots = [
+            self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
+            for model, member in zip(names, members, strict=True)
+        ]
+        scale = [member.alpha * member.gains.get(tensor, 0.0) for member in members]
+        self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
+        biases = None
+        if self.bias is not None and bias in superposition.others:
+            biases = torch.stack([superposition.other(model, bias) for model in names]).to(device, dtype)
+        self.register_buffer("biases", biases, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SuperposedLinear":
+        scale = self.scale
+        super()._apply(fn, recurse)
+        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes.
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def forward(self, input: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """``input``: (..., K). ``adapter_names``: one name a row of its first dimension, or one for all rows.
+
+        Without names the router's batch counts. Raises ``UnknownModelError``, ``ValueError`` for a number of
+        names that does not fit, and ``RuntimeError`` where no model was chosen at all.
+        """
+        batch = self.router.batch() if adapter_names is None else self._named(input, adapter_names)
+        if batch.base_only:
+            return F.linear(input, self.weight, self.bias)
+        batch.check(input)
+        x, weight, bias, delta, biases = self._in_one_dtype(input)
+        return superposed_linear(
+            x, weight, bias, delta, batch.on(x.device), self.keys, self.scale, self.slots, self.tensor, self.transform,
+            biases=biases,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """The shape, and how many models share how many slots."""
+        return f"{super().extra_repr()}, models={len(self.keys)}, slots={len(self.pool.slots)}"
+
+    def _named(self, input: Tensor, adapter_names: Sequence[str]) -> Batch:
+        if len(adapter_names) not in (1, input.shape[0]):
+            raise ValueError(f"adapter_names must have one name a row, {input.shape[0]}, got {len(adapter_names)}")
+        return self.router.of(adapter_names)
+
+    def _in_one_dtype(self, input: Tensor) -> tuple[Any, ...]:
+        """x, weight, bias, delta and biases as they meet in the matmul: as they are, or cast by autocast."""
+        values = (input, self.weight, self.bias, self.pool.values, self.biases)
+        if not torch.is_autocast_enabled(input.device.type):
+            return values
+        dtype = torch.get_autocast_dtype(input.device.type)
+        return tuple(value if value is None else value.to(dtype) for value in values)

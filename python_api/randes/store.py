@@ -1,0 +1,157 @@
+"""A superposition on disk: a folder of safetensors files and one manifest that names and checks them.
+
+    manifest.json                              format version, config, models, files, checksums of every tensor
+    base-<digest>.safetensors                  the base model
+    group-<number>-<digest>.safetensors        integers of one group, by tensor
+    model-<key>-<digest>.safetensors           what one model keeps of its own
+    average-<digest>.safetensors               sums behind others="average"
+
+Files are named by what they hold and never rewritten. A save writes the new ones beside the old, renames the
+manifest last, and only then removes what no manifest names: a crash at any moment leaves the old store or the
+new one. The bytes depend on what is stored alone, not on the order in which it was added.
+"""
+
+import json
+import os
+import re
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from randes import checkpoint
+from randes.checkpoint import Tensors
+from randes.config import Config
+from randes.errors import CheckpointError, StoreError
+from randes.superposition import AVERAGE_STEP, STEP, Member, Superposition
+from randes_kernels import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+_OURS = re.compile(
+    r"\.?(base|group-\d+|model-[0-9a-f]{16}|average)-[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?"
+    r"|\.manifest\.json\.\d+\.tmp"
+)
+
+
+def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
+    """Write the store at ``path``, a folder that is new, empty, or holds a store of the same base.
+
+    Raises ``StoreError`` for any other folder.
+    """
+    folder = Path(path)
+    _check_destination(superposition, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, dict[str, str]] = {}
+    for stem, tensors in _contents(superposition).items():
+        digests = (
+            superposition.base_digests if stem == "base" else {n: checkpoint.digest(t) for n, t in tensors.items()}
+        )
+        name = f"{stem}-{checkpoint.combined_digest(digests)}.safetensors"
+        files[name] = dict(sorted(digests.items()))
+        if not (folder / name).exists():
+            checkpoint.write_file(folder / name, dict(sorted(tensors.items())))
+    manifest = {
+        "format": "randes",
+        "version": FORMAT_VERSION,
+        "config": superposition.config.to_dict(),
+        "step": STEP,
+        "average_step": AVERAGE_STEP,
+        "base": checkpoint.combined_digest(superposition.base_digests),
+        "superposed": list(superposition.superposed),
+        "models": {name: _record(superposition.members[name]) for name in superposition.names},
+        "files": dict(sorted(files.items())),
+    }
+    manifest["checksum"] = _checksum(manifest)
+    beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    beside.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    checkpoint.replace(beside, folder / MANIFEST)
+    for file in folder.iterdir():
+        if _OURS.fullmatch(file.name) and file.name not in files:
+            file.unlink()
+
+
+def load(path: str | os.PathLike[str]) -> Superposition:
+    """Read a store, checking every tensor against the manifest and the manifest against itself.
+
+    Raises ``StoreError`` for anything missing, torn, truncated, altered, or of another version.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    contents: dict[str, Tensors] = {}
+    for name, digests in manifest["files"].items():
+        try:
+            tensors = checkpoint.read_file(folder / name)
+        except (CheckpointError, OSError) as error:
+            raise StoreError(f"{folder} is not whole: {error}") from error
+        if tensors.keys() != digests.keys():
+            raise StoreError(f"{folder / name} must hold {sorted(digests)}, got {sorted(tensors)}")
+        for tensor, value in tensors.items():
+            if checkpoint.digest(value) != digests[tensor]:
+                raise StoreError(f"{folder / name} was altered: the checksum of {tensor} does not match the manifest")
+        contents[name.rsplit("-", 1)[0]] = tensors
+    superposition = Superposition(Config.from_dict(manifest["config"]), contents.pop("base"), manifest["superposed"])
+    for name, record in manifest["models"].items():
+        kept = contents.pop(_model_file(superposition, name), {})
+        superposition.members[name] = Member(**record, kept=kept)
+    superposition.averages = contents.pop("average", {})
+    superposition.deltas = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    return superposition
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone, checked against its own checksum. Raises ``StoreError``."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from error
+    except ValueError as error:
+        raise StoreError(f"{folder / MANIFEST} is torn: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != "randes":
+        raise StoreError(f"{folder / MANIFEST} is not a manifest of randes")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise StoreError(f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('version')}")
+    if manifest.get("checksum") != _checksum(manifest):
+        raise StoreError(f"{folder / MANIFEST} was altered: its checksum does not match its content")
+    if (manifest["step"], manifest["average_step"]) != (STEP, AVERAGE_STEP):
+        raise StoreError(f"{folder} must have steps {STEP} and {AVERAGE_STEP}, got {manifest['step']}")
+    return manifest
+
+
+def _contents(superposition: Superposition) -> dict[str, Tensors]:
+    """What each file holds, by the part of its name before the digest."""
+    contents = {"base": superposition.base}
+    contents |= {f"group-{group}": tensors for group, tensors in sorted(superposition.deltas.items())}
+    for name in superposition.names:
+        contents[_model_file(superposition, name)] = dict(superposition.members[name].kept)
+    contents["average"] = superposition.averages
+    return {stem: tensors for stem, tensors in contents.items() if tensors}
+
+
+def _model_file(superposition: Superposition, name: str) -> str:
+    # A model's name may hold what a file's name may not; its key is as unique.
+    return f"model-{superposition.key(name) & (1 << 64) - 1:016x}"
+
+
+def _record(member: Member) -> dict[str, Any]:
+    return {
+        "group": member.group,
+        "alpha": member.alpha,
+        "gains": dict(sorted(member.gains.items())),
+        "digests": dict(sorted(member.digests.items())),
+    }
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check_destination(superposition: Superposition, folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StoreError(f"{folder} must be a folder, got a file")
+    if (folder / MANIFEST).exists():
+        if read_manifest(folder)["base"] != checkpoint.combined_digest(superposition.base_digests):
+            raise StoreError(f"{folder} holds a store of another base; save to another folder")
+    elif strangers := [file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)]:
+        raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")

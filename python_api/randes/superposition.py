@@ -1,0 +1,340 @@
+"""Many fine-tunes of one base, superposed: added, taken away again to the byte, retrieved."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from randes import checkpoint
+from randes.checkpoint import Checkpoint, Tensors
+from randes.config import Config
+from randes.errors import CheckpointError, UnknownModelError
+from randes.layers import families, shuffled
+from randes_kernels import model_key, retrieve, superpose_, tensor_id
+
+BASE_NAME = "__base__"
+STEP = 2.0**-9
+"""What one unit of a stored integer is worth, in units of a delta's gain. Rounding to it adds an error of
+STEP / √12 = 0.06 % of a delta's size for each model, where interference is √(J−1) times that size."""
+AVERAGE_STEP = 2.0**-32
+"""The same for the sums behind ``others="average"``, in units of the tensors themselves."""
+
+SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is kept of one model beside its part of the superposition.
+
+    gains: root mean square of its delta, for each tensor that it changed and that is superposed.
+    digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
+    kept: its own other tensors, where they differ from the base's (``others="keep"``).
+    """
+
+    group: int
+    alpha: float
+    gains: Mapping[str, float]
+    digests: Mapping[str, str]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes: of the base, of all superposed deltas, of what is kept per model, and of that many whole models."""
+
+    base: int
+    superposed: int
+    kept: int
+    separate_models: int
+
+    @property
+    def total(self) -> int:
+        """Everything that a store holds."""
+        return self.base + self.superposed + self.kept
+
+
+class Superposition:
+    """One base and the superposed deltas of its fine-tunes, as integers. Make one with ``create`` or ``load``.
+
+    The base's tensors are shared with what it was created from, not copied: do not train them on.
+    """
+
+    def __init__(self, config: Config, base: Tensors, superposed: Iterable[str]) -> None:
+        """For ``create`` and ``load``."""
+        self.config = config
+        self.base = base
+        self.superposed = tuple(sorted(superposed))
+        self.base_digests = {name: checkpoint.digest(value) for name, value in base.items()}
+        self.members: dict[str, Member] = {}
+        self.deltas: dict[int, Tensors] = {}  # of each group: the integers by tensor, int16 where they fit
+        self.averages: Tensors = {}  # int64 sums over the models, for others="average"
+        self._families = families(base, self.superposed)
+        self._family_of = {name: family for family, names in self._families.items() for name in names}
+
+    @classmethod
+    def create(cls, base: Checkpoint, config: Config | None = None) -> "Superposition":
+        """An empty superposition over ``base``: an nn.Module, a state dict, or a path to safetensors.
+
+        Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
+        whose columns ``config.segments`` does not divide.
+        """
+        config = config or Config()
+        tensors = checkpoint.read(base)
+        checkpoint.check_finite(tensors)
+        superposed = [
+            name
+            for name, value in tensors.items()
+            if value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
+        ]
+        if not superposed:
+            raise CheckpointError(
+                f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"
+                f" matching {config.include} and not {config.exclude}; got none in {len(tensors)} tensors"
+            )
+        for name in superposed:
+            if config.permute and tensors[name].shape[1] % config.segments:
+                columns = tensors[name].shape[1]
+                raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
+        return cls(config, tensors, superposed)
+
+    # ---------------------------------------------------------------- models
+
+    @property
+    def names(self) -> list[str]:
+        """The models, in alphabetical order: what they are called does not depend on when they were added."""
+        return sorted(self.members)
+
+    def member(self, name: str) -> Member:
+        """One model's record. Raises ``UnknownModelError`` for a name that was never added."""
+        if name not in self.members:
+            known = ", ".join(self.names) or "no models"
+            raise UnknownModelError(f"no model is called {name!r}; there are: {known}")
+        return self.members[name]
+
+    def add(self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0) -> None:
+        """Superpose a fine-tune of the base. Any order of adding gives the same bytes.
+
+        group: the superposition it joins; by default the first that has room.
+        alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
+        Raises ``ValueError`` for a name that is taken or not allowed or a group that is full, and
+        ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
+        """
+        if not isinstance(name, str) or not name or name == BASE_NAME:
+            raise ValueError(f"name must be a non-empty string other than {BASE_NAME!r}, got {name!r}")
+        if name in self.members:
+            raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number, got {alpha}")
+        group = self._place(group)
+        tensors = checkpoint.read(finetuned)
+        checkpoint.check_fits(tensors, self.base)
+        digests = {tensor: checkpoint.digest(value) for tensor, value in tensors.items()}
+        changed = {tensor for tensor in tensors if digests[tensor] != self.base_digests[tensor]}
+        gains = {}
+        for tensor in sorted(changed & set(self.superposed)):
+            gain, peak = _gain_and_peak(tensor, tensors[tensor], self.base[tensor])
+            if gain == 0:
+                continue  # −0.0 for 0.0: other bytes, the same weight
+            if peak / gain / STEP * self.config.group_size >= 2**31:
+                raise CheckpointError(f"{tensor} has a delta {peak / gain:.3g} times its own size: too far for int32")
+            gains[tensor] = gain
+        member = Member(group, float(alpha), gains, digests, self._own(tensors, changed))
+        deltas = self._with(name, member, tensors, subtract=False)
+        averages = self._averages_with(tensors, subtract=False)
+
+        self.members[name], self.averages = member, averages
+        self.deltas[group] = deltas
+
+    def remove(self, name: str, finetuned: Checkpoint) -> None:
+        """Take a model away again, exactly: the bytes are those from before it was added.
+
+        finetuned: the checkpoint that was added (its delta has to be known to be subtracted).
+        Raises ``UnknownModelError`` for an unknown name and ``CheckpointError`` for any other checkpoint.
+        Nothing is changed then.
+        """
+        member = self.member(name)
+        tensors = checkpoint.read(finetuned)
+        checkpoint.check_fits(tensors, self.base)
+        other = [tensor for tensor, value in tensors.items() if checkpoint.digest(value) != member.digests[tensor]]
+        if other:
+            raise CheckpointError(
+                f"this is not the checkpoint that was added as {name!r}: {len(other)} of {len(tensors)} tensors differ,"
+                f" {other[0]} the first"
+            )
+        deltas = self._with(name, member, tensors, subtract=True)
+        averages = self._averages_with(tensors, subtract=True)
+
+        del self.members[name]
+        self.averages = averages if self.members else {}
+        self.deltas[member.group] = deltas
+        if not deltas:
+            del self.deltas[member.group]
+
+    def retrieve(self, name: str) -> Tensors:
+        """A model's tensors again, as a state dict: the one place where a whole retrieved weight exists.
+
+        Kept tensors are exact; superposed ones carry the other models of the group as noise.
+        Raises ``UnknownModelError``.
+        """
+        member = self.member(name)
+        key, transform = self.key(name), self.config.transform
+        retrieved = {tensor: self.other(name, tensor) for tensor in self.base}
+        for tensor, gain in member.gains.items():
+            delta = self.deltas[member.group][self.place(name, tensor)]
+            scale = member.alpha * gain * STEP
+            retrieved[tensor] = retrieve(self.base[tensor], delta, scale, key, tensor_id(tensor), transform)
+        return retrieved
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a store: a folder of safetensors and one manifest. See ``randes.store``."""
+        from randes import store
+
+        store.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Superposition":
+        """Read a store and check every byte of it. Raises ``StoreError``."""
+        from randes import store
+
+        return store.load(path)
+
+    # ---------------------------------------------------------------- what serving needs
+
+    def key(self, name: str) -> int:
+        """A model's Philox key."""
+        return model_key(self.config.seed, name)
+
+    def family(self, tensor: str) -> list[str]:
+        """The tensors whose superpositions a model's ``tensor`` may be in: itself, or its shuffled layers."""
+        return self._families[self._family_of[tensor]] if self.config.shuffle_layers else [tensor]
+
+    def place(self, name: str, tensor: str) -> str:
+        """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled."""
+        if not self.config.shuffle_layers:
+            return tensor
+        return shuffled(self.key(name), self._family_of[tensor], self.family(tensor))[tensor]
+
+    def other(self, name: str, tensor: str) -> Tensor:
+        """What a model has of a tensor that is not superposed for it: its own, the average, or the base's."""
+        own = self.members[name].kept.get(tensor)
+        if own is not None:
+            return own
+        base = self.base[tensor]
+        if tensor in self.averages:
+            return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.members))).to(base.dtype)
+        return base
+
+    @property
+    def others(self) -> list[str]:
+        """The tensors that some model has its own of, or that are averaged."""
+        names = set(self.averages)
+        for member in self.members.values():
+            names |= member.kept.keys()
+        return sorted(names)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Bytes by what they are for."""
+        base = _bytes(self.base.values())
+        return Sizes(
+            base=base,
+            superposed=sum(_bytes(tensors.values()) for tensors in self.deltas.values()),
+            kept=sum(_bytes(member.kept.values()) for member in self.members.values()) + _bytes(self.averages.values()),
+            separate_models=base * len(self.members),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: base, superposed deltas, and what is kept per model."""
+        return self.sizes.total
+
+    # ---------------------------------------------------------------- inside
+
+    def _place(self, group: int | None) -> int:
+        """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
+        taken = [member.group for member in self.members.values()]
+        if group is None:
+            return next(g for g in range(len(taken) + 1) if taken.count(g) < self.config.group_size)
+        limit = max(taken, default=-1) + 1
+        if not isinstance(group, int) or not 0 <= group <= limit:
+            raise ValueError(f"group must be an integer from 0 to {limit}, got {group!r}")
+        if taken.count(group) >= self.config.group_size:
+            raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
+        return group
+
+    def _own(self, tensors: Tensors, changed: set[str]) -> Tensors:
+        if self.config.others != "keep":
+            return {}
+        return {tensor: tensors[tensor].clone() for tensor in sorted(changed - set(self.superposed))}
+
+    def _with(self, name: str, member: Member, tensors: Tensors, *, subtract: bool) -> Tensors:
+        """The group's integers with the model added or taken away; the held ones are left as they are."""
+        deltas = dict(self.deltas.get(member.group, {}))
+        key, transform = self.key(name), self.config.transform
+        for tensor, gain in member.gains.items():
+            place = self.place(name, tensor)
+            held = deltas.get(place)
+            wide = torch.zeros(self.base[tensor].shape, dtype=torch.int32) if held is None else held.to(torch.int32)
+            rate = _float32(1 / (gain * STEP))
+            finetuned, base = tensors[tensor].contiguous(), self.base[tensor].contiguous()
+            superpose_(wide, finetuned, base, rate, key, tensor_id(tensor), transform, subtract=subtract)
+            deltas[place] = _narrow(wide)
+        if subtract:
+            places = {
+                self.place(other, tensor) for other in self._neighbours(name) for tensor in self.members[other].gains
+            }
+            for place in deltas.keys() - places:
+                if deltas.pop(place).any():
+                    raise CheckpointError(
+                        f"{place} does not come back to zero without {name!r}: its integers were altered"
+                    )
+        return deltas
+
+    def _neighbours(self, name: str) -> list[str]:
+        group = self.members[name].group
+        return [other for other, member in self.members.items() if member.group == group and other != name]
+
+    def _averages_with(self, tensors: Tensors, *, subtract: bool) -> Tensors:
+        """The sums behind the averages, with one model added or taken away."""
+        if self.config.others != "average":
+            return {}
+        sums = {}
+        for tensor in self.base.keys() - set(self.superposed):
+            value = tensors[tensor].double()
+            if not tensors[tensor].is_floating_point():
+                continue
+            if value.numel() and value.abs().max() >= 2**20:
+                raise CheckpointError(f"{tensor} must be below 2**20 to be averaged, got {value.abs().max():.3g}")
+            steps = torch.round(value / AVERAGE_STEP).to(torch.int64)
+            held = self.averages.get(tensor, torch.zeros_like(steps))
+            sums[tensor] = held - steps if subtract else held + steps
+        return sums
+
+
+def _gain_and_peak(tensor: str, finetuned: Tensor, base: Tensor) -> tuple[float, float]:
+    """Root mean square of a delta, in fp64, kept as fp32; and its largest magnitude."""
+    delta = finetuned.double() - base.double()
+    # Sums of single rows, added without rounding: the same gain whatever the number of threads.
+    mean_square = math.fsum((delta * delta).sum(1).tolist()) / delta.numel()
+    gain, peak = _float32(math.sqrt(mean_square)), float(delta.abs().max())
+    if peak > 0 and not math.isfinite(_float32(1 / (gain * STEP)) if gain else math.inf):
+        raise CheckpointError(f"{tensor} has a delta too small for fp32: at most {peak:.3g}")
+    return gain, peak
+
+
+def _narrow(wide: Tensor) -> Tensor:
+    """int16 where the values fit, int32 where they do not: a function of the values alone."""
+    limits = torch.iinfo(torch.int16)
+    low, high = torch.aminmax(wide)
+    return wide.to(torch.int16) if limits.min <= low and high <= limits.max else wide
+
+
+def _float32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
