@@ -23,7 +23,7 @@ def linear_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
     are not yet measured on a GPU.
     """
     if dtype.itemsize > 2:  # fp32 multiplies without matrix instructions and keeps its operands in registers
-        return Tile(16 if m <= 16 else 32, 32, 32, warps=4, stages=2)
+        return Tile(16, 32, 32, warps=4, stages=2) if m <= 16 else Tile(32, 64, 32, warps=8, stages=2)
     if m <= 16:
         return Tile(16, 64, 64, warps=4, stages=4)
     if m <= 32:

@@ -43,6 +43,7 @@ WIDE_LOAD = {
     "gfx942": r"(global|buffer)_load_(dwordx4|b128)",
 }
 N, K = 4096, 4096
+FUSED = {"enable_fp_fusion": True}
 DIVISIBLE = [["tt.divisibility", 16]]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 MODELS = {"ids_ptr": "*i32", "keys_ptr": "*i64", "scale_ptr": "*fp32", "slots_ptr": "*i32"}
@@ -80,7 +81,7 @@ def linear_case(short: str, m: int, *, permuted: bool = False, transposed: bool 
     types = dict.fromkeys(pointers, f"*{short}") | MODELS
     plain = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", *MODELS)
     name = f"linear {short} m={m}{' permuted' if permuted else ''}{' transposed' if transposed else ''}"
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return name, source(superposed_linear_kernel, types, constants, plain), options
 
 
@@ -94,7 +95,7 @@ def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any
     built = source(superpose_kernel, types, constants | granule | {"SUBTRACT": False}, plain)
     yield f"superpose {short}{mode}", built, {"enable_fp_fusion": False}
     types = {"out_ptr": f"*{short}", "base_ptr": f"*{short}", "delta_ptr": "*i16", "scale": "fp32"}
-    yield f"retrieve {short}{mode}", source(retrieve_kernel, types, constants | granule, plain), {}
+    yield f"retrieve {short}{mode}", source(retrieve_kernel, types, constants | granule, plain), FUSED
 
 
 def route_case(short: str, *, back: bool) -> tuple[str, Any, Any]:
@@ -103,7 +104,8 @@ def route_case(short: str, *, back: bool) -> tuple[str, Any, Any]:
     constants |= {"BACK": back, "BLOCK_K": TILE_COLUMNS, "granule": 1, "stride_xk": 1}
     types = {"x_ptr": f"*{short}", "turned_ptr": f"*{short}", **MODELS}
     plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", *MODELS)
-    return f"route {short}{' back' if back else ''}", source(route_kernel, types, constants, plain), {"num_warps": 1}
+    name = f"route {short}{' back' if back else ''}"
+    return name, source(route_kernel, types, constants, plain), {"num_warps": 1} | FUSED
 
 
 def cases() -> Iterator[tuple[str, Any, Any]]:

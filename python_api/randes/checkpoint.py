@@ -108,7 +108,8 @@ def digest(tensor: Tensor) -> str:
     """32 hexadecimal digits of BLAKE2b over a tensor's dtype, shape and bytes."""
     state = blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
     flat = tensor.detach().cpu().contiguous().flatten()
-    state.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    if flat.numel():
+        state.update(flat.view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -4,8 +4,6 @@
 routed here, by the class of the layer. Any other layer can serve one model at a time, and says so.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,14 +44,19 @@ class _Routed(nn.Module):
     """Mixed into a layer's class: what its tables hold counts instead of its own parameters."""
 
     router: Router
-    tables: nn.ModuleDict
+    tables: nn.ModuleDict  # of KeptTable
+
+    def _table(self, name: str) -> KeptTable:
+        table = self.tables[name]
+        assert isinstance(table, KeptTable)
+        return table
 
     def _own(self, name: str, ids: Tensor) -> Tensor | None:
         """The parameter ``name`` for each id, (B, *shape); None where the layer has none."""
-        base = getattr(self, name)
+        base: Tensor | None = getattr(self, name)
         if base is None:
             return None
-        return self.tables[name].select(ids, base) if name in self.tables else base.expand(len(ids), *base.shape)
+        return self._table(name).select(ids, base) if name in self.tables else base.expand(len(ids), *base.shape)
 
     def _ids(self, input: Tensor) -> Tensor | None:
         """The ids of the batch; None where it is the base's alone."""
@@ -79,41 +82,46 @@ class RoutedLinear(_Routed, nn.Linear):
         return y.view(*input.shape[:-1], -1)
 
 
-class _RoutedNorm(_Routed):
-    """A norm is its plain self without parameters, in fp32, and then each row's own."""
-
-    eps: float | None
-    normalized_shape: tuple[int, ...]
-    normalize: Callable[..., Tensor]
+class RoutedLayerNorm(_Routed, nn.LayerNorm):
+    """A layer norm with each model's own weight and bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape that ends in ``normalized_shape``; the same out."""
         ids = self._ids(input)
         if ids is None:
-            return super().forward(input)  # type: ignore[no-any-return,misc]
-        own = [value for name in ("weight", "bias") if (value := self._own_or_none(name, ids)) is not None]
-        shape = tuple(self.normalized_shape)
+            return super().forward(input)
+        weight, bias = self._own("weight", ids), self._own("bias", ids)
         if len(ids) == 1:
-            return type(self).normalize(input, shape, *[value[0] for value in own], eps=self.eps)
-        y = type(self).normalize(input.float(), shape, eps=self.eps).view(len(ids), -1, *shape)
-        for value, combine in zip(own, (torch.mul, torch.add), strict=False):
-            y = combine(y, value.float()[:, None])
-        return y.view(input.shape).to(input.dtype)
-
-    def _own_or_none(self, name: str, ids: Tensor) -> Tensor | None:
-        return self._own(name, ids) if hasattr(self, name) else None
+            weight, bias = (None if value is None else value[0] for value in (weight, bias))
+            return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+        plain = F.layer_norm(input.float(), self.normalized_shape, eps=self.eps)
+        return _scaled_by_row(plain, weight, bias).to(input.dtype)
 
 
-class RoutedLayerNorm(_RoutedNorm, nn.LayerNorm):
-    """A layer norm with each model's own weight and bias."""
-
-    normalize = staticmethod(F.layer_norm)
-
-
-class RoutedRMSNorm(_RoutedNorm, nn.RMSNorm):
+class RoutedRMSNorm(_Routed, nn.RMSNorm):
     """An RMS norm with each model's own weight."""
 
-    normalize = staticmethod(F.rms_norm)
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape that ends in ``normalized_shape``; the same out."""
+        ids = self._ids(input)
+        if ids is None:
+            return super().forward(input)
+        weight = self._own("weight", ids)
+        assert weight is not None
+        if len(ids) == 1:
+            return F.rms_norm(input, self.normalized_shape, weight[0], self.eps)
+        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        plain = F.rms_norm(input.float(), self.normalized_shape, eps=eps)
+        return _scaled_by_row(plain, weight, None).to(input.dtype)
+
+
+def _scaled_by_row(plain: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Each row of a normalised batch times and plus its own model's: ``plain`` fp32, the others (B, *shape)."""
+    for value, combine in ((weight, torch.mul), (bias, torch.add)):
+        if value is not None:
+            runs = plain.view(len(value), -1, *value.shape[1:])
+            plain = combine(runs, value.float()[:, None]).view(plain.shape)
+    return plain
 
 
 class RoutedEmbedding(_Routed, nn.Embedding):
@@ -125,7 +133,7 @@ class RoutedEmbedding(_Routed, nn.Embedding):
         base = F.embedding(input, self.weight)
         if ids is None:
             return base
-        table: KeptTable = self.tables["weight"]  # type: ignore[assignment]
+        table = self._table("weight")
         row = table.row_of(ids).view(-1, *[1] * (input.dim() - 1)).expand(len(ids), *input.shape[1:])
         row = row.repeat_interleave(input.shape[0] // len(ids), 0) if len(ids) > 1 else row.expand(input.shape)
         flat = table.values.flatten(0, 1)
@@ -150,19 +158,23 @@ class _OneModelAtATime(_Routed):
         assert base is not None
         if batch.mixed:
             raise ValueError(
-                f"{name} of a {type(self).__name__} is kept per model, and this layer cannot take rows of several models:"
-                ' run one model at a time, or superpose with others="base"'
+                f"{name} of a {type(self).__name__} is kept per model, and this layer cannot take rows of several"
+                ' models: run one model at a time, or superpose with others="base"'
             )
-        return self.tables[name].select(batch.on(base.device), base)[0]
+        return self._table(name).select(batch.on(base.device), base)[0]
+
+
+def _kept_property(name: str) -> property:
+    return property(lambda self: self._kept(name))
 
 
 def route_layer(layer: nn.Module, tables: dict[str, KeptTable], router: Router) -> None:
     """Make ``layer``, in place, use each row's own model's tensors."""
     plain = type(layer)
-    routed = ROUTED.get(plain)
+    routed: type[nn.Module] | None = ROUTED.get(plain)
     if routed is None:
-        properties = {name: property(lambda self, name=name: self._kept(name)) for name in tables}
-        routed = type(plain.__name__, (_OneModelAtATime, plain), properties)
+        routed = type(plain.__name__, (_OneModelAtATime, plain), {name: _kept_property(name) for name in tables})
     layer.__class__ = routed
+    assert isinstance(layer, _Routed)
     layer.router = router
     layer.tables = nn.ModuleDict(tables)

@@ -86,7 +86,7 @@ class SuperposedLinear(nn.Linear):
     def take_over(
         cls, linear: nn.Linear, superposition: Superposition, name: str, router: Router, pool: DeltaPool
     ) -> "SuperposedLinear":
-        """Turn ``linear`` itself into a superposed layer: its hooks and every reference to it stay. See ``from_linear``."""
+        """Turn ``linear`` itself into a superposed layer: its hooks and all references to it stay."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
         linear._superpose(superposition, name, router, pool)

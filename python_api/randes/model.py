@@ -87,8 +87,8 @@ def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[
         # These read the weights of the layers inside them without calling those.
         if isinstance(layer, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             raise ValueError(
-                f"{name or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights instead,"
-                " and would silently answer as the base"
+                f"{name or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
+                " instead, and would silently answer as the base"
             )
     layers = {}
     for tensor in superposition.superposed:

@@ -67,7 +67,8 @@ class Router:
         batch = self._scoped.batch or self.chosen
         if batch is None:
             raise RuntimeError(
-                "no model is chosen: call set_adapter(name), pass adapter_names=[...], or use disable_adapter() for the base"
+                "no model is chosen: call set_adapter(name), pass adapter_names=[...],"
+                " or use disable_adapter() for the base"
             )
         return batch
 

@@ -133,5 +133,6 @@ def superposed_linear(
         HAS_BASE=weight is not None, HAS_BIAS=bias is not None, HAS_BIASES=biases is not None,
         PRECISION="ieee",
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -50,6 +50,6 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     retrieve_kernel[(triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS))](
         out, base, delta, scale, *signed_words(key), *signed_words(tensor),
         n, k, *arguments.numbers, out.stride(0), base.stride(0), delta.stride(0),
-        **arguments.constants, BLOCK_N=TILE_ROWS, BLOCK_K=TILE_COLUMNS,
+        **arguments.constants, BLOCK_N=TILE_ROWS, BLOCK_K=TILE_COLUMNS, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -65,6 +65,6 @@ def route(
     route_kernel[(m, triton.cdiv(k, TILE_COLUMNS))](
         x, turned, ids, keys, slots, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
         k, *arguments.numbers, *x.stride(), turned.stride(0),
-        BACK=back, **arguments.constants, BLOCK_K=TILE_COLUMNS, num_warps=1,
+        BACK=back, **arguments.constants, BLOCK_K=TILE_COLUMNS, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return x if back else turned

@@ -1,0 +1,232 @@
+"""The command line: ``randes --help``."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from randes import checkpoint
+from randes.config import Config
+from randes.errors import RandesError
+from randes.store import MANIFEST
+from randes.summary import summary
+from randes.summary import verify as verify_model
+from randes.superposition import Superposition
+
+app = typer.Typer(
+    help="Many full fine-tunes of one base model in one store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Store = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
+NamedModel = Annotated[str, typer.Argument(metavar="NAME=PATH", help="A model and its checkpoint (safetensors).")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user can mend is one line on standard error and exit code 2, not a traceback."""
+    try:
+        yield
+    except (RandesError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """A bar for each stage of long work, on standard error."""
+    columns = TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def begin(stage: str, steps: int) -> Callable[[], None]:
+            task = bars.add_task(stage, total=steps)
+            return lambda: bars.advance(task)
+
+        yield begin
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"a model must be given as NAME=PATH, got {text!r}")
+    return name, Path(path)
+
+
+@app.command()
+def compress(
+    base: Annotated[Path, typer.Option(help="The base model's checkpoint (safetensors).")],
+    model: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A fine-tune; may be given many times.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
+    signs: Annotated[str, typer.Option(help="both, columns or none.")] = "both",
+    permute: Annotated[int, typer.Option(help="Granule of the column permutation; 0 for none.")] = 0,
+    shuffle_layers: Annotated[int, typer.Option(help="-1 to shuffle same-named layers.")] = 0,
+    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of all signs and permutations.")] = 0,
+    others: Annotated[str, typer.Option(help="What is not a matrix: keep, base or average.")] = "keep",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors not to superpose; replaces the default.")
+    ] = None,
+) -> None:
+    """Superpose fine-tunes of one base into a new store."""
+    with _errors(), _progress() as begin:
+        if (out / MANIFEST).exists():
+            raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
+        options: dict[str, Any] = {} if exclude is None else {"exclude": tuple(exclude)}
+        config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
+        models = [_name_and_path(text) for text in model]
+        superposition = Superposition.create(base, config)
+        step = begin("superposing", len(models))
+        for name, path in models:
+            superposition.add(name, path)
+            step()
+        superposition.save(out)
+    _print_sizes(superposition)
+
+
+@app.command()
+def add(
+    store: Store,
+    model: NamedModel,
+    group: Annotated[int | None, typer.Option(help="The group it joins; by default the first with room.")] = None,
+    alpha: Annotated[float, typer.Option(help="What its deltas are scaled by.")] = 1.0,
+) -> None:
+    """Add a fine-tune to a store."""
+    _change(store, model, "adding", lambda held, name, path: held.add(name, path, group=group, alpha=alpha))
+
+
+@app.command()
+def remove(store: Store, model: NamedModel) -> None:
+    """Take a fine-tune out of a store, exactly; its checkpoint is needed for that."""
+    _change(store, model, "removing", lambda held, name, path: held.remove(name, path))
+
+
+def _change(store: Path, model: str, verb: str, change: Callable[[Superposition, str, Path], None]) -> None:
+    with _errors(), _progress() as begin:
+        name, path = _name_and_path(model)
+        step = begin(verb, 3)
+        superposition = Superposition.load(store)
+        step()
+        change(superposition, name, path)
+        step()
+        superposition.save(store)
+        step()
+    _print_sizes(superposition)
+
+
+@app.command()
+def retrieve(
+    store: Store,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The safetensors file to write.")],
+) -> None:
+    """Write one model as a plain checkpoint again."""
+    with _errors(), _progress() as begin:
+        step = begin("retrieving", 2)
+        tensors = Superposition.load(store).retrieve(name)
+        step()
+        checkpoint.write_file(out, tensors)
+        step()
+    console.print(f"{out}: {len(tensors)} tensors of {name}")
+
+
+@app.command()
+def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False) -> None:
+    """Show models, transform, sizes and coverage of a store, after checking every byte of it."""
+    with _errors():
+        superposition = Superposition.load(store)
+    found = summary(superposition)
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    table = Table("model", "group", "α", "superposed tensors", "kept tensors", "kept bytes", title=str(store))
+    for name, model in found["models"].items():
+        table.add_row(name, *map(str, model.values()))
+    console.print(table)
+    config = superposition.config
+    console.print(
+        f"signs {config.signs}, permute {config.permute}, shuffle_layers {config.shuffle_layers},"
+        f" groups of {config.group_size}, seed {config.seed}, others {config.others}"
+    )
+    for coverage, tensors in found["coverage"].items():
+        console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
+        for tensor, described in tensors.items():
+            console.print(f"  {tensor}  {described}", highlight=False)
+    _print_sizes(superposition)
+
+
+@app.command()
+def verify(
+    store: Store, model: NamedModel, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
+) -> None:
+    """Compare a model, as retrieved, with the checkpoint that was added: weight error, not accuracy."""
+    with _errors():
+        name, path = _name_and_path(model)
+        found = verify_model(Superposition.load(store), name, path)
+    if as_json:
+        print(json.dumps(vars(found), indent=1))
+        return
+    console.print(f"{name}, one of {found.models_in_group} models in its group")
+    console.print(
+        f"weight error       {found.relative_error:.4f}  ‖Ŵ − W‖ / ‖W − W0‖, over {len(found.tensors)} tensors"
+    )
+    console.print(f"predicted          {found.predicted_error:.4f}  √(J−1)")
+    console.print(f"kept tensors       {'exact' if found.kept_exact else 'NOT EXACT'}")
+    console.print("This is interference in the weights, not the accuracy: evaluate the model for that.")
+
+
+@app.command()
+def demo(
+    models: Annotated[int, typer.Option(help="Fine-tunes, 2 to 16.")] = 8,
+    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of data split, training, signs and permutations.")] = 0,
+    matrices_only: Annotated[bool, typer.Option(help="Fine-tune only what is superposed; share the rest.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints, store and picture go.")] = Path(
+        "randes-demo"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")] = None,
+) -> None:
+    """Fine-tune a small transformer on tasks made of digits, superpose all of it, and compare with merging."""
+    try:
+        from randes.demo import report, run
+    except ModuleNotFoundError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error.name} is missing: python -m pip install 'randes[demo]'")
+        raise typer.Exit(2) from error
+    with _errors(), _progress() as begin:
+        finetunes = run.finetune(models, seed=seed, matrices_only=matrices_only, progress=begin)
+        outcome = run.evaluate(finetunes, group_size=group_size, progress=begin)
+        run.save_checkpoints(out, finetunes, outcome)
+        report.draw(outcome, out / "demo.png")
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.as_json(outcome), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    report.print_table(outcome, console)
+    console.print(f"Checkpoints, store and picture (demo.png) are in {out}.")
+
+
+def _print_sizes(superposition: Superposition) -> None:
+    sizes = superposition.sizes
+    count = len(superposition.members)
+    console.print(
+        f"{count} models in {_mebibytes(sizes.total)}: base {_mebibytes(sizes.base)}, superposed"
+        f" {_mebibytes(sizes.superposed)}, kept per model {_mebibytes(sizes.kept)}; as separate models"
+        f" {_mebibytes(sizes.separate_models)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(app())
