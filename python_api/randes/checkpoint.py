@@ -52,23 +52,27 @@ def _read_path(path: Path) -> Tensors:
         raise CheckpointError(f"{path} does not exist")
     tensors: Tensors = {}
     for file in files:
-        tensors |= read_file(file)
+        held = read_file(file)
+        if twice := sorted(tensors.keys() & held.keys()):
+            raise CheckpointError(f"{path} must hold each tensor once, got {twice[0]} in {file.name} and before")
+        tensors |= held
     return tensors
 
 
 def read_file(path: Path) -> Tensors:
     """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else."""
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start[:1] == b"\x80" or start == b"PK":
-        raise CheckpointError(
-            f"{path} is a pickle, which can run code when it is opened; save it as safetensors"
-            " (safetensors.torch.save_file(model.state_dict(), path))"
-        )
     try:
         with safe_open(path, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
+        # Only now: a safetensors file may begin with a pickle's first bytes, a pickle is never a safetensors file.
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] == b"\x80" or start == b"PK":
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when it is opened; save it as safetensors"
+                " (safetensors.torch.save_file(model.state_dict(), path))"
+            ) from error
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
 
 

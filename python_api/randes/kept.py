@@ -1,7 +1,7 @@
 """Layers around the superposed ones whose tensors differ between models: each row gets its own model's.
 
 ``SuperposedLinear`` routes its bias itself. Norms, embeddings and linear layers that are not superposed are
-routed here, by the class of the layer. Any other layer can serve one model at a time, and says so.
+routed here, by the class of the layer. Any other layer serves one model at a time, and says so.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.routing import Router
-from randes.superposition import Superposition
+from randes.superposition import BASE_NAME, Superposition
 
 
 class KeptTable(nn.Module):
@@ -41,28 +41,46 @@ class KeptTable(nn.Module):
 
 
 class _Routed(nn.Module):
-    """Mixed into a layer's class: what its tables hold counts instead of its own parameters."""
+    """Mixed into a layer's class: what its tables hold counts instead of its own tensors.
 
-    router: Router
-    tables: nn.ModuleDict  # of KeptTable
+    Read from outside, and by layers that are not routed row by row, a kept tensor is that of the batch's one model.
+    """
+
+    _router: Router
+    _tables: nn.ModuleDict  # of KeptTable
 
     def _table(self, name: str) -> KeptTable:
-        table = self.tables[name]
+        table = self._tables[_key(name)]
         assert isinstance(table, KeptTable)
         return table
 
     def _own(self, name: str, ids: Tensor) -> Tensor | None:
         """The parameter ``name`` for each id, (B, *shape); None where the layer has none."""
-        base: Tensor | None = getattr(self, name)
+        base = self._parameters[name]
         if base is None:
             return None
-        return self._table(name).select(ids, base) if name in self.tables else base.expand(len(ids), *base.shape)
+        return self._table(name).select(ids, base) if _key(name) in self._tables else base.expand(len(ids), *base.shape)
 
-    def _ids(self, input: Tensor) -> Tensor | None:
-        """The ids of the batch; None where it is the base's alone."""
-        batch = self.router.batch()
-        batch.check(input)
-        return None if batch.base_only else batch.on(input.device)
+    def _spread(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The input with a row for each row of the batch, and the batch's ids: None where it is the base's alone."""
+        batch = self._router.batch()
+        return batch.spread(input), None if batch.base_only else batch.on(input.device)
+
+    def _kept(self, name: str) -> Tensor:
+        batch = self._router.batch()
+        base = self._parameters.get(name, self._buffers.get(name))
+        assert base is not None
+        if batch.mixed:
+            raise ValueError(
+                f"{name} of a {type(self).__name__} is kept per model, and cannot be read for rows of several models"
+                ' at once: run one model at a time, or superpose with others="base"'
+            )
+        return self._table(name).select(batch.on(base.device), base)[0]
+
+    def extra_repr(self) -> str:
+        """The base's: a layer is printed where no model is chosen."""
+        with self._router.during(self._router.of([BASE_NAME])):
+            return super().extra_repr()
 
 
 class RoutedLinear(_Routed, nn.Linear):
@@ -70,7 +88,7 @@ class RoutedLinear(_Routed, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) → (..., N)"""
-        ids = self._ids(input)
+        input, ids = self._spread(input)
         if ids is None:
             return super().forward(input)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
@@ -79,7 +97,7 @@ class RoutedLinear(_Routed, nn.Linear):
             return F.linear(input, weight[0], None if bias is None else bias[0])
         rows = input.reshape(len(ids), -1, input.shape[-1])
         y = rows @ weight.mT if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
-        return y.view(*input.shape[:-1], -1)
+        return y.view(*input.shape[:-1], self.out_features)
 
 
 class RoutedLayerNorm(_Routed, nn.LayerNorm):
@@ -87,7 +105,7 @@ class RoutedLayerNorm(_Routed, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape that ends in ``normalized_shape``; the same out."""
-        ids = self._ids(input)
+        input, ids = self._spread(input)
         if ids is None:
             return super().forward(input)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
@@ -103,15 +121,14 @@ class RoutedRMSNorm(_Routed, nn.RMSNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape that ends in ``normalized_shape``; the same out."""
-        ids = self._ids(input)
+        input, ids = self._spread(input)
         if ids is None:
             return super().forward(input)
         weight = self._own("weight", ids)
         assert weight is not None
         if len(ids) == 1:
             return F.rms_norm(input, self.normalized_shape, weight[0], self.eps)
-        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
-        plain = F.rms_norm(input.float(), self.normalized_shape, eps=eps)
+        plain = F.rms_norm(input.float(), self.normalized_shape, eps=self.eps)
         return _scaled_by_row(plain, weight, None).to(input.dtype)
 
 
@@ -129,13 +146,13 @@ class RoutedEmbedding(_Routed, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., D)"""
-        ids = self._ids(input)
-        base = F.embedding(input, self.weight)
+        input, ids = self._spread(input)
+        base = F.embedding(input, self._parameters["weight"])
         if ids is None:
             return base
         table = self._table("weight")
-        row = table.row_of(ids).view(-1, *[1] * (input.dim() - 1)).expand(len(ids), *input.shape[1:])
-        row = row.repeat_interleave(input.shape[0] // len(ids), 0) if len(ids) > 1 else row.expand(input.shape)
+        row = table.row_of(ids).repeat_interleave(input.shape[0] // len(ids) if input.shape[0] else 0)
+        row = row.view(-1, *[1] * (input.dim() - 1))
         flat = table.values.flatten(0, 1)
         own = F.embedding(input + row.clamp(min=0) * self.num_embeddings, flat)
         return torch.where((row >= 0)[..., None], own, base)
@@ -149,19 +166,8 @@ ROUTED: dict[type[nn.Module], type[_Routed]] = {
 }
 
 
-class _OneModelAtATime(_Routed):
-    """Any other layer: its kept tensors read as those of the batch's one model."""
-
-    def _kept(self, name: str) -> Tensor:
-        batch = self.router.batch()
-        base = self._parameters.get(name, self._buffers.get(name))
-        assert base is not None
-        if batch.mixed:
-            raise ValueError(
-                f"{name} of a {type(self).__name__} is kept per model, and this layer cannot take rows of several"
-                ' models: run one model at a time, or superpose with others="base"'
-            )
-        return self._table(name).select(batch.on(base.device), base)[0]
+def _key(name: str) -> str:
+    return f"own_{name}"  # a tensor may be called what a module's method is
 
 
 def _kept_property(name: str) -> property:
@@ -171,10 +177,8 @@ def _kept_property(name: str) -> property:
 def route_layer(layer: nn.Module, tables: dict[str, KeptTable], router: Router) -> None:
     """Make ``layer``, in place, use each row's own model's tensors."""
     plain = type(layer)
-    routed: type[nn.Module] | None = ROUTED.get(plain)
-    if routed is None:
-        routed = type(plain.__name__, (_OneModelAtATime, plain), {name: _kept_property(name) for name in tables})
-    layer.__class__ = routed
+    bases = (ROUTED[plain],) if plain in ROUTED else (_Routed, plain)
+    layer.__class__ = type(f"Routed{plain.__name__}", bases, {name: _kept_property(name) for name in tables})
     assert isinstance(layer, _Routed)
-    layer.router = router
-    layer.tables = nn.ModuleDict(tables)
+    layer._router = router
+    layer._tables = nn.ModuleDict({_key(name): table for name, table in tables.items()})

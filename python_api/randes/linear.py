@@ -120,7 +120,7 @@ class SuperposedLinear(nn.Linear):
             self.scale = scale.to(self.scale.device)
         return self
 
-    def forward(self, input: Tensor, adapter_names: Sequence[str] | None = None) -> Tensor:
+    def forward(self, input: Tensor, adapter_names: Sequence[str] | Batch | None = None) -> Tensor:
         """``input``: (..., K). ``adapter_names``: one name a row of its first dimension, or one for all rows.
 
         Without names the router's batch counts. Raises ``UnknownModelError``, ``ValueError`` for a number of
@@ -129,8 +129,7 @@ class SuperposedLinear(nn.Linear):
         batch = self.router.batch() if adapter_names is None else self._named(input, adapter_names)
         if batch.base_only:
             return F.linear(input, self.weight, self.bias)
-        batch.check(input)
-        x, weight, bias, delta, biases = self._in_one_dtype(input)
+        x, weight, bias, delta, biases = self._in_one_dtype(batch.spread(input))
         return superposed_linear(
             x, weight, bias, delta, batch.on(x.device), self.keys, self.scale, self.slots, self.tensor, self.transform,
             biases=biases,
@@ -140,10 +139,11 @@ class SuperposedLinear(nn.Linear):
         """The shape, and how many models share how many slots."""
         return f"{super().extra_repr()}, models={len(self.keys)}, slots={len(self.pool.slots)}"
 
-    def _named(self, input: Tensor, adapter_names: Sequence[str]) -> Batch:
-        if len(adapter_names) not in (1, input.shape[0]):
-            raise ValueError(f"adapter_names must have one name a row, {input.shape[0]}, got {len(adapter_names)}")
-        return self.router.of(adapter_names)
+    def _named(self, input: Tensor, adapter_names: Sequence[str] | Batch) -> Batch:
+        batch = self.router.of(adapter_names)
+        if batch.rows not in (1, input.shape[0]):
+            raise ValueError(f"adapter_names must have one name a row, {input.shape[0]}, got {batch.rows}")
+        return batch
 
     def _in_one_dtype(self, input: Tensor) -> tuple[Any, ...]:
         """x, weight, bias, delta and biases as they meet in the matmul: as they are, or cast by autocast."""

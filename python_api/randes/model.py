@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from randes.errors import BaseMismatchError
 from randes.kept import KeptTable, route_layer
 from randes.linear import DeltaPool, SuperposedLinear
-from randes.routing import Router
+from randes.routing import Batch, Router
 from randes.superposition import BASE_NAME, Superposition
 
 
@@ -43,14 +43,19 @@ class SuperposedModel(nn.Module):
         """Answer every row as this model (or ``"__base__"``) where a call does not say otherwise. All threads."""
         self.router.chosen = self.router.of([name])
 
+    def batch(self, names: Sequence[str]) -> Batch:
+        """The models of a batch, once for many calls, and as tensors: ``torch.compile`` does not guard on names."""
+        return self.router.of(names)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Answer as the base inside the ``with``, in this thread."""
         with self.router.during(self.router.of([BASE_NAME])):
             yield
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's forward. ``adapter_names``: one name a row of the batch, ``"__base__"`` for the base.
+    def forward(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        """The base model's forward. ``adapter_names``: one name a row of the batch, ``"__base__"`` for the base, or
+        what ``batch`` made of them. The batch is the first dimension of the first tensor.
 
         Raises ``UnknownModelError``, ``ValueError`` for a wrong number of names, and ``RuntimeError`` where no
         model was chosen at all.
@@ -61,13 +66,14 @@ class SuperposedModel(nn.Module):
         rows = next(
             (value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 0
         )
-        if len(adapter_names) != rows:
-            raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {len(adapter_names)}")
+        if batch.rows != rows:
+            raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
         with self.router.during(batch):
             return self.base_model(*args, **kwargs)
 
 
 def _check_base(module: nn.Module, superposition: Superposition) -> None:
+    superposition.check_base()
     own = dict(module.state_dict())
     if own.keys() != superposition.base.keys():
         odd = sorted(own.keys() ^ superposition.base.keys())
@@ -94,6 +100,8 @@ def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[
     for tensor in superposition.superposed:
         name = tensor.rpartition(".")[0]
         layer = modules.get(name)
+        if isinstance(layer, SuperposedLinear):
+            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
         if type(layer) is not nn.Linear or tensor.rpartition(".")[2] != "weight":
             raise ValueError(
                 f"{tensor} is superposed, but belongs to a {type(layer).__name__}, not an nn.Linear;"

@@ -18,10 +18,12 @@ class Batch:
     """The models of a batch: of all its rows, or of each of B rows.
 
     ids: (B,) int32, numbers of models, −1 for the base; B = 1 stands for every row.
+    rows: how many rows were named.
     base_only: no row belongs to a model, so that a layer is the base's own.
     """
 
     ids: Tensor
+    rows: int
     base_only: bool
 
     @property
@@ -33,19 +35,28 @@ class Batch:
         """The ids on a layer's device."""
         return self.ids.to(device, non_blocking=True)
 
-    def check(self, x: Tensor) -> None:
-        """Raise ``ValueError`` unless the first dimension of ``x`` is the batch, or the batch with runs flattened."""
-        if self.mixed and (x.dim() < 2 or x.shape[0] % self.ids.shape[0]):
+    def spread(self, x: Tensor) -> Tensor:
+        """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.
+
+        The first dimension must be the batch, or runs of equal length of its rows, flattened: (B·T, K). Raises
+        ``ValueError`` for any other. A layer whose first dimension is not the batch (sequence first) but happens to
+        be a multiple of it cannot be told apart: such models cannot serve mixed batches.
+        """
+        if not self.mixed:
+            return x
+        if x.dim() < 2 or (x.shape[0] != 1 and x.shape[0] % self.ids.shape[0]):
             raise ValueError(
                 f"adapter_names names {self.ids.shape[0]} rows, but a layer's input is {tuple(x.shape)}:"
                 " its first dimension must be the batch"
             )
+        return x.expand(self.ids.shape[0], *x.shape[1:]) if x.shape[0] == 1 else x
 
 
 class _Scoped(threading.local):
     """What a call of this thread has chosen; threads that use different models at once do not meet."""
 
-    batch: Batch | None = None
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
 
 
 class Router:
@@ -57,10 +68,8 @@ class Router:
         self._scoped = _Scoped()
         self._numbers = {name: number for number, name in enumerate(self.names)} | {BASE_NAME: -1}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Router":
-        copied = memo[id(self)] = Router(self.names)
-        copied.chosen = self.chosen
-        return copied
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Router, (self.names,), {"chosen": self.chosen}  # a copy has calls of its own
 
     def batch(self) -> Batch:
         """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
@@ -72,17 +81,19 @@ class Router:
             )
         return batch
 
-    def of(self, names: Sequence[str]) -> Batch:
+    def of(self, names: "Sequence[str] | Batch") -> Batch:
         """The batch of these names. Raises ``UnknownModelError``, or ``ValueError`` for none or for a bare string."""
+        if isinstance(names, Batch):
+            return names
         if isinstance(names, str) or not names:
             raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
-        if unknown := sorted({str(name) for name in names} - self._numbers.keys()):
+        if unknown := [name for name in names if not isinstance(name, str) or name not in self._numbers]:
             known = ", ".join(self.names) or "no models"
-            raise UnknownModelError(f"no model is called {', '.join(map(repr, unknown))}; there are: {known}")
+            raise UnknownModelError(f"no model is called {unknown[0]!r}; there are: {known}")
         ids = [self._numbers[name] for name in names]
         if len(set(ids)) == 1:
             ids = ids[:1]  # all rows alike are one run
-        return Batch(torch.tensor(ids, dtype=torch.int32), base_only=ids == [-1])
+        return Batch(torch.tensor(ids, dtype=torch.int32), len(names), base_only=ids == [-1])
 
     @contextmanager
     def during(self, batch: Batch) -> Iterator[None]:

@@ -38,6 +38,7 @@ def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
     Raises ``StoreError`` for any other folder.
     """
     folder = Path(path)
+    superposition.check_base()
     _check_destination(superposition, folder)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, str]] = {}
@@ -62,7 +63,7 @@ def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
     }
     manifest["checksum"] = _checksum(manifest)
     beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    beside.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(_text(manifest), encoding="utf-8")
     checkpoint.replace(beside, folder / MANIFEST)
     for file in folder.iterdir():
         if _OURS.fullmatch(file.name) and file.name not in files:
@@ -100,16 +101,19 @@ def load(path: str | os.PathLike[str]) -> Superposition:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest alone, checked against its own checksum. Raises ``StoreError``."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except FileNotFoundError as error:
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from error
+    except OSError as error:
+        raise StoreError(f"{folder} is not a store: {error}") from error
     except ValueError as error:
         raise StoreError(f"{folder / MANIFEST} is torn: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != "randes":
         raise StoreError(f"{folder / MANIFEST} is not a manifest of randes")
     if manifest.get("version") != FORMAT_VERSION:
         raise StoreError(f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('version')}")
-    if manifest.get("checksum") != _checksum(manifest):
+    if manifest.get("checksum") != _checksum(manifest) or text != _text(manifest):
         raise StoreError(f"{folder / MANIFEST} was altered: its checksum does not match its content")
     if (manifest["step"], manifest["average_step"]) != (STEP, AVERAGE_STEP):
         raise StoreError(f"{folder} must have steps {STEP} and {AVERAGE_STEP}, got {manifest['step']}")
@@ -138,6 +142,10 @@ def _record(member: Member) -> dict[str, Any]:
         "gains": dict(sorted(member.gains.items())),
         "digests": dict(sorted(member.digests.items())),
     }
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from randes import checkpoint
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
-from randes.errors import CheckpointError, UnknownModelError
+from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
 from randes.layers import families, shuffled
 from randes_kernels import model_key, retrieve, superpose_, tensor_id
 
@@ -59,7 +59,8 @@ class Sizes:
 class Superposition:
     """One base and the superposed deltas of its fine-tunes, as integers. Make one with ``create`` or ``load``.
 
-    The base's tensors are shared with what it was created from, not copied: do not train them on.
+    The base's tensors are shared with what it was created from, not copied. Training them on in place is noticed
+    at the next use, and refused with ``BaseMismatchError``.
     """
 
     def __init__(self, config: Config, base: Tensors, superposed: Iterable[str]) -> None:
@@ -95,7 +96,7 @@ class Superposition:
                 f" matching {config.include} and not {config.exclude}; got none in {len(tensors)} tensors"
             )
         for name in superposed:
-            if config.permute and tensors[name].shape[1] % config.segments:
+            if tensors[name].shape[1] % config.segments:
                 columns = tensors[name].shape[1]
                 raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
         return cls(config, tensors, superposed)
@@ -129,6 +130,7 @@ class Superposition:
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha}")
         group = self._place(group)
+        self.check_base()
         tensors = checkpoint.read(finetuned)
         checkpoint.check_fits(tensors, self.base)
         digests = {tensor: checkpoint.digest(value) for tensor, value in tensors.items()}
@@ -156,6 +158,7 @@ class Superposition:
         Nothing is changed then.
         """
         member = self.member(name)
+        self.check_base()
         tensors = checkpoint.read(finetuned)
         checkpoint.check_fits(tensors, self.base)
         other = [tensor for tensor, value in tensors.items() if checkpoint.digest(value) != member.digests[tensor]]
@@ -180,8 +183,9 @@ class Superposition:
         Raises ``UnknownModelError``.
         """
         member = self.member(name)
+        self.check_base()
         key, transform = self.key(name), self.config.transform
-        retrieved = {tensor: self.other(name, tensor) for tensor in self.base}
+        retrieved = {tensor: self.other(name, tensor).clone() for tensor in self.base if tensor not in member.gains}
         for tensor, gain in member.gains.items():
             delta = self.deltas[member.group][self.place(name, tensor)]
             scale = member.alpha * gain * STEP
@@ -223,14 +227,14 @@ class Superposition:
         if own is not None:
             return own
         base = self.base[tensor]
-        if tensor in self.averages:
+        if tensor in self.averages and self._differs(tensor):
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.members))).to(base.dtype)
         return base
 
     @property
     def others(self) -> list[str]:
         """The tensors that some model has its own of, or that are averaged."""
-        names = set(self.averages)
+        names = {tensor for tensor in self.averages if self._differs(tensor)}
         for member in self.members.values():
             names |= member.kept.keys()
         return sorted(names)
@@ -251,7 +255,17 @@ class Superposition:
         """Bytes of all tensors: base, superposed deltas, and what is kept per model."""
         return self.sizes.total
 
+    def check_base(self) -> None:
+        """Raise ``BaseMismatchError`` where the base was changed in place since this superposition was made of it."""
+        for name, value in self.base.items():
+            if checkpoint.digest(value) != self.base_digests[name]:
+                raise BaseMismatchError(f"{name} of the base was changed after the superposition was created of it")
+
     # ---------------------------------------------------------------- inside
+
+    def _differs(self, tensor: str) -> bool:
+        """Whether any model's own tensor is not the base's."""
+        return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
 
     def _place(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""

@@ -1,0 +1,113 @@
+"""Small networks and fine-tunes of them, shared by the tests."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import randes
+
+TRANSFORMS = {
+    "both": randes.Config(),
+    "columns": randes.Config(signs="columns"),
+    "none": randes.Config(signs="none"),
+    "permuted": randes.Config(permute=1),
+    "granules": randes.Config(permute=8, segments=2),
+    "shuffled": randes.Config(shuffle_layers=-1),
+    "everything": randes.Config(permute=8, shuffle_layers=-1, group_size=2, seed=7),
+}
+"""One configuration for each way of turning a delta."""
+
+
+class Block(nn.Module):
+    """x + down(relu(up(norm(x)))), with widths that are not powers of two."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Tokens (B, T) to classes (B, 5): every kind of layer that a row of a mixed batch has its own of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 32)
+        self.layers = nn.ModuleList(Block(32, 48) for _ in range(3))
+        self.norm = nn.RMSNorm(32)
+        self.head = nn.Linear(32, 5)
+        self.register_buffer("temperature", torch.ones(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x).mean(1)) / self.temperature
+
+
+class Scaled(nn.Module):
+    """A linear layer times a parameter of its own, which no row can be routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+        self.gamma = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.gamma
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def linear(n: int = 48, k: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(k, n).to(dtype)
+
+
+def finetune(base: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
+    """A copy whose every parameter moved by noise of this size."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_((size * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+    return tuned
+
+
+def superposed(
+    base: nn.Module, count: int, config: randes.Config | None = None, size: float = 0.05
+) -> tuple[randes.Superposition, dict[str, nn.Module]]:
+    """``count`` fine-tunes m0, m1, ... of ``base``, and their superposition over a copy of it."""
+    superposition = randes.Superposition.create(copy.deepcopy(base), config)
+    tuned = {f"m{number}": finetune(base, number, size) for number in range(count)}
+    for name, model in tuned.items():
+        superposition.add(name, model)
+    return superposition, tuned
+
+
+def alone(base: nn.Module, superposition: randes.Superposition, name: str) -> nn.Module:
+    """A plain model with one retrieved state dict, or the base: what a row of a batch must be answered as."""
+    model = copy.deepcopy(base)
+    if name != "__base__":
+        model.load_state_dict(superposition.retrieve(name))
+    return model
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by name, to the byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def stored(superposition: randes.Superposition, folder: Path) -> dict[str, bytes]:
+    """What a superposition is on disk, saved anew at ``folder``."""
+    superposition.save(folder)
+    return content(folder)

@@ -1,0 +1,167 @@
+"""Reading checkpoints: what is read is what was written, nothing is unpickled, and what does not fit is refused."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from models import finetune, linear, net, stored, superposed
+from safetensors.torch import save_file
+
+import randes
+from randes import CheckpointError, checkpoint
+
+
+def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
+    model = net()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    sources = [model, model.state_dict(), tmp_path / "model.safetensors", str(tmp_path / "model.safetensors"), tmp_path]
+    for source in sources:
+        tensors = checkpoint.read(source)
+        assert tensors.keys() == model.state_dict().keys()
+        for name, value in model.state_dict().items():
+            assert torch.equal(tensors[name], value)
+            assert not tensors[name].requires_grad
+
+
+def test_a_folder_is_read_as_all_of_its_shards(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert {name: value.tolist() for name, value in checkpoint.read(tmp_path).items()} == {"a": [0, 0], "b": [1, 1, 1]}
+
+
+def test_shards_that_disagree_about_a_tensor_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"\ba\b"):
+        checkpoint.read(tmp_path)
+
+
+class Trap:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("written", ["zip", "legacy", "pickle", "old pickle"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_pickle_is_refused_with_the_reason_and_never_opened(written: str, suffix: str, tmp_path: Path) -> None:
+    path, trace = tmp_path / f"model{suffix}", tmp_path / "trace"
+    content = {"weight": torch.ones(2), "trap": Trap(trace)}
+    if written in ("zip", "legacy"):
+        torch.save(content, path, _use_new_zipfile_serialization=written == "zip")
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=0 if written == "old pickle" else 4))
+    reason = (
+        "not a whole safetensors file" if written == "old pickle" else "is a pickle, which can run code.*safetensors"
+    )
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoint.read(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 8, 60, -1])
+def test_a_file_that_is_not_whole_is_refused(length: int, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(20)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:length])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        checkpoint.read(tmp_path / "a.safetensors")
+
+
+def test_what_holds_no_tensors_is_refused(tmp_path: Path) -> None:
+    for source, message in (
+        (tmp_path, "holds no"),
+        (tmp_path / "nowhere", "does not exist"),
+        ({}, "got none"),
+        (torch.nn.ReLU(), "got none"),
+        ([torch.ones(1)], "got list"),
+        ({"a": 1}, "a must be a tensor, got int"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read(source)
+
+
+def test_tied_strided_empty_and_scalar_tensors_are_written_and_read(tmp_path: Path) -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "weight": weight, "tied": weight, "transposed": weight.T, "row": weight[1], "spread": weight[:1].expand(5, 4),
+        "empty": torch.empty(0, 3), "scalar": torch.tensor(7), "half": weight.bfloat16(), "also empty": torch.empty(0),
+    }  # fmt: skip
+    checkpoint.write_file(tmp_path / "t.safetensors", tensors)
+    back = checkpoint.read_file(tmp_path / "t.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], value) for name, value in tensors.items())
+    assert os.listdir(tmp_path) == ["t.safetensors"]
+
+
+def test_a_digest_tells_values_shapes_and_dtypes_apart() -> None:
+    values = torch.arange(4, dtype=torch.int32)
+    others = [
+        values.flip(0), values.view(2, 2), values.view(4, 1), values.long(), values.view(torch.float32),
+        values[:3], torch.empty(0), torch.empty(0, 4), torch.tensor(0.0), torch.tensor(-0.0), torch.zeros(1),
+    ]  # fmt: skip
+    digests = [checkpoint.digest(value) for value in (values, *others)]
+    assert len({*digests}) == len(digests)
+    assert checkpoint.digest(values.view(2, 2).T.contiguous()) == checkpoint.digest(values.view(2, 2).T)
+
+
+def test_a_combined_digest_ignores_order_alone() -> None:
+    assert checkpoint.combined_digest({"a": "1", "b": "2"}) == checkpoint.combined_digest({"b": "2", "a": "1"})
+    others = [{"a": "1", "b": "2"}, {"a": "2", "b": "1"}, {"a": "1"}, {"a": "12"}, {"a1": "2"}, {}]
+    assert len({checkpoint.combined_digest(digests) for digests in others}) == len(others)
+
+
+def test_reading_does_not_copy_what_is_there() -> None:
+    model = linear()
+    assert checkpoint.read(model)["weight"].data_ptr() == model.weight.data_ptr()
+
+
+GOOD = finetune(net(), 5).state_dict()
+
+
+def changed(**tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+    return GOOD | {name.replace("__", "."): value for name, value in tensors.items()}
+
+
+BAD_CHECKPOINTS = {
+    "a tensor too few": ({n: v for n, v in GOOD.items() if n != "head.bias"}, "1 tensors .* missing.*head.bias"),
+    "a tensor too many": (changed(head__extra=torch.ones(3)), "not in the base: head.extra"),
+    "another shape": (changed(head__bias=torch.ones(6)), r"head.bias must be \(5,\) .* got \(6,\)"),
+    "another dtype": (changed(head__bias=torch.ones(5, dtype=torch.float64)), "head.bias .* got .* torch.float64"),
+    "nan": (changed(layers__1__up__weight=torch.full((48, 32), math.nan)), "layers.1.up.weight must be finite"),
+    "infinity": (changed(head__bias=torch.full((5,), math.inf)), "head.bias must be finite"),
+    "nothing that matches": ({"other.weight": torch.ones(48, 32)}, "no tensor matches"),
+    "nothing": ({}, "got none"),
+    "no tensors": ({"head.bias": [1.0]}, "head.bias must be a tensor, got list"),
+    "no checkpoint": (3, "got int"),
+}
+
+
+@pytest.mark.parametrize("method", ["add", "remove"])
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(kind: str, method: str, tmp_path: Path) -> None:
+    sup, _ = superposed(net(), 1, randes.Config(others="average"))
+    before = stored(sup, tmp_path / "before")
+    bad, message = BAD_CHECKPOINTS[kind]
+    with pytest.raises(CheckpointError, match=message):
+        getattr(sup, method)("m0" if method == "remove" else "new", bad)
+    assert sup.names == ["m0"]
+    assert stored(sup, tmp_path / "after") == before
+
+
+def test_a_checkpoint_that_was_not_added_under_that_name_is_not_removed(tmp_path: Path) -> None:
+    sup, tuned = superposed(net(), 2)
+    before = stored(sup, tmp_path / "before")
+    almost = tuned["m0"].state_dict() | {"head.bias": tuned["m1"].state_dict()["head.bias"]}
+    for name, other in (("m0", tuned["m1"]), ("m0", almost), ("m0", net()), ("m1", tuned["m0"])):
+        with pytest.raises(CheckpointError, match=f"not the checkpoint that was added as '{name}'"):
+            sup.remove(name, other)
+    assert stored(sup, tmp_path / "after") == before

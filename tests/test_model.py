@@ -1,0 +1,344 @@
+"""A whole model whose rows belong to different fine-tunes: each is answered as its model alone would be."""
+
+import copy
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import TRANSFORMS, Net, Scaled, alone, finetune, linear, net, superposed
+from torch import Tensor, nn
+
+import randes
+
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def tokens(rows: int, length: int = 4) -> Tensor:
+    return torch.randint(0, 11, (rows, length), generator=torch.Generator().manual_seed(rows))
+
+
+def expected(base: nn.Module, superposition: randes.Superposition, x: Tensor, names: list[str]) -> Tensor:
+    """Each row answered by a plain model of its own."""
+    return torch.cat([alone(base, superposition, name)(row[None]) for name, row in zip(names, x, strict=True)])
+
+
+@pytest.fixture
+def served() -> tuple[randes.SuperposedModel, randes.Superposition, Net]:
+    base = net()
+    sup, _ = superposed(base, 3)
+    return randes.SuperposedModel(copy.deepcopy(base), sup), sup, base
+
+
+@pytest.mark.parametrize(
+    ("transform", "others"), [(t, "keep") for t in TRANSFORMS] + [("both", "base"), ("both", "average")]
+)
+def test_every_row_of_a_mixed_batch_is_answered_as_its_model_alone(transform: str, others: str) -> None:
+    base = net()
+    config = randes.Config(**(TRANSFORMS[transform].to_dict() | {"others": others}))
+    sup, _ = superposed(base, 5, config)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    names = ["m3", "__base__", "m0", "m4", "m0", "m1", "m2"]
+    x = tokens(len(names))
+    y = model(x, adapter_names=names)
+    torch.testing.assert_close(y, expected(base, sup, x, names), **CLOSE)
+    spread = torch.stack([(y[0] - alone(base, sup, other)(x[:1])[0]).abs().max() for other in names[1:]])
+    assert spread.min() > 100 * CLOSE["atol"]  # no other model would have passed
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_models_of_several_groups_share_a_batch(size: int) -> None:
+    base = net()
+    sup, tuned = superposed(base, 4, randes.Config(group_size=size))
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    names = ["m3", "m2", "m1", "__base__", "m0"]
+    x = tokens(5)
+    y = model(x, adapter_names=names)
+    torch.testing.assert_close(y, expected(base, sup, x, names), **CLOSE)
+    if size == 1:  # no neighbours, no interference: the fine-tune itself
+        torch.testing.assert_close(y[:1], tuned["m3"](x[:1]), rtol=0, atol=0.01)
+
+
+def test_a_model_that_left_a_layer_alone_is_answered_with_the_base_layer() -> None:
+    base = net()
+    sup, _ = superposed(base, 2)
+    partly = base.state_dict() | {"layers.0.up.weight": finetune(base, 7).state_dict()["layers.0.up.weight"]}
+    sup.add("partly", partly)
+    sup.add("same", base)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    names = ["same", "m0", "partly", "m1"]
+    x = tokens(4)
+    torch.testing.assert_close(model(x, adapter_names=names), expected(base, sup, x, names), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_models_stay_near_the_fp32_answer(dtype: torch.dtype) -> None:
+    base = net(dtype=dtype)
+    sup, _ = superposed(base, 3)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    names = ["m2", "__base__", "m0", "m1"]
+    x = tokens(4)
+    exact = expected(copy.deepcopy(base).float(), sup, x, names)
+    y = model(x, adapter_names=names)
+    assert y.dtype == dtype
+    plain = expected(base, sup, x, names).float()
+    assert (y.float() - exact).norm() < 3 * (plain - exact).norm() + torch.finfo(dtype).eps * exact.norm()
+
+
+def test_an_fp32_superposition_serves_a_half_model() -> None:
+    base = net()
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base).half(), sup)
+    names = ["m1", "m0"]
+    x = tokens(2)
+    y = model(x, adapter_names=names)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), expected(base, sup, x, names), rtol=0.01, atol=0.02)
+
+
+def test_the_base_is_answered_to_the_bit_and_keeps_its_parameters() -> None:
+    base = net()
+    sup, _ = superposed(base, 2)
+    served = copy.deepcopy(base)
+    parameters = {id(parameter) for parameter in served.parameters()}
+    model = randes.SuperposedModel(served, sup)
+    assert {id(parameter) for parameter in model.parameters()} == parameters
+    assert model.base_model is served
+    assert {name.removeprefix("base_model.") for name in model.state_dict()} == base.state_dict().keys()
+    for layer in served.layers:
+        assert isinstance(layer.up, randes.SuperposedLinear)
+    x = tokens(3)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    assert torch.equal(model(x, adapter_names=["__base__"] * 3), base(x))
+    model.set_adapter("__base__")
+    assert torch.equal(model(x), base(x))
+
+
+def test_a_chosen_model_answers_every_row_until_another_is_chosen(served: Any) -> None:
+    model, sup, base = served
+    x = tokens(3)
+    for name in ("m1", "m0"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(x), expected(base, sup, x, [name] * 3), **CLOSE)
+        with model.disable_adapter():
+            assert torch.equal(model(x), base(x))
+            mixed = model(x, adapter_names=["m2", "m2", name])  # a call's own names count
+        torch.testing.assert_close(mixed, expected(base, sup, x, ["m2", "m2", name]), **CLOSE)
+        torch.testing.assert_close(model(x), expected(base, sup, x, [name] * 3), **CLOSE)
+
+
+def test_a_failed_call_leaves_no_choice_behind(served: Any) -> None:
+    model, _, base = served
+    x = tokens(2)
+    with pytest.raises(TypeError):
+        model(x, 3, adapter_names=["m0", "m1"])
+    with pytest.raises(ZeroDivisionError), model.disable_adapter():
+        _ = 1 / 0
+    with pytest.raises(RuntimeError, match="no model is chosen"):
+        model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base(x))
+
+
+def test_without_a_chosen_model_there_is_no_answer(served: Any) -> None:
+    model, _, _ = served
+    with pytest.raises(RuntimeError, match=r"no model is chosen: call set_adapter\(name\)"):
+        model(tokens(2))
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["m0"], ValueError, "one name a row of the batch, 3, got 1"),
+        (["m0"] * 4, ValueError, "one name a row of the batch, 3, got 4"),
+        ([], ValueError, "list with one name a row"),
+        ("m0", ValueError, "list with one name a row"),
+        ("abc", ValueError, "list with one name a row"),
+        (["m0", "m9", "m1"], randes.UnknownModelError, "no model is called 'm9'; there are: m0, m1, m2"),
+        (["m0", None, "m1"], randes.UnknownModelError, "no model is called 'None'"),
+        (["m0", "", "m1"], randes.UnknownModelError, "no model is called ''"),
+    ],
+)
+def test_names_that_do_not_fit_the_batch_are_refused(served: Any, names: Any, error: Any, message: str) -> None:
+    model, sup, base = served
+    model.set_adapter("m1")
+    with pytest.raises(error, match=message):
+        model(tokens(3), adapter_names=names)
+    torch.testing.assert_close(model(tokens(3)), expected(base, sup, tokens(3), ["m1"] * 3), **CLOSE)
+
+
+def test_a_name_that_only_reads_like_a_model_is_unknown() -> None:
+    sup = randes.Superposition.create(linear())
+    sup.add("1", finetune(linear(), 1))
+    model = randes.SuperposedModel(linear(), sup)
+    with pytest.raises(randes.UnknownModelError):
+        model(torch.ones(1, 32), adapter_names=[1])
+
+
+def test_an_unknown_model_is_never_chosen(served: Any) -> None:
+    model, sup, base = served
+    model.set_adapter("m1")
+    for name in ("m9", "", "base"):
+        with pytest.raises(randes.UnknownModelError, match="there are: m0, m1, m2"):
+            model.set_adapter(name)
+    x = tokens(2)
+    torch.testing.assert_close(model(x), expected(base, sup, x, ["m1", "m1"]), **CLOSE)
+
+
+def test_threads_with_different_models_get_their_own_answers(served: Any) -> None:
+    model, sup, base = served
+    x = tokens(2)
+    mixes = [["m0", "m1"], ["m2", "__base__"], ["m1", "m1"]]
+    answers = [expected(base, sup, x, names).detach() for names in mixes]
+    wrong: list[Any] = []
+    barrier = threading.Barrier(len(mixes))
+
+    def ask(names: list[str], answer: Tensor) -> None:
+        barrier.wait()
+        for _ in range(20):
+            if not torch.allclose(model(x, adapter_names=names), answer, **CLOSE):
+                wrong.append(names)
+
+    threads = [threading.Thread(target=ask, args=job) for job in zip(mixes, answers, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_disabling_adapters_in_one_thread_leaves_the_others_alone(served: Any) -> None:
+    model, sup, base = served
+    model.set_adapter("m1")
+    x = tokens(2)
+    answers: list[Tensor] = []
+    with model.disable_adapter():
+        thread = threading.Thread(target=lambda: answers.append(model(x)))
+        thread.start()
+        thread.join()
+        assert torch.equal(model(x), base(x))
+    torch.testing.assert_close(answers[0], expected(base, sup, x, ["m1", "m1"]), **CLOSE)
+
+
+@pytest.fixture
+def recompiled_at_most_twice() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("recompiled_at_most_twice")
+def test_one_compiled_model_answers_any_number_of_mixes(served: Any) -> None:
+    model, sup, base = served
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x, names = tokens(3), [*sup.names, "__base__"]
+    for mix in itertools.islice(itertools.permutations(names, 3), 4):
+        torch.testing.assert_close(compiled(x, adapter_names=mix), expected(base, sup, x, mix), **CLOSE)
+
+
+@pytest.mark.parametrize("transform", ["both", "everything"])
+def test_a_compiled_model_answers_as_the_model(transform: str) -> None:
+    base = net()
+    sup, _ = superposed(base, 3, TRANSFORMS[transform])
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = tokens(3)
+    for mix in (["m0", "m1", "__base__"], ["m2"] * 3):
+        torch.testing.assert_close(compiled(x, adapter_names=mix), expected(base, sup, x, mix), **CLOSE)
+
+
+@pytest.mark.usefixtures("recompiled_at_most_twice")
+def test_choosing_another_model_does_not_compile_anew(served: Any) -> None:
+    model, sup, base = served
+    compilations = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    x = tokens(3)
+    for name in sup.names:
+        model.set_adapter(name)
+        torch.testing.assert_close(compiled(x), expected(base, sup, x, [name] * 3), **CLOSE)
+    assert len(compilations) == 1
+
+
+@pytest.mark.usefixtures("recompiled_at_most_twice")
+def test_a_compiled_base_model_is_compiled_once_for_all_mixes() -> None:
+    base = net()
+    sup, _ = superposed(base, 3, TRANSFORMS["everything"])
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model.base_model.compile(fullgraph=True, backend=count)
+    x = tokens(3)
+    for mix in (["m0", "m1", "__base__"], ["m2", "__base__", "m2"], ["m1", "m0", "m1"]):
+        torch.testing.assert_close(model(x, adapter_names=mix), expected(base, sup, x, mix), **CLOSE)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda model: model.double(), lambda model: model.to("cpu")])
+def test_a_copied_or_converted_model_answers_the_same(served: Any, change: Callable[[nn.Module], nn.Module]) -> None:
+    model, sup, base = served
+    x, names = tokens(3), ["m2", "__base__", "m1"]
+    y = change(model)(x, adapter_names=names)
+    torch.testing.assert_close(y.float(), expected(base, sup, x, names), **CLOSE)
+
+
+def test_a_deep_copy_has_choices_of_its_own(served: Any) -> None:
+    model, sup, base = served
+    copied = copy.deepcopy(model)
+    copied.set_adapter("m0")
+    x = tokens(2)
+    torch.testing.assert_close(copied(x), expected(base, sup, x, ["m0", "m0"]), **CLOSE)
+    with pytest.raises(RuntimeError, match="no model is chosen"):
+        model(x)
+
+
+def unfit(kind: str) -> nn.Module:
+    if kind == "one value differs":
+        changed = net()
+        with torch.no_grad():
+            changed.head.bias[0] += 1e-3
+        return changed
+    return {"other weights": net(1), "other layers": linear(), "other shape": nn.Sequential(*[linear()] * 2)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["one value differs", "other weights", "other layers", "other shape"])
+def test_the_module_must_hold_the_base_and_is_left_alone_otherwise(kind: str) -> None:
+    sup, _ = superposed(net(), 1)
+    module = unfit(kind)
+    classes = [type(layer) for layer in module.modules()]
+    with pytest.raises(randes.BaseMismatchError):
+        randes.SuperposedModel(module, sup)
+    assert [type(layer) for layer in module.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(32, 4), nn.TransformerEncoderLayer(32, 4, 64), nn.Embedding(40, 32), Scaled()]
+)
+def test_layers_that_would_silently_answer_as_the_base_are_refused(layer: nn.Module) -> None:
+    if isinstance(layer, Scaled):
+        layer.weight = nn.Parameter(torch.ones(32, 32))
+    base = nn.Sequential(linear(32, 32), layer)
+    sup, _ = superposed(base, 1)
+    classes = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=type(layer).__name__):
+        randes.SuperposedModel(base, sup)
+    assert [type(module) for module in base.modules()] == classes
+
+
+def test_a_superposed_model_is_not_superposed_again(served: Any) -> None:
+    model, sup, _ = served
+    with pytest.raises(ValueError, match="SuperposedLinear"):
+        randes.SuperposedModel(model.base_model, sup)
