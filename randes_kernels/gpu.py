@@ -21,6 +21,9 @@ def superposed_linear(
         raise ValueError("x must be fp32, fp16 or bf16 on a GPU, got torch.float64")
     if x.shape[0] == 0:
         return x.new_empty((0, weight.shape[1 if transposed else 0]))
+    # The kernels read tables as rows of one piece; these are no copies where they are that already.
+    ids, keys, scale, slots = (table.contiguous() for table in (ids, keys, scale, slots))
+    bias, biases = (table if table is None else table.contiguous() for table in (bias, biases))
     models, permuted = (ids, keys, scale, slots, tensor), transform.granule > 0
     routing = (ids, keys, slots, tensor, transform)
     if not transposed:

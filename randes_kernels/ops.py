@@ -55,6 +55,7 @@ def superposed_linear(
     a GPU, which is not asked to wait for the answer, an unknown id's rows are NaN. (Design, section 1.)
     """
     _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
+    _check_segments(weight.shape[1], transform)
     rows = x.reshape(-1, x.shape[-1])
     y = torch.ops.randes.superposed_linear(
         rows, weight, bias, biases, delta, ids, keys, scale, slots, tensor, list(map(int, transform)), False
@@ -68,15 +69,15 @@ def superpose_(
 ) -> None:  # fmt: skip
     """Add the transformed delta ``finetuned − base`` to ``accumulator``, or take it away: in place, exact.
 
-    accumulator: (N, K) int32, contiguous. finetuned, base: (N, K), fp32, fp16 or bf16, rows contiguous.
+    accumulator: (N, K) int32, rows contiguous. finetuned, base: (N, K), fp32, fp16 or bf16.
     rate: steps per unit of weight, 1 / (gain · step), an fp32 value. key: ``format.model_key``.
     Raises ``ValueError`` for shapes and dtypes that do not fit. (Design, sections 1 and 5.)
     """
-    for name, value in (("accumulator", accumulator), ("finetuned", finetuned)):
-        if value.shape != base.shape or base.dim() != 2:
-            raise ValueError(f"{name} must be (N, K) = {tuple(base.shape)}, got {tuple(value.shape)}")
-    if accumulator.dtype != torch.int32:
-        raise ValueError(f"accumulator must be int32, got {accumulator.dtype}")
+    _check_pair("accumulator", accumulator, base, transform)
+    _check_pair("finetuned", finetuned, base, transform)
+    if accumulator.dtype != torch.int32 or accumulator.stride(1) != 1:
+        raise ValueError(f"accumulator must be int32 with contiguous rows, got {accumulator.dtype}")
+    finetuned, base = finetuned.contiguous(), base.contiguous()
     torch.ops.randes.superpose_(accumulator, finetuned, base, rate, key, tensor, list(map(int, transform)), subtract)
 
 
@@ -86,15 +87,29 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     base: (N, K), fp32, fp16 or bf16. delta: (N, K), integers or floats. scale: what a unit of D is worth.
     Raises ``ValueError`` for shapes that do not fit. (Design, section 1.)
     """
-    if delta.shape != base.shape or base.dim() != 2:
-        raise ValueError(f"delta must be (N, K) = {tuple(base.shape)}, got {tuple(delta.shape)}")
+    _check_pair("delta", delta, base, transform)
+    base, delta = base.contiguous(), delta.contiguous()
     return torch.ops.randes.retrieve(base, delta, scale, key, tensor, list(map(int, transform)))
+
+
+def _check_segments(k: int, transform: Transform) -> None:
+    if k % transform.segments:
+        raise ValueError(f"transform must have segments that divide the {k} columns, got {transform.segments}")
+
+
+def _check_pair(name: str, value: Tensor, base: Tensor, transform: Transform) -> None:
+    if value.shape != base.shape or base.dim() != 2:
+        raise ValueError(f"{name} must be (N, K) = {tuple(base.shape)}, got {tuple(value.shape)}")
+    _check_segments(base.shape[1], transform)
 
 
 def _check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
+    for name, value, dimensions in (("weight", weight, 2), ("delta", delta, 3), ("ids", ids, 1), ("keys", keys, 1)):
+        if value.dim() != dimensions:
+            raise ValueError(f"{name} must have {dimensions} dimensions, got {tuple(value.shape)}")
     n, k = weight.shape
     models = keys.shape[0]
     if x.dim() == 0 or x.shape[-1] != k:

@@ -65,7 +65,7 @@ def superposed_linear_kernel(
                 mask=row_exists[:, None] & inside[None, :], other=0.0,
             )  # fmt: skip
             weight_tile = tl.load(
-                weight_ptr + weight_rows[None, :] * stride_wn + (start + depth)[:, None] * stride_wk,
+                weight_ptr + weight_rows[None, :] * stride_wn + (start + depth).to(tl.int64)[:, None] * stride_wk,
                 mask=column_exists[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
             y = tl.dot(x_tile, weight_tile, y, input_precision=PRECISION)
@@ -85,7 +85,7 @@ def superposed_linear_kernel(
             if FLIP_IN:
                 x_tile = flip(x_tile, tile_signs(start, k0, k1, IN_STREAM, tensor_lo, tensor_hi, BLOCK_K))
             delta_tile = tl.load(
-                slot_ptr + weight_rows[None, :] * stride_dn + (start + depth)[:, None] * stride_dk,
+                slot_ptr + weight_rows[None, :] * stride_dn + (start + depth).to(tl.int64)[:, None] * stride_dk,
                 mask=column_exists[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
             delta_y = tl.dot(x_tile, delta_tile, delta_y, input_precision=PRECISION)

@@ -37,7 +37,8 @@ def route_kernel(
     model = tl.load(ids_ptr + row // rows_per_id)
     known = (model >= 0) & (model < models)
     slot = tl.load(slots_ptr + model, mask=known, other=-1)
-    superposed = columns < tl.where(slot >= 0, K, 0)  # no column of a row that reads no D
+    unknown = (model >= models) | (model < -1)  # its NaN has to arrive
+    superposed = columns < tl.where((slot >= 0) | unknown, K, 0)  # no column of a row that reads no D
     k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
     turned_columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
     x_ptrs = x_ptr + row * stride_xm + columns * stride_xk

@@ -1,7 +1,10 @@
 """The experiment: pre-train, fine-tune, superpose in every way, merge in every way, evaluate on held-out images."""
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from randes.checkpoint import write_file
 from randes.config import Config
 from randes.demo import baselines
-from randes.demo.digits import TASKS, DigitEncoder, Images, accuracy, load, train
+from randes.demo.digits import TASKS, DigitEncoder, Images, Task, accuracy, load, train
 from randes.model import SuperposedModel
 from randes.superposition import Superposition
 
@@ -85,17 +88,33 @@ def finetune(count: int, *, seed: int, matrices_only: bool, progress: Progress) 
         raise ValueError(f"models must be from 2 to {len(TASKS)}, got {count}")
     torch.manual_seed(seed)
     training, held_out = load(seed)
+    tasks = TASKS[:count]
     base = DigitEncoder()
     chosen = set(Superposition.create(base).superposed) if matrices_only else set(base.state_dict())
-    step = progress("pre-training", PRETRAINING_EPOCHS)
-    train(base, training, epochs=PRETRAINING_EPOCHS, rate=PRETRAINING_RATE, seed=seed, step=step)
-    step = progress("fine-tuning", count * FINETUNING_EPOCHS)
-    models: dict[str, nn.Module] = {}
-    for task in TASKS[:count]:
-        model = models[task.name] = copy.deepcopy(base)
-        images = task.of(training)
-        train(model, images, epochs=FINETUNING_EPOCHS, rate=FINETUNING_RATE, seed=seed, step=step, only=chosen)
-    return Finetunes(base, models, {task.name: task.of(held_out) for task in TASKS[:count]}, seed)
+    with _one_thread_a_model():
+        step = progress("pre-training", PRETRAINING_EPOCHS)
+        train(base, training, epochs=PRETRAINING_EPOCHS, rate=PRETRAINING_RATE, seed=seed, step=step)
+        step = progress("fine-tuning", count * FINETUNING_EPOCHS)
+
+        def finetuned(task: Task) -> nn.Module:
+            model, images = copy.deepcopy(base), task.of(training)
+            train(model, images, epochs=FINETUNING_EPOCHS, rate=FINETUNING_RATE, seed=seed, step=step, only=chosen)
+            return model
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            models = dict(zip((task.name for task in tasks), pool.map(finetuned, tasks), strict=True))
+    return Finetunes(base, models, {task.name: task.of(held_out) for task in tasks}, seed)
+
+
+@contextmanager
+def _one_thread_a_model() -> Iterator[None]:
+    """Matrices this small gain nothing from several threads; the models do, side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def superpose(base: nn.Module, finetuned: dict[str, nn.Module], config: Config) -> Superposition:
