@@ -76,7 +76,9 @@ def superpose_(
     _check_pair("accumulator", accumulator, base, transform)
     _check_pair("finetuned", finetuned, base, transform)
     if accumulator.dtype != torch.int32 or accumulator.stride(1) != 1:
-        raise ValueError(f"accumulator must be int32 with contiguous rows, got {accumulator.dtype}")
+        raise ValueError(
+            f"accumulator must be int32 with rows of stride 1, got {accumulator.dtype}, {accumulator.stride(1)}"
+        )
     finetuned, base = finetuned.contiguous(), base.contiguous()
     torch.ops.randes.superpose_(accumulator, finetuned, base, rate, key, tensor, list(map(int, transform)), subtract)
 
@@ -94,7 +96,9 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
 
 def _check_segments(k: int, transform: Transform) -> None:
     if k % transform.segments:
-        raise ValueError(f"transform must have segments that divide the {k} columns, got {transform.segments}")
+        raise ValueError(
+            f"transform must have segments that divide the {k} columns, got segments = {transform.segments}"
+        )
 
 
 def _check_pair(name: str, value: Tensor, base: Tensor, transform: Transform) -> None:
@@ -107,9 +111,9 @@ def _check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
-    for name, value, dimensions in (("weight", weight, 2), ("delta", delta, 3), ("ids", ids, 1), ("keys", keys, 1)):
-        if value.dim() != dimensions:
-            raise ValueError(f"{name} must have {dimensions} dimensions, got {tuple(value.shape)}")
+    for name, given, dimensions in (("weight", weight, 2), ("delta", delta, 3), ("ids", ids, 1), ("keys", keys, 1)):
+        if given.dim() != dimensions:
+            raise ValueError(f"{name} must have {dimensions} dimensions, got shape {tuple(given.shape)}")
     n, k = weight.shape
     models = keys.shape[0]
     if x.dim() == 0 or x.shape[-1] != k:

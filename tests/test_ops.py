@@ -99,10 +99,10 @@ WRONG = {
     "bias": (torch.zeros(7), "bias must be (5,) torch.float32, got (7,) torch.float32"),
     "biases": (torch.zeros(4, 7), "biases must be (4, 5) torch.float32, got (4, 7) torch.float32"),
     "delta": (torch.zeros(2, 7, 5), "delta must be (2, 5, 7) torch.float32, got (2, 7, 5) torch.float32"),
-    "keys": (torch.zeros(4, 1).long(), "keys must be (4,) torch.int64, got (4, 1) torch.int64"),
+    "keys": (torch.zeros(4, 1).long(), "keys must have 1 dimensions, got shape (4, 1)"),
     "scale": (torch.zeros(3), "scale must be (4,) torch.float32, got (3,) torch.float32"),
     "slots": (torch.zeros(5).int(), "slots must be (4,) torch.int32, got (5,) torch.int32"),
-    "ids": (torch.zeros(6, 1).int(), "ids must be (6,) torch.int32, got (6, 1) torch.int32"),
+    "ids": (torch.zeros(6, 1).int(), "ids must have 1 dimensions, got shape (6, 1)"),
 }
 
 
@@ -149,7 +149,7 @@ def test_superposing_refuses_what_does_not_fit() -> None:
         (held[:, :6], base, base, "accumulator must be (N, K) = (5, 7), got (5, 6)"),
         (held, base[:4], base, "finetuned must be (N, K) = (5, 7), got (4, 7)"),
         (held[0], base[0], base[0], "accumulator must be (N, K) = (7,), got (7,)"),
-        (held.float(), base, base, "accumulator must be int32, got torch.float32"),
+        (held.float(), base, base, "accumulator must be int32 with rows of stride 1, got torch.float32, 1"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             superpose_(accumulator, finetuned, against, *rest)

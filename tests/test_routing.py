@@ -80,12 +80,17 @@ def test_a_copy_starts_from_the_choice_for_all_calls() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 8), (2, 5, 8), (6, 8)])
 def test_an_input_whose_rows_are_the_batch_or_equal_runs_of_it_fits(shape: tuple[int, ...]) -> None:
-    Router(["a", "b"]).of(["a", "b"]).check(torch.empty(shape))
+    x = torch.empty(shape)
+    assert Router(["a", "b"]).of(["a", "b"]).spread(x) is x
 
 
-@pytest.mark.parametrize("shape", [(8,), (), (3, 8), (1, 2, 8)])
+def test_one_row_for_all_rows_of_the_batch_is_given_to_each() -> None:
+    assert Router(["a", "b"]).of(["a", "b"]).spread(torch.empty(1, 5, 8)).shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize("shape", [(8,), (), (3, 8), (3, 2, 8)])
 def test_an_input_that_does_not_start_with_the_batch_is_refused(shape: tuple[int, ...]) -> None:
     router = Router(["a", "b"])
     with pytest.raises(ValueError, match=r"names 2 rows, but .* first dimension must be the batch"):
-        router.of(["a", "b"]).check(torch.empty(shape))
-    router.of(["a", "a"]).check(torch.empty(shape))
+        router.of(["a", "b"]).spread(torch.empty(shape))
+    router.of(["a", "a"]).spread(torch.empty(shape))

@@ -147,7 +147,9 @@ class RoutedEmbedding(_Routed, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., D)"""
         input, ids = self._spread(input)
-        base = F.embedding(input, self._parameters["weight"])
+        weight = self._parameters["weight"]
+        assert weight is not None
+        base = F.embedding(input, weight)
         if ids is None:
             return base
         table = self._table("weight")
@@ -177,7 +179,8 @@ def _kept_property(name: str) -> property:
 def route_layer(layer: nn.Module, tables: dict[str, KeptTable], router: Router) -> None:
     """Make ``layer``, in place, use each row's own model's tensors."""
     plain = type(layer)
-    bases = (ROUTED[plain],) if plain in ROUTED else (_Routed, plain)
+    by_row = ROUTED.get(plain) if getattr(layer, "max_norm", None) is None else None  # max_norm rewrites the table
+    bases = (_Routed, plain) if by_row is None else (by_row,)
     layer.__class__ = type(f"Routed{plain.__name__}", bases, {name: _kept_property(name) for name in tables})
     assert isinstance(layer, _Routed)
     layer._router = router

@@ -89,7 +89,7 @@ class Router:
             raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
         if unknown := [name for name in names if not isinstance(name, str) or name not in self._numbers]:
             known = ", ".join(self.names) or "no models"
-            raise UnknownModelError(f"no model is called {unknown[0]!r}; there are: {known}")
+            raise UnknownModelError(f"no model is called {', '.join(sorted(map(repr, unknown)))}; there are: {known}")
         ids = [self._numbers[name] for name in names]
         if len(set(ids)) == 1:
             ids = ids[:1]  # all rows alike are one run

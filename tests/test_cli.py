@@ -1,0 +1,127 @@
+"""The command line: every command on real files, and every error on one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import finetune, net
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+import randes
+from randes.cli import app
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A base and three fine-tunes of it."""
+    base = net()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    for seed in range(3):
+        save_file(finetune(base, seed).state_dict(), tmp_path / f"m{seed}.safetensors")
+    return tmp_path
+
+
+def run(*arguments: object, fails: bool = False) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == (2 if fails else 0), result.output
+    return result
+
+
+def compress(files: Path, *options: object, models: int = 2) -> Path:
+    named = [part for seed in range(models) for part in ("--model", f"m{seed}={files}/m{seed}.safetensors")]
+    run("compress", "--base", files / "base.safetensors", *named, "--out", files / "store", *options)
+    return files / "store"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_store_is_what_the_library_makes(files: Path) -> None:
+    store = compress(files, "--signs", "columns", "--permute", 1, "--group-size", 2, "--seed", 7)
+    sup = randes.Superposition.load(store)
+    assert sup.names == ["m0", "m1"]
+    assert sup.config == randes.Config(signs="columns", permute=1, group_size=2, seed=7)
+
+
+def test_adding_and_removing_gives_back_the_bytes(files: Path) -> None:
+    store = compress(files)
+    before = contents(store)
+    run("add", store, f"m2={files}/m2.safetensors")
+    assert randes.Superposition.load(store).names == ["m0", "m1", "m2"]
+    run("remove", store, f"m2={files}/m2.safetensors")
+    assert contents(store) == before
+
+
+def test_a_retrieved_model_is_a_plain_checkpoint(files: Path) -> None:
+    store = compress(files, models=1)
+    run("retrieve", store, "m0", "--out", files / "again.safetensors")
+    original, again = load_file(files / "m0.safetensors"), load_file(files / "again.safetensors")
+    assert original.keys() == again.keys()
+    for name, tensor in original.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-3)
+
+
+def test_info_shows_models_and_coverage(files: Path) -> None:
+    store = compress(files)
+    found = json.loads(run("info", store, "--json").stdout)
+    assert list(found["models"]) == ["m0", "m1"]
+    assert found["bytes"]["total"] == randes.Superposition.load(store).nbytes
+    shown = run("info", store).stdout
+    for tensor in found["coverage"]["superposed"] | found["coverage"]["kept"]:
+        assert tensor in shown
+
+
+def test_verify_says_that_it_is_not_the_accuracy(files: Path) -> None:
+    store = compress(files)
+    shown = run("verify", store, f"m0={files}/m0.safetensors").stdout
+    assert "not the accuracy" in shown
+    assert "1.0000  √(J−1)" in shown
+    found = json.loads(run("verify", store, f"m0={files}/m0.safetensors", "--json").stdout)
+    assert found["relative_error"] == pytest.approx(1.0, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("add", "{store}", "m0={files}/m0.safetensors"), "a model called 'm0' is there already"),
+        (("add", "{store}", "m0"), "a model must be given as NAME=PATH, got 'm0'"),
+        (("add", "{store}", "x={files}/absent.safetensors"), "does not exist"),
+        (("add", "{files}", "x={files}/m2.safetensors"), "is not a store: it has no manifest.json"),
+        (("add", "{store}", "x={files}/m2.safetensors", "--group", "5"), "group must be an integer from 0 to 1"),
+        (("remove", "{store}", "x={files}/m0.safetensors"), "no model is called 'x'; there are: m0, m1"),
+        (("remove", "{store}", "m0={files}/m1.safetensors"), "not the checkpoint that was added as 'm0'"),
+        (("retrieve", "{store}", "x", "--out", "{files}/y"), "no model is called 'x'; there are: m0, m1"),
+        (("verify", "{store}", "m0={files}/m1.safetensors"), "not the checkpoint that was added as 'm0'"),
+        (("info", "{files}/absent"), "is not a store"),
+        (
+            ("compress", "--base", "{files}/base.safetensors", "--model", "a={files}/m0.safetensors", "--out",
+             "{store}"),
+            "--out must not hold a store yet",
+        ),
+        (
+            ("compress", "--base", "{files}/base.safetensors", "--model", "a={files}/m0.safetensors", "--out",
+             "{files}/new", "--signs", "rows"),
+            "signs must be one of 'both', 'columns', 'none', got 'rows'",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_and_changes_nothing(files: Path, arguments: tuple[str, ...], message: str) -> None:
+    store = compress(files)
+    before = contents(store)
+    result = run(*(argument.format(files=files, store=store) for argument in arguments), fails=True)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.output
+    assert contents(store) == before
+    assert not (files / "y").exists()
+    assert not (files / "new").exists()
+
+
+def test_every_command_has_a_help_text() -> None:
+    for command in ("compress", "add", "remove", "retrieve", "info", "verify", "demo"):
+        assert command in run("--help").stdout
+        assert len(run(command, "--help").stdout.splitlines()) > 5
