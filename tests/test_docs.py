@@ -1,0 +1,81 @@
+"""What the README claims has a command that works and rows that were measured."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import randes
+from randes.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
+FULL = "full fine-tunes"
+
+sys.path.insert(0, str(ROOT / "bench"))
+import quality  # noqa: E402
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    """The committed measurements of quality."""
+    found: Rows = json.loads(quality.RESULTS.read_text(encoding="utf-8"))["rows"]
+    return found
+
+
+def normalised(rows: Rows, method: str, models: int, group_size: int, setting: str = FULL) -> float:
+    """Mean over seeds, in %."""
+    chosen = [
+        100 * row["mean_normalised"]
+        for row in rows
+        if (row["method"], row["models"], row["group_size"], row["setting"]) == (method, models, group_size, setting)
+    ]
+    assert len(chosen) == 3
+    return sum(chosen) / 3
+
+
+def test_the_readmes_table_is_that_of_the_rows(rows: Rows) -> None:
+    shown = re.search(r"<!-- quality: .*? -->\n(.*?)\n<!-- /quality -->", README, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == quality.table(rows)
+
+
+def test_the_measured_quality_reaches_its_goals(rows: Rows) -> None:
+    assert normalised(rows, DEFAULT, 8, 8) >= 99.0
+    assert normalised(rows, DEFAULT, 16, 8) >= 99.0
+    assert normalised(rows, DEFAULT, 16, 16) >= 98.0
+    for setting in quality.SETTINGS:
+        for models, group_size in quality.GROUPINGS:
+            default = normalised(rows, DEFAULT, models, group_size, setting)
+            for method in {row["method"] for row in rows if row["method"].startswith("randes")} - {DEFAULT}:
+                assert default > normalised(rows, method, models, group_size, setting)
+
+
+def test_the_readmes_python_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    tuned = {name: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for name in ("rot90", "flip")}
+    code = re.findall(r"```python\n(import randes.*?)```", README, re.DOTALL)
+    assert len(code) == 1
+    code[0] = code[0].replace('"store"', "str(folder)")
+    folder = tmp_path / "store"
+    names = {"base": base, "models": tuned, "rot90": tuned["rot90"], "x": torch.ones(4, 32), "folder": folder}
+    exec(code[0], names)
+    assert names["y"].shape == (4, 32)  # type: ignore[attr-defined]
+    assert randes.Superposition.load(folder).names == ["flip", "rot90"]
+
+
+def test_every_command_that_the_readme_shows_exists() -> None:
+    shown = set(re.findall(r"^    randes (\w+)", README, re.MULTILINE))
+    assert shown == {"compress", "add", "remove", "retrieve", "info", "verify"}
+    for command in {*shown, "demo"}:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
