@@ -9,7 +9,7 @@ are therefore a file format: changing one silently destroys every store written 
     stream      what the bits are for                                             counter word 1
     block       index // 128                                                      counter word 0
 
-Everything runs in plain torch integer arithmetic, so it gives the same bits on every device.
+Everything runs in plain torch integer arithmetic on the CPU; ``primitives`` makes the same bits inside kernels.
 """
 
 from enum import IntEnum
@@ -104,7 +104,7 @@ def philox(counter: tuple[Tensor, int, int, int], key: tuple[int, int]) -> Tenso
 
 def random_words(key: int, tensor: int, stream: Stream, count: int) -> Tensor:
     """The first ``count`` 32-bit words of a stream, as ``(count,)`` int64: four words a block."""
-    blocks = torch.arange(-(-count // 4), dtype=torch.int64)
+    blocks = torch.arange(-(-count // 4), dtype=torch.int64, device="cpu")
     return philox((blocks, int(stream), *words(tensor)), words(key)).flatten()[:count]
 
 
@@ -114,7 +114,7 @@ def sign_bits(key: int, tensor: int, stream: Stream, count: int) -> Tensor:
     Element i is bit ``i % 32`` of word ``(i // 32) % 4`` of block ``i // 128``.
     """
     stream_words = random_words(key, tensor, stream, -(-count // 32))
-    bits = (stream_words[:, None] >> torch.arange(32)) & 1
+    bits = (stream_words[:, None] >> torch.arange(32, device="cpu")) & 1
     return bits.flatten()[:count].bool()
 
 
@@ -141,7 +141,7 @@ def permutation(key: int, tensor: int, n: int, *, stream: Stream, span: int = 0,
     ``inverse``: where each index comes from.
     """
     round_keys = random_words(key, tensor, stream, PERMUTATION_ROUNDS * (span + 1))[-PERMUTATION_ROUNDS:].tolist()
-    image = _feistel(torch.arange(n), n, round_keys, inverse)
+    image = _feistel(torch.arange(n, device="cpu"), n, round_keys, inverse)
     while (outside := image >= n).any():
         image = torch.where(outside, _feistel(image, n, round_keys, inverse), image)
     return image
@@ -156,7 +156,7 @@ def column_permutation(key: int, tensor: int, k: int, transform: Transform, *, i
     """
     if k % transform.segments:
         raise ValueError(f"the number of columns must be a multiple of segments = {transform.segments}, got {k}")
-    columns = torch.arange(k)
+    columns = torch.arange(k, device="cpu")
     width, granule = k // transform.segments, transform.granule
     if granule == 0 or granule > width:
         return columns
@@ -166,7 +166,9 @@ def column_permutation(key: int, tensor: int, k: int, transform: Transform, *, i
             key, tensor, width // granule, stream=Stream.COLUMN_PERMUTATION, span=segment, inverse=inverse
         )
         start = segment * width
-        columns[start : start + moved] = start + (image[:, None] * granule + torch.arange(granule)).flatten()
+        columns[start : start + moved] = (
+            start + (image[:, None] * granule + torch.arange(granule, device="cpu")).flatten()
+        )
     return columns
 
 

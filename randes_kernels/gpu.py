@@ -8,6 +8,7 @@ from randes_kernels.kernels.linear import superposed_linear as launch_linear
 from randes_kernels.kernels.retrieve import retrieve
 from randes_kernels.kernels.route import route
 from randes_kernels.kernels.superpose import superpose_
+from randes_kernels.kernels.transform import transform_arguments
 
 __all__ = ["retrieve", "superpose_", "superposed_linear"]
 
@@ -24,7 +25,8 @@ def superposed_linear(
     # The kernels read tables as rows of one piece; these are no copies where they are that already.
     ids, keys, scale, slots = (table.contiguous() for table in (ids, keys, scale, slots))
     bias, biases = (table if table is None else table.contiguous() for table in (bias, biases))
-    models, permuted = (ids, keys, scale, slots, tensor), transform.granule > 0
+    models = (ids, keys, scale, slots, tensor)
+    permuted = transform_arguments(transform, weight.shape[1]).permuted
     routing = (ids, keys, slots, tensor, transform)
     if not transposed:
         turned = route(x, *routing) if permuted else x

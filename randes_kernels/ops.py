@@ -50,12 +50,13 @@ def superposed_linear(
     slots: (J,) int32, the slot each model is superposed in; −1 where it left this tensor as the base has it.
     tensor: ``format.tensor_id`` of the weight's name. biases: (J, N) or None: each model's own bias.
 
-    Returns (..., N) of x's dtype, summed in fp32. Gradients flow to x, weight and bias.
+    Returns (..., N) of x's dtype; a GPU sums in fp32 and rounds once, a CPU rounds each of the two products and their
+    sum. Gradients flow to x, weight and bias.
     Raises ``ValueError`` for shapes and dtypes that do not fit, and on a CPU ``IndexError`` for an unknown id; on
     a GPU, which is not asked to wait for the answer, an unknown id's rows are NaN. (Design, section 1.)
     """
     _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
-    _check_segments(weight.shape[1], transform)
+    _check_transform(weight.shape[1], transform)
     rows = x.reshape(-1, x.shape[-1])
     y = torch.ops.randes.superposed_linear(
         rows, weight, bias, biases, delta, ids, keys, scale, slots, tensor, list(map(int, transform)), False
@@ -75,6 +76,10 @@ def superpose_(
     """
     _check_pair("accumulator", accumulator, base, transform)
     _check_pair("finetuned", finetuned, base, transform)
+    if finetuned.dtype != base.dtype or base.dtype == torch.float64:
+        raise ValueError(
+            f"finetuned and base must be of one dtype, fp32, fp16 or bf16, got {finetuned.dtype}, {base.dtype}"
+        )
     if accumulator.dtype != torch.int32 or accumulator.stride(1) != 1:
         raise ValueError(
             f"accumulator must be int32 with rows of stride 1, got {accumulator.dtype}, {accumulator.stride(1)}"
@@ -86,7 +91,8 @@ def superpose_(
 def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, transform: Transform) -> Tensor:
     """One model's weight ``W0 + scale · (D turned back)``, (N, K) of ``base``'s dtype: for export, not for serving.
 
-    base: (N, K), fp32, fp16 or bf16. delta: (N, K), integers or floats. scale: what a unit of D is worth.
+    base: (N, K), fp32, fp16 or bf16 (on a CPU also fp64). delta: (N, K), integers or floats.
+    scale: what a unit of D is worth.
     Raises ``ValueError`` for shapes that do not fit. (Design, section 1.)
     """
     _check_pair("delta", delta, base, transform)
@@ -94,7 +100,9 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     return torch.ops.randes.retrieve(base, delta, scale, key, tensor, list(map(int, transform)))
 
 
-def _check_segments(k: int, transform: Transform) -> None:
+def _check_transform(k: int, transform: Transform) -> None:
+    if transform.granule < 0 or transform.segments < 1:
+        raise ValueError(f"transform must have a granule of at least 0 and segments of at least 1, got {transform}")
     if k % transform.segments:
         raise ValueError(
             f"transform must have segments that divide the {k} columns, got segments = {transform.segments}"
@@ -104,7 +112,11 @@ def _check_segments(k: int, transform: Transform) -> None:
 def _check_pair(name: str, value: Tensor, base: Tensor, transform: Transform) -> None:
     if value.shape != base.shape or base.dim() != 2:
         raise ValueError(f"{name} must be (N, K) = {tuple(base.shape)}, got {tuple(value.shape)}")
-    _check_segments(base.shape[1], transform)
+    if base.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise ValueError(f"base must be fp32, fp16, bf16 or fp64, got {base.dtype}")
+    if value.device != base.device:
+        raise ValueError(f"{name} must be on {base.device} as base is, got {value.device}")
+    _check_transform(base.shape[1], transform)
 
 
 def _check_linear(
@@ -118,11 +130,14 @@ def _check_linear(
     models = keys.shape[0]
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be (..., K) with K = {k}, got {tuple(x.shape)}")
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x must be {weight.dtype} as weight is, got {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device} as weight is, got {x.device}")
     expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
         ("bias", bias, (n,), x.dtype),
         ("biases", biases, (models, n), x.dtype),
         ("delta", delta, (delta.shape[0], n, k), x.dtype),
-        ("weight", weight, (n, k), x.dtype),
         ("keys", keys, (models,), torch.int64),
         ("scale", scale, (models,), torch.float32),
         ("slots", slots, (models,), torch.int32),
@@ -131,6 +146,8 @@ def _check_linear(
     for name, value, shape, dtype in expected:
         if value is not None and (value.shape != shape or value.dtype != dtype):
             raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
+        if value is not None and value.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {value.device}")
     if biases is not None and bias is None:
         raise ValueError("biases needs a base bias beside it, got bias = None")
     rows = x.numel() // k if k else 0

@@ -73,7 +73,7 @@ def linear_case(short: str, m: int, *, permuted: bool = False, transposed: bool 
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not permuted, "FLIP_OUT": not (permuted and transposed), "HAS_BASE": not (permuted and transposed),
-        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "PRECISION": "ieee",
+        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
         **dict.fromkeys(contiguous if transposed else strided, 1),
     }  # fmt: skip
@@ -100,8 +100,14 @@ def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any
 
 def route_case(short: str, *, back: bool) -> tuple[str, Any, Any]:
     """Permuting activations, there or back."""
-    constants = transform_arguments(Transform(granule=1), K).constants
-    constants |= {"BACK": back, "BLOCK_K": TILE_COLUMNS, "granule": 1, "stride_xk": 1}
+    constants = {
+        "BACK": back,
+        "FLIP_COLUMNS": True,
+        "SEGMENTS": 1,
+        "BLOCK_K": TILE_COLUMNS,
+        "granule": 1,
+        "stride_xk": 1,
+    }
     types = {"x_ptr": f"*{short}", "turned_ptr": f"*{short}", **MODELS}
     plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", *MODELS)
     name = f"route {short}{' back' if back else ''}"

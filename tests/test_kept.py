@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import randes
 
-CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 MIX = ["m1", "__base__", "m0", "m1"]
 
 
@@ -148,20 +148,18 @@ class Attributes(nn.Module):
 
 
 def test_a_layers_own_attributes_are_left_alone() -> None:
-    one_at_a_time(Attributes(), floats(4, 32))
+    mixed_and_alone(Attributes(), floats(4, 32))
 
 
-def one_at_a_time(layer: nn.Module, x: Tensor) -> None:
-    """Right for one model, and for the base; refused for a mix, which is then forgotten."""
+def mixed_and_alone(layer: nn.Module, x: Tensor) -> None:
+    """Right for one model, for the base, and for a mix, which is then forgotten."""
     model, sup, base, tuned = served(layer)
     assert repr(model)
     for _ in range(2):
         for name in ("m0", "m1", "__base__"):
             torch.testing.assert_close(model(x, adapter_names=[name] * 4), alone(base, sup, name)(x), **CLOSE)
-        with pytest.raises(
-            ValueError, match=f"of a Routed{type(layer).__name__} is kept per model, .* one model at a time"
-        ):
-            model(x, adapter_names=MIX)
+        expected = torch.cat([alone(base, sup, name)(row[None]) for name, row in zip(MIX, x, strict=True)])
+        torch.testing.assert_close(model(x, adapter_names=MIX), expected, **CLOSE)
         with pytest.raises(RuntimeError, match="no model is chosen"):
             model(x)
     model.set_adapter("m1")
@@ -174,7 +172,7 @@ def one_at_a_time(layer: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize(
     "layer", [Scaled(), nn.PReLU(32), nn.Bilinear(32, 32, 4), nn.BatchNorm1d(32), nn.Conv1d(32, 4, 1)], ids=str
 )
-def test_a_layer_without_rows_of_its_own_serves_one_model_at_a_time(layer: nn.Module) -> None:
+def test_any_layer_of_one_input_is_run_for_each_model_on_its_rows(layer: nn.Module) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -192,10 +190,12 @@ def test_a_layer_without_rows_of_its_own_serves_one_model_at_a_time(layer: nn.Mo
     x = floats(4, 32)
     for name in ("m0", "m1", "__base__"):
         torch.testing.assert_close(model(x, adapter_names=[name] * 4), alone(around, sup, name)(x), **CLOSE)
-    with pytest.raises(
-        ValueError, match=f"of a Routed{type(layer).__name__} is kept per model, .* one model at a time"
-    ):
-        model(x, adapter_names=MIX)
+    if isinstance(layer, nn.Bilinear):  # of two inputs: which is the batch?
+        with pytest.raises(ValueError, match=r"of a RoutedBilinear is kept per model, .* one model at a time"):
+            model(x, adapter_names=MIX)
+    else:
+        expected = torch.cat([alone(around, sup, name)(row[None]) for name, row in zip(MIX, x, strict=True)])
+        torch.testing.assert_close(model(x, adapter_names=MIX), expected, **CLOSE)
     with pytest.raises(RuntimeError, match="no model is chosen"):
         model(x)
 
@@ -224,7 +224,7 @@ def test_recurrent_layers_serve_one_model_at_a_time() -> None:
     x = floats(4, 3, 32)
     for name in ("m0", "m1", "__base__", "m0"):
         torch.testing.assert_close(model(x, adapter_names=[name] * 4), alone(base, sup, name)(x), **CLOSE)
-    with pytest.raises(ValueError, match="of a RoutedLSTM is kept per model"):
+    with pytest.raises(ValueError, match="a RoutedLSTM with tensors kept per model must return one tensor"):
         model(x, adapter_names=MIX)
 
 
@@ -256,8 +256,8 @@ def test_buffers_that_a_model_changed_are_its_own() -> None:
     x = floats(4, 32)
     torch.testing.assert_close(model(x, adapter_names=["m"] * 4), alone(base, sup, "m")(x), **CLOSE)
     assert torch.equal(model(x, adapter_names=["__base__"] * 4), base(x))
-    with pytest.raises(ValueError, match="of a RoutedBuffered is kept per model"):
-        model(x, adapter_names=["m", "m", "m", "__base__"])
+    mixed = model(x, adapter_names=["m", "m", "m", "__base__"])
+    torch.testing.assert_close(mixed, torch.cat((alone(base, sup, "m")(x[:3]), base(x[3:]))), **CLOSE)
 
 
 def test_a_norm_that_sees_something_else_than_the_batch_first_refuses() -> None:

@@ -81,7 +81,20 @@ def test_a_copy_starts_from_the_choice_for_all_calls() -> None:
 @pytest.mark.parametrize("shape", [(2, 8), (2, 5, 8), (6, 8)])
 def test_an_input_whose_rows_are_the_batch_or_equal_runs_of_it_fits(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape)
-    assert Router(["a", "b"]).of(["a", "b"]).spread(x) is x
+    assert Router(["a", "b"]).of(["a", "b"]).over(torch.empty(2, 3)).spread(x) is x
+
+
+def test_tokens_that_are_no_whole_rows_are_refused() -> None:
+    # Four of six tokens, as an expert layer picks them: whose they are cannot be known.
+    batch = Router(["a", "b"]).of(["a", "b"]).over(torch.empty(2, 3))
+    with pytest.raises(ValueError, match="first dimension must be the batch"):
+        batch.spread(torch.empty(4, 8))
+
+
+def test_a_batch_made_for_other_models_is_refused() -> None:
+    # Its numbers would stand for other names.
+    with pytest.raises(ValueError, match=r"must be a batch of \('a', 'b'\), got one of \('b',\)"):
+        Router(["a", "b"]).of(Router(["b"]).of(["b"]))
 
 
 def test_one_row_for_all_rows_of_the_batch_is_given_to_each() -> None:

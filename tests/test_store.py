@@ -191,7 +191,10 @@ def test_a_folder_of_other_files_and_a_file_are_never_written_to(tmp_path: Path)
 
 def test_other_files_beside_a_store_survive_a_save(store: Path) -> None:
     (store / "README.md").write_text("mine")
-    superposed(small(), 1)[0].save(store)
+    sup = randes.Superposition.load(store)
+    for name in sup.names[1:]:
+        sup.remove(name, finetune(small(), int(name[1:])))
+    sup.save(store)
     assert (store / "README.md").read_text() == "mine"
     assert randes.Superposition.load(store).names == ["m0"]
 
@@ -252,20 +255,27 @@ def test_a_save_killed_at_any_step_leaves_the_old_store_or_the_new_one(
     new_files = stored(new, tmp_path / "new")
     folder, seen, left_over = tmp_path / "store", [], 0
 
+    def change() -> None:
+        sup = randes.Superposition.load(folder)
+        if sup.names == old.names:
+            sup.remove("m0", tuned["m0"])
+            sup.add("m2", finetune(small(), 2))
+        sup.save(folder)
+
     def save() -> None:
         for file in content(folder):
             os.remove(folder / file)
         for name, data in old_files.items():
             (folder / name).write_bytes(data)
-        new.save(folder)
+        change()
 
     folder.mkdir()
     for _ in crashes(save, monkeypatch):
-        found = stored(randes.Superposition.load(folder), tmp_path / "found")
+        found = stored(randes.Superposition.load(folder), tmp_path / f"found{len(seen)}")
         assert found in (old_files, new_files)
         seen.append(found == new_files)
         left_over += not content(folder).keys() <= old_files.keys() | new_files.keys()
-        new.save(folder)
+        change()
         assert content(folder) == new_files
     assert seen == sorted(seen)
     assert {*seen} == {False, True}
@@ -290,3 +300,21 @@ def test_a_first_save_killed_at_any_step_can_be_done_again(tmp_path: Path, monke
                 randes.Superposition.load(folder)
         sup.save(folder)
         assert content(folder) == files
+
+
+def test_what_somebody_else_wrote_meanwhile_is_never_lost(store: Path) -> None:
+    first, second = randes.Superposition.load(store), randes.Superposition.load(store)
+    first.add("first", finetune(small(), 11))
+    first.save(store)
+    second.add("second", finetune(small(), 12))
+    with pytest.raises(StoreError, match="was written since"):
+        second.save(store)
+    assert "first" in randes.Superposition.load(store).names
+
+
+def test_a_file_damaged_since_is_written_again(store: Path) -> None:
+    sup = randes.Superposition.load(store)
+    damaged = next(store.glob("group-0-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    sup.save(store)
+    assert randes.Superposition.load(store).names == sup.names

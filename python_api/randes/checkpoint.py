@@ -91,6 +91,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(separate, beside)
         replace(beside, path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} could not be written: {error}") from error
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from randes import checkpoint
 from randes.config import Config
 from randes.errors import RandesError
-from randes.store import MANIFEST
+from randes.store import MANIFEST, check_destination
 from randes.summary import summary
 from randes.summary import verify as verify_model
 from randes.superposition import Superposition
@@ -38,7 +39,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (RandesError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -85,6 +86,7 @@ def compress(
         config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
         models = [_name_and_path(text) for text in model]
         superposition = Superposition.create(base, config)
+        check_destination(superposition, out)
         step = begin("superposing", len(models))
         for name, path in models:
             superposition.add(name, path)
@@ -136,7 +138,7 @@ def retrieve(
         step()
         checkpoint.write_file(out, tensors)
         step()
-    console.print(f"{out}: {len(tensors)} tensors of {name}")
+    _say(f"{out}: {len(tensors)} tensors of {name}")
 
 
 @app.command()
@@ -148,9 +150,9 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
-    table = Table("model", "group", "α", "superposed tensors", "kept tensors", "kept bytes", title=str(store))
+    table = Table("model", "group", "α", "superposed tensors", "kept tensors", "kept bytes", title=escape(str(store)))
     for name, model in found["models"].items():
-        table.add_row(name, *map(str, model.values()))
+        table.add_row(escape(name), *map(str, model.values()))
     console.print(table)
     config = superposition.config
     console.print(
@@ -160,7 +162,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
         for tensor, described in tensors.items():
-            console.print(f"  {tensor}  {described}", highlight=False)
+            _say(f"  {tensor}  {described}")
     _print_sizes(superposition)
 
 
@@ -175,7 +177,7 @@ def verify(
     if as_json:
         print(json.dumps(vars(found), indent=1))
         return
-    console.print(f"{name}, one of {found.models_in_group} models in its group")
+    _say(f"{name}, one of {found.models_in_group} models in its group")
     console.print(
         f"weight error       {found.relative_error:.4f}  ‖Ŵ − W‖ / ‖W − W0‖, over {len(found.tensors)} tensors"
     )
@@ -209,19 +211,21 @@ def demo(
         if json_file is not None:
             json_file.write_text(json.dumps(report.as_json(outcome), indent=1, ensure_ascii=False) + "\n", "utf-8")
     report.print_table(outcome, console)
-    console.print(f"Checkpoints, store and picture (demo.png) are in {out}.")
+    _say(f"Checkpoints, store and picture (demo.png) are in {out}.")
 
 
 def _print_sizes(superposition: Superposition) -> None:
     sizes = superposition.sizes
-    count = len(superposition.members)
-    console.print(
-        f"{count} models in {_mebibytes(sizes.total)}: base {_mebibytes(sizes.base)}, superposed"
+    _say(
+        f"{len(superposition.members)} models in {_mebibytes(sizes.total)}: base {_mebibytes(sizes.base)}, superposed"
         f" {_mebibytes(sizes.superposed)}, kept per model {_mebibytes(sizes.kept)}; as separate models"
-        f" {_mebibytes(sizes.separate_models)}",
-        highlight=False,
-        soft_wrap=True,
+        f" {_mebibytes(sizes.separate_models)}"
     )
+
+
+def _say(text: str) -> None:
+    """One line as it stands: names and paths may hold what rich takes for markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _mebibytes(count: int) -> str:

@@ -1,8 +1,10 @@
 """Layers around the superposed ones whose tensors differ between models: each row gets its own model's.
 
 ``SuperposedLinear`` routes its bias itself. Norms, embeddings and linear layers that are not superposed are
-routed here, by the class of the layer. Any other layer serves one model at a time, and says so.
+routed here, by the class of the layer. Any other layer is run once for each model of a mixed batch, on its rows.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +22,19 @@ class KeptTable(nn.Module):
 
     def __init__(self, superposition: Superposition, tensor: str, like: Tensor) -> None:
         super().__init__()
-        base = superposition.base[tensor]
-        own = [superposition.other(model, tensor) for model in superposition.names]
-        differs = [value is not base for value in own]
-        values = [value for value, differs_here in zip(own, differs, strict=True) if differs_here]
-        rows = torch.tensor(differs, dtype=torch.int32).cumsum(0, dtype=torch.int32) - 1
-        rows[~torch.tensor(differs)] = -1
+        values: list[Tensor] = []
+        rows: list[int] = []
+        for model in superposition.names:
+            own = superposition.other(model, tensor)
+            if own is superposition.base[tensor]:
+                rows.append(-1)
+            elif tensor in superposition.averages and values:
+                rows.append(0)  # the average is one for all
+            else:
+                rows.append(len(values))
+                values.append(own)
         self.register_buffer("values", torch.stack(values).to(like.device, like.dtype), persistent=False)
-        self.register_buffer("rows", rows.to(like.device), persistent=False)
+        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int32, device=like.device), persistent=False)
 
     def row_of(self, ids: Tensor) -> Tensor:
         """For each id the row of ``values`` that is its own, −1 for the base's."""
@@ -112,7 +119,7 @@ class RoutedLayerNorm(_Routed, nn.LayerNorm):
         if len(ids) == 1:
             weight, bias = (None if value is None else value[0] for value in (weight, bias))
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-        plain = F.layer_norm(input.float(), self.normalized_shape, eps=self.eps)
+        plain = F.layer_norm(_exact(input), self.normalized_shape, eps=self.eps)
         return _scaled_by_row(plain, weight, bias).to(input.dtype)
 
 
@@ -128,7 +135,7 @@ class RoutedRMSNorm(_Routed, nn.RMSNorm):
         assert weight is not None
         if len(ids) == 1:
             return F.rms_norm(input, self.normalized_shape, weight[0], self.eps)
-        plain = F.rms_norm(input.float(), self.normalized_shape, eps=self.eps)
+        plain = F.rms_norm(_exact(input), self.normalized_shape, eps=self.eps)
         return _scaled_by_row(plain, weight, None).to(input.dtype)
 
 
@@ -137,8 +144,12 @@ def _scaled_by_row(plain: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     for value, combine in ((weight, torch.mul), (bias, torch.add)):
         if value is not None:
             runs = plain.view(len(value), -1, *value.shape[1:])
-            plain = combine(runs, value.float()[:, None]).view(plain.shape)
+            plain = combine(runs, value.to(plain.dtype)[:, None]).view(plain.shape)
     return plain
+
+
+def _exact(input: Tensor) -> Tensor:
+    return input.to(torch.promote_types(input.dtype, torch.float32))
 
 
 class RoutedEmbedding(_Routed, nn.Embedding):
@@ -168,6 +179,36 @@ ROUTED: dict[type[nn.Module], type[_Routed]] = {
 }
 
 
+class _RoutedByModel(_Routed):
+    """Any other layer of one input and one output: run once for each model of a mixed batch, on its rows alone."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward. In a mixed batch it must take one tensor, and return one, with the batch first."""
+        batch = self._router.batch()
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not batch.mixed or len(inputs) != 1:
+            return super().forward(*args, **kwargs)
+        ids = batch.ids.tolist()
+        runs = torch.unflatten(batch.spread(inputs[0]), 0, (len(ids), -1))
+        parts: list[Tensor] = []
+        places: list[int] = []
+        for model in sorted(set(ids)):
+            chosen = [place for place, other in enumerate(ids) if other == model]
+            part = runs[chosen].flatten(0, 1)
+            one = [part if value is inputs[0] else value for value in args]
+            named = {name: part if value is inputs[0] else value for name, value in kwargs.items()}
+            with self._router.during(batch.of_one(model)):
+                y = super().forward(*one, **named)
+            if not isinstance(y, Tensor) or y.shape[:1] != part.shape[:1]:
+                raise ValueError(
+                    f"a {type(self).__name__} with tensors kept per model must return one tensor with the batch first"
+                    f" to serve a mixed batch, got {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}"
+                )
+            parts.append(torch.unflatten(y, 0, (len(chosen), -1)))
+            places += chosen
+        return torch.cat(parts)[torch.tensor(places).argsort().to(runs.device)].flatten(0, 1)
+
+
 def _key(name: str) -> str:
     return f"own_{name}"  # a tensor may be called what a module's method is
 
@@ -180,7 +221,7 @@ def route_layer(layer: nn.Module, tables: dict[str, KeptTable], router: Router) 
     """Make ``layer``, in place, use each row's own model's tensors."""
     plain = type(layer)
     by_row = ROUTED.get(plain) if getattr(layer, "max_norm", None) is None else None  # max_norm rewrites the table
-    bases = (_Routed, plain) if by_row is None else (by_row,)
+    bases = (_RoutedByModel, plain) if by_row is None else (by_row,)
     layer.__class__ = type(f"Routed{plain.__name__}", bases, {name: _kept_property(name) for name in tables})
     assert isinstance(layer, _Routed)
     layer._router = router

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randes.errors import BaseMismatchError
+from randes.integers import STEP
 from randes.routing import Batch, Router
-from randes.superposition import STEP, Superposition
+from randes.superposition import Superposition
 from randes_kernels import superposed_linear, tensor_id
 
 
@@ -33,9 +35,37 @@ class DeltaPool(nn.Module):
         values = torch.empty((len(held), *superposition.base[tensor].shape), dtype=dtype)
         for (group, place), slot in self.slots.items():
             values[slot] = superposition.deltas[group][place].float() * STEP
-        if not torch.isfinite(values).all():
-            raise ValueError(f"the superposition of {tensor} must fit {dtype}, got infinity; serve it in another dtype")
+        self.tensor = tensor
         self.register_buffer("values", values, persistent=False)
+        self._check_finite()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeltaPool":
+        before = self.values.dtype
+        super()._apply(fn, recurse)
+        if self.values.dtype != before:
+            self._check_finite()
+        return self
+
+    def _check_finite(self) -> None:
+        # One infinity would reach the other rows of a matmul's tile as NaN.
+        if not torch.isfinite(self.values).all():
+            dtype = self.values.dtype
+            raise ValueError(
+                f"the superposition of {self.tensor} must fit {dtype}, got infinity; serve it in another dtype"
+            )
+
+
+def tensor_of(layer: str, parameter: str) -> str:
+    """A parameter's name in a state dict; the layer's is empty for the model itself."""
+    return f"{layer}.{parameter}" if layer else parameter
+
+
+def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> None:
+    """Raise ``BaseMismatchError`` unless ``value`` is the base's tensor of that name, cast to its own dtype."""
+    base = superposition.base.get(tensor)
+    value = value.detach().cpu()
+    if base is None or value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
+        raise BaseMismatchError(f"the model is not the superposition's base: {tensor} differs")
 
 
 class SuperposedLinear(nn.Linear):
@@ -67,14 +97,18 @@ class SuperposedLinear(nn.Linear):
         name: the layer's name in the base, so that its weight is ``f"{name}.weight"`` there.
         router: tells the layer which models a batch belongs to; by default one of its own, and a call names them.
         pool: the superpositions in the layer's dtype, where another layer holds them already.
-        Raises ``ValueError`` where the superposition has no such weight or it is not this layer's.
+        Raises ``ValueError`` where the superposition has no such weight or one of another shape, and
+        ``BaseMismatchError`` where the layer's weight or bias is not the base's.
         """
-        tensor = f"{name}.weight" if name else "weight"
+        tensor = tensor_of(name, "weight")
         if tensor not in superposition.superposed:
             raise ValueError(f"name must be a superposed layer's, got {name!r}; {tensor} is not superposed")
         if linear.weight.shape != superposition.base[tensor].shape:
             shape = tuple(superposition.base[tensor].shape)
             raise ValueError(f"{tensor} must be (N, K) = {shape}, got {tuple(linear.weight.shape)}")
+        check_is_base(superposition, tensor, linear.weight)
+        if linear.bias is not None:
+            check_is_base(superposition, tensor_of(name, "bias"), linear.bias)
         layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
@@ -93,7 +127,7 @@ class SuperposedLinear(nn.Linear):
         return linear
 
     def _superpose(self, superposition: Superposition, name: str, router: Router, pool: DeltaPool) -> None:
-        tensor, bias = (f"{name}.weight", f"{name}.bias") if name else ("weight", "bias")
+        tensor, bias = tensor_of(name, "weight"), tensor_of(name, "bias")
         names, device, dtype = superposition.names, self.weight.device, self.weight.dtype
         members = [superposition.members[model] for model in names]
         self.router, self.pool = router, pool

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from randes.errors import BaseMismatchError
 from randes.kept import KeptTable, route_layer
-from randes.linear import DeltaPool, SuperposedLinear
+from randes.linear import DeltaPool, SuperposedLinear, check_is_base, tensor_of
 from randes.routing import Batch, Router
 from randes.superposition import BASE_NAME, Superposition
 
@@ -29,10 +28,15 @@ class SuperposedModel(nn.Module):
         super().__init__()
         _check_base(base_module, superposition)
         layers = _superposed_layers(base_module, superposition)
+        pools = _pools(layers, superposition)
+        tables = _kept_tables(base_module, layers, superposition)
+        # Nothing fails from here on: the model is changed whole or not at all.
         self.router = Router(superposition.names)
         self.base_model = base_module
-        _superpose_layers(layers, superposition, self.router)
-        _route_others(base_module, superposition, self.router)
+        for name, linear in layers.items():
+            SuperposedLinear.take_over(linear, superposition, name, self.router, pools[name])
+        for name, own in tables.items():
+            route_layer(base_module.get_submodule(name), own, self.router)
 
     @property
     def names(self) -> list[str]:
@@ -48,9 +52,19 @@ class SuperposedModel(nn.Module):
         return self.router.of(names)
 
     @contextmanager
+    def using(self, names: Sequence[str] | Batch) -> Iterator[None]:
+        """Answer as these models inside the ``with``: one name a row, or one for all rows.
+
+        For calls that take no ``adapter_names``, and for backward passes that run the forward again (activation
+        checkpointing). It holds for this thread alone; do not ``await`` inside.
+        """
+        with self.router.during(self.router.of(names)):
+            yield
+
+    @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Answer as the base inside the ``with``, in this thread."""
-        with self.router.during(self.router.of([BASE_NAME])):
+        """Answer as the base inside the ``with``; see ``using``."""
+        with self.using([BASE_NAME]):
             yield
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
@@ -63,12 +77,12 @@ class SuperposedModel(nn.Module):
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
-        rows = next(
-            (value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), 0
-        )
-        if batch.rows != rows:
+        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+        first = next(inputs, None)
+        if first is None or batch.rows != first.shape[0]:
+            rows = 0 if first is None else first.shape[0]
             raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
-        with self.router.during(batch):
+        with self.router.during(batch.over(first)):
             return self.base_model(*args, **kwargs)
 
 
@@ -80,10 +94,8 @@ def _check_base(module: nn.Module, superposition: Superposition) -> None:
         raise BaseMismatchError(
             f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
         )
-    for name, base in superposition.base.items():
-        value = own[name].detach().cpu()
-        if value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
-            raise BaseMismatchError(f"the model is not the superposition's base: {name} differs")
+    for name, value in own.items():
+        check_is_base(superposition, name, value)
 
 
 def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[str, nn.Linear]:
@@ -100,6 +112,8 @@ def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[
     for tensor in superposition.superposed:
         name = tensor.rpartition(".")[0]
         layer = modules.get(name)
+        if layer is not None and "forward" in vars(layer):
+            raise ValueError(f"{name}.forward was replaced on the layer itself, and would silently answer as the base")
         if isinstance(layer, SuperposedLinear):
             raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
         if type(layer) is not nn.Linear or tensor.rpartition(".")[2] != "weight":
@@ -111,23 +125,33 @@ def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[
     return layers
 
 
-def _superpose_layers(layers: dict[str, nn.Linear], superposition: Superposition, router: Router) -> None:
-    pools: dict[str, DeltaPool] = {}
+def _pools(layers: dict[str, nn.Linear], superposition: Superposition) -> dict[str, DeltaPool]:
+    """The superpositions that each layer reads; layers that are shuffled share one."""
+    by_family: dict[str, DeltaPool] = {}
+    pools = {}
     for name, linear in layers.items():
-        tensor = f"{name}.weight" if name else "weight"
-        first = superposition.family(tensor)[0]  # layers that are shuffled share one pool
-        if first not in pools:
-            pools[first] = DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
-        SuperposedLinear.take_over(linear, superposition, name, router, pools[first])
+        tensor = tensor_of(name, "weight")
+        first = superposition.family(tensor)[0]
+        if first not in by_family:
+            by_family[first] = DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
+        pools[name] = by_family[first]
+    return pools
 
 
-def _route_others(module: nn.Module, superposition: Superposition, router: Router) -> None:
-    """Give every layer that is not superposed its models' own tensors."""
+def _kept_tables(
+    module: nn.Module, layers: dict[str, nn.Linear], superposition: Superposition
+) -> dict[str, dict[str, KeptTable]]:
+    """Of every layer that is not superposed its models' own tensors. Raises ``ValueError`` for a shared layer."""
     tables: dict[str, dict[str, KeptTable]] = {}
     for tensor in superposition.others:
         owner, _, name = tensor.rpartition(".")
-        layer = module.get_submodule(owner)
-        if not isinstance(layer, SuperposedLinear):
+        if owner not in layers:
+            layer = module.get_submodule(owner)
             tables.setdefault(owner, {})[name] = KeptTable(superposition, tensor, getattr(layer, name))
-    for owner, own in tables.items():
-        route_layer(module.get_submodule(owner), own, router)
+    owners = [module.get_submodule(owner) for owner in tables]
+    for owner, layer in zip(tables, owners, strict=True):
+        if sum(other is layer for other in owners) > 1:
+            raise ValueError(f"{owner} is shared under several names, and cannot have tensors kept for each model")
+        if "forward" in vars(layer):
+            raise ValueError(f"{owner}.forward was replaced on the layer itself, and would silently answer as the base")
+    return tables

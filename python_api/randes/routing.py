@@ -17,14 +17,18 @@ from randes.superposition import BASE_NAME
 class Batch:
     """The models of a batch: of all its rows, or of each of B rows.
 
-    ids: (B,) int32, numbers of models, −1 for the base; B = 1 stands for every row.
+    ids: (B,) int32, numbers of ``models``, −1 for the base; B = 1 stands for every row.
     rows: how many rows were named.
     base_only: no row belongs to a model, so that a layer is the base's own.
+    models: all that could have been named, in the order of their numbers.
+    length: how many positions a row has, which a layer's input may have flattened into its first dimension.
     """
 
     ids: Tensor
     rows: int
     base_only: bool
+    models: tuple[str, ...]
+    length: int = 1
 
     @property
     def mixed(self) -> bool:
@@ -33,23 +37,33 @@ class Batch:
 
     def on(self, device: torch.device) -> Tensor:
         """The ids on a layer's device."""
-        return self.ids.to(device, non_blocking=True)
+        return self.ids if self.ids.device == device else self.ids.to(device, non_blocking=True)
+
+    def of_one(self, number: int) -> "Batch":
+        """The batch of the rows of one model of it."""
+        ids = torch.tensor([number], dtype=torch.int32, device=self.ids.device)
+        return Batch(ids, 1, number == -1, self.models, self.length)
+
+    def over(self, first: Tensor) -> "Batch":
+        """The same batch for a model whose first input is ``first``, (B, length, ...): on its device."""
+        length = first.shape[1] if first.dim() > 1 else 1
+        return Batch(self.on(first.device), self.rows, self.base_only, self.models, length)
 
     def spread(self, x: Tensor) -> Tensor:
         """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.
 
-        The first dimension must be the batch, or runs of equal length of its rows, flattened: (B·T, K). Raises
-        ``ValueError`` for any other. A layer whose first dimension is not the batch (sequence first) but happens to
-        be a multiple of it cannot be told apart: such models cannot serve mixed batches.
+        The first dimension must be the batch's, 1, or the batch's times the positions of a row, flattened. Raises
+        ``ValueError`` for any other: whose rows those are cannot be known.
         """
+        count = self.ids.shape[0]
         if not self.mixed:
             return x
-        if x.dim() < 2 or (x.shape[0] != 1 and x.shape[0] % self.ids.shape[0]):
+        if x.dim() < 2 or x.shape[0] not in (1, count, count * self.length):
             raise ValueError(
-                f"adapter_names names {self.ids.shape[0]} rows, but a layer's input is {tuple(x.shape)}:"
+                f"adapter_names names {count} rows, but a layer's input is {tuple(x.shape)}:"
                 " its first dimension must be the batch"
             )
-        return x.expand(self.ids.shape[0], *x.shape[1:]) if x.shape[0] == 1 else x
+        return x.expand(count, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
 class _Scoped(threading.local):
@@ -60,7 +74,7 @@ class _Scoped(threading.local):
 
 
 class Router:
-    """Tells layers the batch's models: those of the call under way, else those chosen for all calls."""
+    """Tells layers the batch's models: those of the call under way in this thread, else those chosen for all calls."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -84,6 +98,8 @@ class Router:
     def of(self, names: "Sequence[str] | Batch") -> Batch:
         """The batch of these names. Raises ``UnknownModelError``, or ``ValueError`` for none or for a bare string."""
         if isinstance(names, Batch):
+            if names.models != self.names:
+                raise ValueError(f"adapter_names must be a batch of {self.names}, got one of {names.models}")
             return names
         if isinstance(names, str) or not names:
             raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
@@ -93,7 +109,8 @@ class Router:
         ids = [self._numbers[name] for name in names]
         if len(set(ids)) == 1:
             ids = ids[:1]  # all rows alike are one run
-        return Batch(torch.tensor(ids, dtype=torch.int32), len(names), base_only=ids == [-1])
+        numbers = torch.tensor(ids, dtype=torch.int32, device="cpu")
+        return Batch(numbers, len(names), ids == [-1], self.names)
 
     @contextmanager
     def during(self, batch: Batch) -> Iterator[None]:

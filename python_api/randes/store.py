@@ -8,12 +8,16 @@
 
 Files are named by what they hold and never rewritten. A save writes the new ones beside the old, renames the
 manifest last, and only then removes what no manifest names: a crash at any moment leaves the old store or the
-new one. The bytes depend on what is stored alone, not on the order in which it was added.
+new one. The bytes depend on the models and their groups alone, not on the order in which they were added.
 """
 
+import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ from randes import checkpoint
 from randes.checkpoint import Tensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
-from randes.superposition import AVERAGE_STEP, STEP, Member, Superposition
+from randes.integers import AVERAGE_STEP, STEP
+from randes.superposition import Member, Superposition
 from randes_kernels import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
@@ -33,41 +38,29 @@ _OURS = re.compile(
 
 
 def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
-    """Write the store at ``path``, a folder that is new, empty, or holds a store of the same base.
+    """Write the store at ``path``: a folder that is new, empty, or the store that this came from or went to last.
 
-    Raises ``StoreError`` for any other folder.
+    Raises ``StoreError`` for any other folder, and for a store that was changed since.
     """
     folder = Path(path)
     superposition.check_base()
-    _check_destination(superposition, folder)
+    contents = _contents(superposition)
+    manifest = _manifest(superposition, contents)
+    check_destination(superposition, folder, manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, dict[str, str]] = {}
-    for stem, tensors in _contents(superposition).items():
-        digests = (
-            superposition.base_digests if stem == "base" else {n: checkpoint.digest(t) for n, t in tensors.items()}
-        )
-        name = f"{stem}-{checkpoint.combined_digest(digests)}.safetensors"
-        files[name] = dict(sorted(digests.items()))
-        if not (folder / name).exists():
-            checkpoint.write_file(folder / name, dict(sorted(tensors.items())))
-    manifest = {
-        "format": "randes",
-        "version": FORMAT_VERSION,
-        "config": superposition.config.to_dict(),
-        "step": STEP,
-        "average_step": AVERAGE_STEP,
-        "base": checkpoint.combined_digest(superposition.base_digests),
-        "superposed": list(superposition.superposed),
-        "models": {name: _record(superposition.members[name]) for name in superposition.names},
-        "files": dict(sorted(files.items())),
-    }
-    manifest["checksum"] = _checksum(manifest)
-    beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    beside.write_text(_text(manifest), encoding="utf-8")
-    checkpoint.replace(beside, folder / MANIFEST)
-    for file in folder.iterdir():
-        if _OURS.fullmatch(file.name) and file.name not in files:
-            file.unlink()
+    with _alone(folder):
+        check_destination(superposition, folder, manifest)
+        known = superposition.stored.files if isinstance(superposition.stored, Stored) else {}
+        for name, stem in zip(manifest["files"], sorted(contents), strict=True):
+            if (state := _state(folder / name)) is None or known.get(folder / name) != state:
+                checkpoint.write_file(folder / name, dict(sorted(contents[stem].items())))
+        beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+        beside.write_text(_text(manifest), encoding="utf-8")
+        checkpoint.replace(beside, folder / MANIFEST)
+        superposition.stored = _stored(folder, manifest)
+        for file in folder.iterdir():
+            if _OURS.fullmatch(file.name) and file.name not in manifest["files"]:
+                file.unlink()
 
 
 def load(path: str | os.PathLike[str]) -> Superposition:
@@ -78,6 +71,7 @@ def load(path: str | os.PathLike[str]) -> Superposition:
     folder = Path(path)
     manifest = read_manifest(folder)
     contents: dict[str, Tensors] = {}
+    digests_of: dict[str, dict[str, str]] = {}
     for name, digests in manifest["files"].items():
         try:
             tensors = checkpoint.read_file(folder / name)
@@ -88,13 +82,16 @@ def load(path: str | os.PathLike[str]) -> Superposition:
         for tensor, value in tensors.items():
             if checkpoint.digest(value) != digests[tensor]:
                 raise StoreError(f"{folder / name} was altered: the checksum of {tensor} does not match the manifest")
-        contents[name.rsplit("-", 1)[0]] = tensors
-    superposition = Superposition(Config.from_dict(manifest["config"]), contents.pop("base"), manifest["superposed"])
+        stem = name.rsplit("-", 1)[0]
+        contents[stem], digests_of[stem] = tensors, digests
+    base, base_digests = contents.pop("base"), digests_of["base"]
+    superposition = Superposition(Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests)
     for name, record in manifest["models"].items():
         kept = contents.pop(_model_file(superposition, name), {})
         superposition.members[name] = Member(**record, kept=kept)
     superposition.averages = contents.pop("average", {})
     superposition.deltas = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    superposition.stored = _stored(folder, manifest)
     return superposition
 
 
@@ -130,6 +127,26 @@ def _contents(superposition: Superposition) -> dict[str, Tensors]:
     return {stem: tensors for stem, tensors in contents.items() if tensors}
 
 
+def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dict[str, Any]:
+    files = {}
+    for stem, tensors in sorted(contents.items()):
+        digests = {name: checkpoint.digest(value) for name, value in tensors.items()}
+        files[f"{stem}-{checkpoint.combined_digest(digests)}.safetensors"] = dict(sorted(digests.items()))
+    manifest = {
+        "format": "randes",
+        "version": FORMAT_VERSION,
+        "config": superposition.config.to_dict(),
+        "step": STEP,
+        "average_step": AVERAGE_STEP,
+        "base": checkpoint.combined_digest(superposition.base_digests),
+        "superposed": list(superposition.superposed),
+        "models": {name: _record(superposition.members[name]) for name in superposition.names},
+        "files": files,
+    }
+    manifest["checksum"] = _checksum(manifest)
+    return manifest
+
+
 def _model_file(superposition: Superposition, name: str) -> str:
     # A model's name may hold what a file's name may not; its key is as unique.
     return f"model-{superposition.key(name) & (1 << 64) - 1:016x}"
@@ -153,13 +170,56 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _check_destination(superposition: Superposition, folder: Path) -> None:
+def check_destination(superposition: Superposition, folder: Path, manifest: dict[str, Any] | None = None) -> None:
+    """Raise ``StoreError`` unless ``folder`` is new, empty, or the store that this came from or went to last.
+
+    A store that somebody else has written to meanwhile holds models that would be lost. ``manifest``: what is to be
+    written; where it stands there already, a save that was cut short is done again.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
         raise StoreError(f"{folder} must be a folder, got a file")
     if (folder / MANIFEST).exists():
-        if read_manifest(folder)["base"] != checkpoint.combined_digest(superposition.base_digests):
+        found, stored = read_manifest(folder), superposition.stored
+        if found["base"] != checkpoint.combined_digest(superposition.base_digests):
             raise StoreError(f"{folder} holds a store of another base; save to another folder")
+        ours = isinstance(stored, Stored) and (stored.folder, stored.checksum) == (folder.resolve(), found["checksum"])
+        if not ours and found != manifest:
+            raise StoreError(f"{folder} holds a store that was written since, or is another's; load it and change that")
     elif strangers := [file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)]:
         raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A store as it was last read or written: where, which, and its files' sizes and times of change."""
+
+    folder: Path
+    checksum: str
+    files: dict[Path, tuple[int, int] | None]
+
+
+def _stored(folder: Path, manifest: dict[str, Any]) -> Stored:
+    return Stored(
+        folder.resolve(), manifest["checksum"], {folder / name: _state(folder / name) for name in manifest["files"]}
+    )
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    """What changes when a file is changed; None where there is no file."""
+    if not file.exists():
+        return None
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from saving to ``folder`` meanwhile."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

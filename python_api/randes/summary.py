@@ -1,6 +1,7 @@
 """What a superposition holds, and how near a retrieved model is to its original."""
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,6 @@ from torch import Tensor
 
 from randes import checkpoint
 from randes.checkpoint import Checkpoint
-from randes.errors import CheckpointError
 from randes.superposition import Superposition
 
 
@@ -17,8 +17,8 @@ class Verification:
     """How near a retrieved model is to its original, in weights.
 
     relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together.
-    predicted_error: √(J−1), what J models in a group give under every transform. Neither is the accuracy:
-        transforms with the same weight error keep very different shares of it (design, section 2).
+    predicted_error: √(J−1), what J models that share a buffer give under every transform (for α = 1). Neither is
+        the accuracy: transforms with the same weight error keep very different shares of it (design, section 2).
     tensors: the relative error of each superposed tensor that the model changed.
     kept_exact: whether every tensor that is kept per model came back bit for bit.
     """
@@ -36,11 +36,8 @@ def verify(superposition: Superposition, name: str, finetuned: Checkpoint) -> Ve
 
     Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
     """
-    member = superposition.member(name)
-    original = checkpoint.read(finetuned)
-    checkpoint.check_fits(original, superposition.base)
-    if other := [tensor for tensor, value in original.items() if checkpoint.digest(value) != member.digests[tensor]]:
-        raise CheckpointError(f"this is not the checkpoint that was added as {name!r}: {other[0]} differs")
+    original = superposition.read_added(name, finetuned)
+    member = superposition.members[name]
     retrieved = superposition.retrieve(name)
     squares = {
         tensor: (
@@ -55,10 +52,25 @@ def verify(superposition: Superposition, name: str, finetuned: Checkpoint) -> Ve
         model=name,
         models_in_group=group,
         relative_error=math.sqrt(error / size),
-        predicted_error=math.sqrt(group - 1),
+        predicted_error=_predicted_error(superposition, name),
         kept_exact=all(checkpoint.digest(retrieved[tensor]) == member.digests[tensor] for tensor in member.kept),
         tensors={tensor: math.sqrt(error / size) for tensor, (error, size) in squares.items()},
     )
+
+
+def _predicted_error(superposition: Superposition, name: str) -> float:
+    """√(J−1) over the tensors, each with the J of the models that changed it: a delta scaled by α keeps an error
+    of 1−α of its own, and takes α of each neighbour's size."""
+    member = superposition.members[name]
+    group = {other: m for other, m in superposition.members.items() if m.group == member.group}
+    sharing = Counter(superposition.place(other, tensor) for other, m in group.items() for tensor in m.gains)
+    error = size = 0.0
+    for tensor, gain in member.gains.items():
+        weight = gain**2 * superposition.base[tensor].numel()
+        neighbours = sharing[superposition.place(name, tensor)] - 1
+        error += weight * ((1 - member.alpha) ** 2 + member.alpha**2 * neighbours)
+        size += weight
+    return math.sqrt(error / size) if size else 0.0
 
 
 def summary(superposition: Superposition) -> dict[str, Any]:

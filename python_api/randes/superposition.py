@@ -12,16 +12,11 @@ from randes import checkpoint
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
+from randes.integers import AVERAGE_STEP, STEP, averaged, gain_and_peak, narrow, rate
 from randes.layers import families, shuffled
 from randes_kernels import model_key, retrieve, superpose_, tensor_id
 
 BASE_NAME = "__base__"
-STEP = 2.0**-9
-"""What one unit of a stored integer is worth, in units of a delta's gain. Rounding to it adds an error of
-STEP / √12 = 0.06 % of a delta's size for each model, where interference is √(J−1) times that size."""
-AVERAGE_STEP = 2.0**-32
-"""The same for the sums behind ``others="average"``, in units of the tensors themselves."""
-
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -61,17 +56,23 @@ class Superposition:
 
     The base's tensors are shared with what it was created from, not copied. Training them on in place is noticed
     at the next use, and refused with ``BaseMismatchError``.
+
+    device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
     """
 
-    def __init__(self, config: Config, base: Tensors, superposed: Iterable[str]) -> None:
+    def __init__(
+        self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None
+    ) -> None:
         """For ``create`` and ``load``."""
         self.config = config
         self.base = base
         self.superposed = tuple(sorted(superposed))
-        self.base_digests = {name: checkpoint.digest(value) for name, value in base.items()}
+        self.base_digests = dict(base_digests or {name: checkpoint.digest(value) for name, value in base.items()})
         self.members: dict[str, Member] = {}
         self.deltas: dict[int, Tensors] = {}  # of each group: the integers by tensor, int16 where they fit
         self.averages: Tensors = {}  # int64 sums over the models, for others="average"
+        self.device = torch.device("cpu")
+        self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(base, self.superposed)
         self._family_of = {name: family for family, names in self._families.items() for name in names}
 
@@ -116,7 +117,7 @@ class Superposition:
         return self.members[name]
 
     def add(self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0) -> None:
-        """Superpose a fine-tune of the base. Any order of adding gives the same bytes.
+        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding.
 
         group: the superposition it joins; by default the first that has room.
         alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
@@ -137,7 +138,7 @@ class Superposition:
         changed = {tensor for tensor in tensors if digests[tensor] != self.base_digests[tensor]}
         gains = {}
         for tensor in sorted(changed & set(self.superposed)):
-            gain, peak = _gain_and_peak(tensor, tensors[tensor], self.base[tensor])
+            gain, peak = gain_and_peak(tensor, tensors[tensor], self.base[tensor])
             if gain == 0:
                 continue  # −0.0 for 0.0: other bytes, the same weight
             if peak / gain / STEP * self.config.group_size >= 2**31:
@@ -145,7 +146,7 @@ class Superposition:
             gains[tensor] = gain
         member = Member(group, float(alpha), gains, digests, self._own(tensors, changed))
         deltas = self._with(name, member, tensors, subtract=False)
-        averages = self._averages_with(tensors, subtract=False)
+        averages = self._averaged(tensors, subtract=False)
 
         self.members[name], self.averages = member, averages
         self.deltas[group] = deltas
@@ -159,16 +160,9 @@ class Superposition:
         """
         member = self.member(name)
         self.check_base()
-        tensors = checkpoint.read(finetuned)
-        checkpoint.check_fits(tensors, self.base)
-        other = [tensor for tensor, value in tensors.items() if checkpoint.digest(value) != member.digests[tensor]]
-        if other:
-            raise CheckpointError(
-                f"this is not the checkpoint that was added as {name!r}: {len(other)} of {len(tensors)} tensors differ,"
-                f" {other[0]} the first"
-            )
+        tensors = self.read_added(name, finetuned)
         deltas = self._with(name, member, tensors, subtract=True)
-        averages = self._averages_with(tensors, subtract=True)
+        averages = self._averaged(tensors, subtract=True)
 
         del self.members[name]
         self.averages = averages if self.members else {}
@@ -187,9 +181,10 @@ class Superposition:
         key, transform = self.key(name), self.config.transform
         retrieved = {tensor: self.other(name, tensor).clone() for tensor in self.base if tensor not in member.gains}
         for tensor, gain in member.gains.items():
-            delta = self.deltas[member.group][self.place(name, tensor)]
+            base = self.base[tensor].to(self.device)
+            delta = self.deltas[member.group][self.place(name, tensor)].to(self.device)
             scale = member.alpha * gain * STEP
-            retrieved[tensor] = retrieve(self.base[tensor], delta, scale, key, tensor_id(tensor), transform)
+            retrieved[tensor] = retrieve(base, delta, scale, key, tensor_id(tensor), transform).cpu()
         return retrieved
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -230,6 +225,22 @@ class Superposition:
         if tensor in self.averages and self._differs(tensor):
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.members))).to(base.dtype)
         return base
+
+    def read_added(self, name: str, finetuned: Checkpoint) -> Tensors:
+        """The tensors of the checkpoint that was added as ``name``.
+
+        Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
+        """
+        member = self.member(name)
+        tensors = checkpoint.read(finetuned)
+        checkpoint.check_fits(tensors, self.base)
+        other = [tensor for tensor, value in tensors.items() if checkpoint.digest(value) != member.digests[tensor]]
+        if other:
+            raise CheckpointError(
+                f"this is not the checkpoint that was added as {name!r}: {len(other)} of {len(tensors)} tensors differ,"
+                f" {other[0]} the first"
+            )
+        return tensors
 
     @property
     def others(self) -> list[str]:
@@ -291,11 +302,13 @@ class Superposition:
         for tensor, gain in member.gains.items():
             place = self.place(name, tensor)
             held = deltas.get(place)
-            wide = torch.zeros(self.base[tensor].shape, dtype=torch.int32) if held is None else held.to(torch.int32)
-            rate = _float32(1 / (gain * STEP))
-            finetuned, base = tensors[tensor].contiguous(), self.base[tensor].contiguous()
-            superpose_(wide, finetuned, base, rate, key, tensor_id(tensor), transform, subtract=subtract)
-            deltas[place] = _narrow(wide)
+            if held is None:
+                wide = torch.zeros(self.base[tensor].shape, dtype=torch.int32, device=self.device)
+            else:
+                wide = held.to(self.device, torch.int32, copy=True)
+            finetuned, base = tensors[tensor].to(self.device), self.base[tensor].to(self.device)
+            superpose_(wide, finetuned, base, rate(gain), key, tensor_id(tensor), transform, subtract=subtract)
+            deltas[place] = narrow(wide).cpu()
         if subtract:
             places = {
                 self.place(other, tensor) for other in self._neighbours(name) for tensor in self.members[other].gains
@@ -307,47 +320,14 @@ class Superposition:
                     )
         return deltas
 
+    def _averaged(self, tensors: Tensors, *, subtract: bool) -> Tensors:
+        if self.config.others != "average":
+            return {}
+        return averaged(self.averages, tensors, self.base.keys() - set(self.superposed), subtract=subtract)
+
     def _neighbours(self, name: str) -> list[str]:
         group = self.members[name].group
         return [other for other, member in self.members.items() if member.group == group and other != name]
-
-    def _averages_with(self, tensors: Tensors, *, subtract: bool) -> Tensors:
-        """The sums behind the averages, with one model added or taken away."""
-        if self.config.others != "average":
-            return {}
-        sums = {}
-        for tensor in self.base.keys() - set(self.superposed):
-            value = tensors[tensor].double()
-            if not tensors[tensor].is_floating_point():
-                continue
-            if value.numel() and value.abs().max() >= 2**20:
-                raise CheckpointError(f"{tensor} must be below 2**20 to be averaged, got {value.abs().max():.3g}")
-            steps = torch.round(value / AVERAGE_STEP).to(torch.int64)
-            held = self.averages.get(tensor, torch.zeros_like(steps))
-            sums[tensor] = held - steps if subtract else held + steps
-        return sums
-
-
-def _gain_and_peak(tensor: str, finetuned: Tensor, base: Tensor) -> tuple[float, float]:
-    """Root mean square of a delta, in fp64, kept as fp32; and its largest magnitude."""
-    delta = finetuned.double() - base.double()
-    # Sums of single rows, added without rounding: the same gain whatever the number of threads.
-    mean_square = math.fsum((delta * delta).sum(1).tolist()) / delta.numel()
-    gain, peak = _float32(math.sqrt(mean_square)), float(delta.abs().max())
-    if peak > 0 and not math.isfinite(_float32(1 / (gain * STEP)) if gain else math.inf):
-        raise CheckpointError(f"{tensor} has a delta too small for fp32: at most {peak:.3g}")
-    return gain, peak
-
-
-def _narrow(wide: Tensor) -> Tensor:
-    """int16 where the values fit, int32 where they do not: a function of the values alone."""
-    limits = torch.iinfo(torch.int16)
-    low, high = torch.aminmax(wide)
-    return wide.to(torch.int16) if limits.min <= low and high <= limits.max else wide
-
-
-def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

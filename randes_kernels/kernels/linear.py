@@ -35,17 +35,18 @@ def superposed_linear_kernel(
     stride_xm, stride_xk, stride_tm, stride_tk, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk,
     stride_bj, stride_ym,
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
-    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Row tiles run fastest: the programs that share a weight tile run together and find it in the L2 cache.
     row_tiles = tl.cdiv(M, BLOCK_M)
     rows = (tl.program_id(0) % row_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_column = (tl.program_id(0) // row_tiles) * BLOCK_N
-    columns = first_column + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
+    tile_columns, depth = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    columns = first_column + tile_columns
     row_exists, column_exists = rows < M, columns < N
-    x_rows, weight_rows = rows.to(tl.int64), columns.to(tl.int64)
+    # Offsets within a tile fit 32 bits; where a tile begins may not.
+    x_rows, wide_column = rows.to(tl.int64), first_column.to(tl.int64)
 
     # The model of each row. A number that names no model gives NaN, never another model's answer.
     ids = tl.load(ids_ptr + rows // rows_per_id, mask=row_exists, other=-1).to(tl.int32)
@@ -61,34 +62,37 @@ def superposed_linear_kernel(
         for start in range(0, K, BLOCK_K):
             inside = start + depth < K
             x_tile = tl.load(
-                x_ptr + x_rows[:, None] * stride_xm + (start + depth)[None, :] * stride_xk,
+                x_ptr + tl.cast(start, tl.int64) * stride_xk + x_rows[:, None] * stride_xm + depth[None, :] * stride_xk,
                 mask=row_exists[:, None] & inside[None, :], other=0.0,
             )  # fmt: skip
             weight_tile = tl.load(
-                weight_ptr + weight_rows[None, :] * stride_wn + (start + depth).to(tl.int64)[:, None] * stride_wk,
+                weight_ptr + wide_column * stride_wn + tl.cast(start, tl.int64) * stride_wk
+                + tile_columns[None, :] * stride_wn + depth[:, None] * stride_wk,
                 mask=column_exists[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
-            y = tl.dot(x_tile, weight_tile, y, input_precision=PRECISION)
+            y = tl.dot(x_tile, weight_tile, y, input_precision="ieee")
 
     # The slots that these rows touch, lowest first; rows of other slots are zero while one is read.
     delta_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     slot = tl.min(slots)
     while slot < NO_SLOT:
         in_slot = slots == slot
-        slot_ptr = delta_ptr + slot.to(tl.int64) * stride_ds
+        slot_ptr = delta_ptr + slot.to(tl.int64) * stride_ds + wide_column * stride_dn
         for start in range(0, K, BLOCK_K):
             inside = start + depth < K
             x_tile = tl.load(
-                turned_ptr + x_rows[:, None] * stride_tm + (start + depth)[None, :] * stride_tk,
+                turned_ptr + tl.cast(start, tl.int64) * stride_tk
+                + x_rows[:, None] * stride_tm + depth[None, :] * stride_tk,
                 mask=in_slot[:, None] & inside[None, :], other=0.0,
             )  # fmt: skip
             if FLIP_IN:
                 x_tile = flip(x_tile, tile_signs(start, k0, k1, IN_STREAM, tensor_lo, tensor_hi, BLOCK_K))
             delta_tile = tl.load(
-                slot_ptr + weight_rows[None, :] * stride_dn + (start + depth).to(tl.int64)[:, None] * stride_dk,
+                slot_ptr + tl.cast(start, tl.int64) * stride_dk
+                + tile_columns[None, :] * stride_dn + depth[:, None] * stride_dk,
                 mask=column_exists[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
-            delta_y = tl.dot(x_tile, delta_tile, delta_y, input_precision=PRECISION)
+            delta_y = tl.dot(x_tile, delta_tile, delta_y, input_precision="ieee")
         slot = tl.min(tl.where(slots > slot, slots, NO_SLOT))
 
     if FLIP_OUT:
@@ -98,7 +102,7 @@ def superposed_linear_kernel(
         bias = tl.load(bias_ptr + columns, mask=column_exists, other=0.0).to(tl.float32)
         if HAS_BIASES:
             own = tl.load(
-                biases_ptr + ids[:, None] * stride_bj + columns[None, :],
+                biases_ptr + ids[:, None].to(tl.int64) * stride_bj + columns[None, :],
                 mask=adapted[:, None] & column_exists[None, :], other=0.0,
             )  # fmt: skip
             y += tl.where(adapted[:, None], own.to(tl.float32), bias[None, :])
@@ -131,7 +135,6 @@ def superposed_linear(
         0 if biases is None else biases.stride(0), y.stride(0),
         IN_STREAM=in_stream, OUT_STREAM=out_stream, FLIP_IN=flip_in, FLIP_OUT=flip_out,
         HAS_BASE=weight is not None, HAS_BIAS=bias is not None, HAS_BIASES=biases is not None,
-        PRECISION="ieee",
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

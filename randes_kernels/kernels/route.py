@@ -22,12 +22,14 @@ COLUMN_SIGNS: tl.constexpr = tl.constexpr(int(Stream.COLUMN_SIGNS))
 TILE_COLUMNS = 128
 
 
-@triton.jit(do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi"])
+@triton.jit(
+    do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi"],
+    do_not_specialize_on_alignment=["ids_ptr", "keys_ptr", "slots_ptr"],
+)
 def route_kernel(
     x_ptr, turned_ptr, ids_ptr, keys_ptr, slots_ptr, models, rows_per_id, tensor_lo, tensor_hi,
     K, granule, width, bits, stride_xm, stride_xk, stride_tm,
-    BACK: tl.constexpr, FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    BACK: tl.constexpr, FLIP_COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_K
@@ -41,7 +43,7 @@ def route_kernel(
     superposed = columns < tl.where((slot >= 0) | unknown, K, 0)  # no column of a row that reads no D
     k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
     turned_columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
-    x_ptrs = x_ptr + row * stride_xm + columns * stride_xk
+    x_ptrs = x_ptr + row * stride_xm + columns.to(tl.int64) * stride_xk
     turned_ptrs = turned_ptr + row * stride_tm + turned_columns
 
     source = turned_ptrs if BACK else x_ptrs
@@ -66,6 +68,7 @@ def route(
     route_kernel[(m, triton.cdiv(k, TILE_COLUMNS))](
         x, turned, ids, keys, slots, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
         k, *arguments.numbers, *x.stride(), turned.stride(0),
-        BACK=back, **arguments.constants, BLOCK_K=TILE_COLUMNS, num_warps=1, enable_fp_fusion=True,
+        BACK=back, FLIP_COLUMNS=transform.column_signs, SEGMENTS=transform.segments, BLOCK_K=TILE_COLUMNS,
+        num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return x if back else turned

@@ -1,4 +1,4 @@
-"""A model's transform on one tile of (N, K), and the launch arguments that describe it."""
+"""A model's transform on one tile of (N, K), which several kernels share, and its launch arguments."""
 
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ def tile_transform(
 class TransformArguments(NamedTuple):
     """The transform of a tensor with K columns as kernel arguments: ``granule, width, bits``, and the constants."""
 
+    permuted: bool
     numbers: tuple[int, int, int]
     constants: dict[str, Any]
 
@@ -43,6 +44,7 @@ def transform_arguments(transform: Transform, k: int) -> TransformArguments:
     width = k // transform.segments
     permuted = 0 < transform.granule <= width
     return TransformArguments(
+        permuted,
         (transform.granule, width, half_bits(width // transform.granule)) if permuted else (1, 1, 1),
         {
             "FLIP_ROWS": transform.row_signs,
