@@ -18,12 +18,12 @@ class Tile(NamedTuple):
 def linear_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
     """The tile of the superposed linear for ``(m, k) x (n, k)``.
 
-    One row tile covers a decode batch of up to 64 rows, so that each weight byte is read once. The sizes are the
-    largest that compile without a register spilled on sm_80, sm_90 and gfx942 (tests/test_compiled.py); they
-    are not yet measured on a GPU.
+    One row tile covers a decode batch of up to 64 rows (in fp32: 16), so that each weight byte is read once. The
+    sizes are the largest that compile without a register spilled on sm_80, sm_90 and gfx942
+    (tests/test_compiled.py); they are not yet measured on a GPU.
     """
     if dtype.itemsize > 2:  # fp32 multiplies without matrix instructions and keeps its operands in registers
-        return Tile(16, 32, 32, warps=4, stages=2) if m <= 16 else Tile(32, 64, 32, warps=8, stages=2)
+        return Tile(16, 64, 32, warps=4, stages=2)
     if m <= 16:
         return Tile(16, 64, 64, warps=4, stages=4)
     if m <= 32:
