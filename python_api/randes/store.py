@@ -27,7 +27,8 @@ from randes.checkpoint import Tensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.integers import AVERAGE_STEP, STEP
-from randes.superposition import Member, Superposition
+from randes.members import Member
+from randes.superposition import Superposition
 from randes_kernels import FORMAT_VERSION
 
 MANIFEST = "manifest.json"

@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,41 +13,11 @@ from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
 from randes.integers import AVERAGE_STEP, STEP, averaged, gain_and_peak, narrow, rate
 from randes.layers import families, shuffled
+from randes.members import Member, Sizes
 from randes_kernels import model_key, retrieve, superpose_, tensor_id
 
 BASE_NAME = "__base__"
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Member:
-    """What is kept of one model beside its part of the superposition.
-
-    gains: root mean square of its delta, for each tensor that it changed and that is superposed.
-    digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
-    kept: its own other tensors, where they differ from the base's (``others="keep"``).
-    """
-
-    group: int
-    alpha: float
-    gains: Mapping[str, float]
-    digests: Mapping[str, str]
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes: of the base, of all superposed deltas, of what is kept per model, and of that many whole models."""
-
-    base: int
-    superposed: int
-    kept: int
-    separate_models: int
-
-    @property
-    def total(self) -> int:
-        """Everything that a store holds."""
-        return self.base + self.superposed + self.kept
 
 
 class Superposition:

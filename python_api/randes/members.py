@@ -1,0 +1,37 @@
+"""What a superposition records of each model, and what all of it weighs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is kept of one model beside its part of the superposition.
+
+    gains: root mean square of its delta, for each tensor that it changed and that is superposed.
+    digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
+    kept: its own other tensors, where they differ from the base's (``others="keep"``).
+    """
+
+    group: int
+    alpha: float
+    gains: Mapping[str, float]
+    digests: Mapping[str, str]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes: of the base, of all superposed deltas, of what is kept per model, and of that many whole models."""
+
+    base: int
+    superposed: int
+    kept: int
+    separate_models: int
+
+    @property
+    def total(self) -> int:
+        """Everything that a store holds."""
+        return self.base + self.superposed + self.kept
