@@ -1,10 +1,12 @@
-"""The superposed linear on a CPU: two vendor matmuls around cached signs, for any mix of models.
+"""The superposed linear on a CPU: around vendor matmuls, from whichever side is cheaper for a model's rows.
 
-    y = x W0ᵀ + scale_j · r_j ⊙ ( (c_j ⊙ x) P_j Dᵀ ) + b_j
+    activation side   y = x W0ᵀ + scale_j · r_j ⊙ ( (c_j ⊙ x) P_j Dᵀ ) + b_j     two matmuls, for any mix of models
+    weight side       y = x (W0 + scale_j · r_j ⊙ D P_jᵀ ⊙ c_j)ᵀ + b_j           one, for many rows of one model
 
-A model's signs and column order are a few bytes a column next to the weights' thousands, so they are
-regenerated once and kept in a bounded cache; no retrieved weight is built. Each product is rounded to the dtype of x
-by the vendor's matmul, and their sum once more.
+On the weight side a slice of W0 and D at a time is rebuilt in cache and multiplied at once, so a whole retrieved
+weight never exists. A model's signs and column order are a few bytes a column next to the weights' thousands, so they
+are regenerated once and kept in a bounded cache. Each matmul rounds to the dtype of x; the activation side rounds the
+sum of its two once more, the weight side rounds the rebuilt weight as a materialised one would be.
 """
 
 from functools import lru_cache
@@ -19,6 +21,13 @@ from randes_kernels.format import Stream, Transform, column_permutation, signs
 _signs = lru_cache(maxsize=2**15)(signs)
 _column_permutation = lru_cache(maxsize=2**11)(column_permutation)
 
+SLICE_BYTES = 4 << 20
+"""Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/cpu_slices.py)."""
+WEIGHT_SIDE_ROWS = 48
+"""From so many rows of one model on, rebuilding beats a second matmul (bench/cpu_slices.py)."""
+WEIGHT_SIDE_ROWS_PERMUTED = {torch.float64: 128, torch.float32: 128, torch.float16: 64}
+"""The same where columns are gathered; in bf16 the gather never pays."""
+
 
 def superposed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
@@ -30,6 +39,80 @@ def superposed_linear(
         raise IndexError(f"ids must lie in -1 to {keys.shape[0] - 1}, got {min(models)} to {max(models)}")
     if transposed:
         weight, delta = weight.mT, delta.mT
+    tables = keys, scale, slots, tensor, transform, transposed
+    rows = x.shape[0] // len(models)
+    slot_of = slots.tolist()
+    enough = weight_side_rows(x.dtype, transform)
+    by_weight = [
+        model
+        for model in set(models)
+        if model >= 0 and slot_of[model] >= 0 and models.count(model) * rows >= enough
+    ]
+    if not by_weight:
+        return _activation_side(x, weight, bias, biases, delta, models, *tables)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    x_runs, y_runs = x.view(len(models), rows, -1), y.view(len(models), rows, -1)
+    for model in by_weight:
+        own_bias = bias if biases is None else biases[model]
+        if len(by_weight) == 1 and models.count(model) == len(models):
+            _weight_side(y, x, weight, own_bias, delta, model, *tables)
+            continue
+        places = [place for place, other in enumerate(models) if other == model]
+        alone = y.new_empty((len(places) * rows, y.shape[1]))
+        _weight_side(alone, x_runs[places].flatten(0, 1), weight, own_bias, delta, model, *tables)
+        y_runs[places] = alone.view(len(places), rows, -1)
+    if places := [place for place, model in enumerate(models) if model not in by_weight]:
+        others = [models[place] for place in places]
+        rest = _activation_side(x_runs[places].flatten(0, 1), weight, bias, biases, delta, others, *tables)
+        y_runs[places] = rest.view(len(places), rows, -1)
+    return y
+
+
+def weight_side_rows(dtype: torch.dtype, transform: Transform) -> float:
+    """How many rows of one model it takes to rebuild its weight for them."""
+    return WEIGHT_SIDE_ROWS_PERMUTED.get(dtype, float("inf")) if transform.granule else WEIGHT_SIDE_ROWS
+
+
+def _weight_side(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, model: int,
+    keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
+) -> None:  # fmt: skip
+    """``y`` (M, N) = x Ŵᵀ + bias for one model, a slice of Ŵ's rows at a time."""
+    (n, k), key = weight.shape, int(keys[model])
+    delta, gain = delta[int(slots[model])], float(scale[model])
+    in_stream, out_stream = Stream.COLUMN_SIGNS, Stream.ROW_SIGNS
+    flip_in, flip_out = transform.column_signs, transform.row_signs
+    if transposed:
+        in_stream, out_stream, flip_in, flip_out = out_stream, in_stream, flip_out, flip_in
+    in_signs = _signs(key, tensor, in_stream, k).to(x.dtype) if flip_in else None
+    out_signs = (_signs(key, tensor, out_stream, n) if flip_out else torch.ones(n, dtype=torch.int8)).to(x.dtype)
+    order = _column_permutation(key, tensor, n if transposed else k, transform) if transform.granule else None
+    height = max(32, SLICE_BYTES // (k * x.itemsize))
+    # In the layout of W0's own slices, which are transposed on the way back.
+    cache = torch.empty((k, min(height, n)), dtype=x.dtype).mT if transposed else x.new_empty((min(height, n), k))
+    for start in range(0, n, height):
+        part = slice(start, min(start + height, n))
+        rebuilt = cache[: part.stop - start]
+        if order is None:
+            turned_back = delta[part]
+        elif transposed:
+            turned_back = delta.index_select(0, order[part])
+        else:
+            turned_back = delta[part].index_select(1, order)
+        if in_signs is not None:
+            turned_back = torch.mul(turned_back, in_signs, out=rebuilt)
+        torch.addcmul(weight[part], turned_back, out_signs[part, None], value=gain, out=rebuilt)
+        if bias is None:
+            torch.mm(x, rebuilt.mT, out=y[:, part])
+        else:
+            torch.addmm(bias[part], x, rebuilt.mT, out=y[:, part])
+
+
+def _activation_side(
+    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor, models: list[int],
+    keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """The rows of any mix of ``models``, in equal runs: one matmul with W0 and one with each slot that they touch."""
     y = F.linear(x, weight, bias if biases is None else None)
     exact = torch.promote_types(y.dtype, torch.float32)
     total = y.to(exact)

@@ -1,5 +1,9 @@
-"""The CPU path against the specification and against fp64, in every dtype that it serves."""
+"""The CPU path against the specification and against fp64, in every dtype that it serves.
 
+Every test runs twice: with the crossovers as they were measured, and with every model's rows on the weight side.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,6 +28,15 @@ ALL_TRANSFORMS = [
     *TRANSFORMS.values(),
     *(Transform(rows, True, granule, segments) for rows in (0, 1) for granule in (0, 1, 4) for segments in (2, 3)),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["measured crossovers", "weight side from one row on"])
+def _sides(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.startswith("weight side"):
+            patch.setattr(cpu, "weight_side_rows", lambda dtype, transform: 1)
+            patch.setattr(cpu, "SLICE_BYTES", 1)
+        yield
 
 
 def assert_exact(case: LinearCase, transposed: bool) -> None:
@@ -88,6 +101,27 @@ def test_a_mixed_batch_equals_separate_batches(dtype: torch.dtype) -> None:
     for model in case.ids.unique():
         rows = case.ids == model
         assert torch.equal(mixed[rows], cpu.superposed_linear(*case._replace(x=case.x[rows], ids=model[None]), False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_of_one_model_are_served_from_its_rebuilt_weight(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = []
+    weight_side = cpu._weight_side
+    monkeypatch.setattr(cpu, "_weight_side", lambda *a: (served.append((a[1].shape[0], a[5])), weight_side(*a)))
+    enough = int(cpu.weight_side_rows(dtype, Transform()))
+    case = linear_case(4 * enough, 33, 40, runs=4, models=3, slots=1, dtype=dtype, integers=True)
+    case.slots[:] = torch.tensor([0, 0, -1])
+    for ids, expected in (
+        ([0, 0, 0, 0], [(4 * enough, 0)]),
+        ([1, -1, 0, 1], [(enough, 0), (2 * enough, 1)]),
+        ([2, 2, -1, -1], []),
+    ):
+        served.clear()
+        case.ids[:] = torch.tensor(ids)
+        assert torch.equal(cpu.superposed_linear(*case, False), reference.superposed_linear(*case))
+        assert sorted(served) == expected
 
 
 def test_rows_of_the_base_never_read_the_superposition() -> None:
