@@ -44,9 +44,7 @@ def superposed_linear(
     slot_of = slots.tolist()
     enough = weight_side_rows(x.dtype, transform)
     by_weight = [
-        model
-        for model in set(models)
-        if model >= 0 and slot_of[model] >= 0 and models.count(model) * rows >= enough
+        model for model in set(models) if model >= 0 and slot_of[model] >= 0 and models.count(model) * rows >= enough
     ]
     if not by_weight:
         return _activation_side(x, weight, bias, biases, delta, models, *tables)

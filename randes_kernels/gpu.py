@@ -3,14 +3,29 @@
 import torch
 from torch import Tensor
 
-from randes_kernels.format import Stream, Transform
-from randes_kernels.kernels.linear import superposed_linear as launch_linear
+from randes_kernels.format import Transform
+from randes_kernels.kernels.activation_side import activation_side
+from randes_kernels.kernels.group import group
 from randes_kernels.kernels.retrieve import retrieve
 from randes_kernels.kernels.route import route
 from randes_kernels.kernels.superpose import superpose_
-from randes_kernels.kernels.transform import transform_arguments
+from randes_kernels.kernels.transform import sides_of, transform_arguments
+from randes_kernels.kernels.weight_side import weight_side
+from randes_kernels.tiles import Plan, device_name, linear_plan
 
-__all__ = ["retrieve", "superpose_", "superposed_linear"]
+__all__ = ["plan_of", "retrieve", "superpose_", "superposed_linear"]
+
+
+def plan_of(x: Tensor, weight: Tensor, delta: Tensor, ids: Tensor, keys: Tensor, permuted: bool) -> Plan:
+    """The plan of a call with these operands, already transposed where the call is."""
+    rows = weight.stride(1) == delta.stride(2) == 1
+    columns = weight.stride(0) == delta.stride(1) == 1
+    return linear_plan(
+        x.shape[0], *weight.shape, x.dtype, runs=ids.shape[0], models=keys.shape[0],
+        turned=permuted or not (rows or columns),
+        aligned=x.shape[1] * x.itemsize % 16 == 0 and _describable(weight) and _describable(delta),
+        device=device_name(x.device.index or 0),
+    )  # fmt: skip
 
 
 def superposed_linear(
@@ -25,17 +40,30 @@ def superposed_linear(
     # The kernels read tables as rows of one piece; these are no copies where they are that already.
     ids, keys, scale, slots = (table.contiguous() for table in (ids, keys, scale, slots))
     bias, biases = (table if table is None else table.contiguous() for table in (bias, biases))
-    models = (ids, keys, scale, slots, tensor)
     permuted = transform_arguments(transform, weight.shape[1]).permuted
-    routing = (ids, keys, slots, tensor, transform)
-    if not transposed:
-        turned = route(x, *routing) if permuted else x
-        return launch_linear(
-            x, turned, weight, delta, bias, biases, *models,
-            Stream.COLUMN_SIGNS, Stream.ROW_SIGNS, transform.column_signs and not permuted, transform.row_signs,
-        )  # fmt: skip
-    streams = Stream.ROW_SIGNS, Stream.COLUMN_SIGNS, transform.row_signs
+    sides = sides_of(transform, transposed)
+    if transposed:
+        weight, delta = weight.mT, delta.mT
+    plan = plan_of(x, weight, delta, ids, keys, permuted)
+    if plan.path == "weight side":
+        order = None
+        if plan.grouped:
+            x, order, ids = group(x, ids)
+        elif x.stride(1) != 1 or x.data_ptr() % 16:
+            x = x.clone(memory_format=torch.contiguous_format)
+        return weight_side(x, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
     if not permuted:
-        return launch_linear(x, x, weight.mT, delta.mT, None, None, *models, *streams, transform.column_signs)
-    turned = launch_linear(x, x, None, delta.mT, None, None, *models, *streams, False)
-    return route(x @ weight, *routing, turned=turned)
+        return activation_side(x, None, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan)
+    # What ``route`` permutes it flips as well.
+    if not transposed:
+        turned, sides = route(x, ids, keys, slots, tensor, transform), sides._replace(flip_in=False)
+        return activation_side(x, turned, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan)
+    sides = sides._replace(flip_out=False)
+    turned = activation_side(x, None, None, delta, None, None, ids, keys, scale, slots, tensor, sides, plan)
+    return route(x @ weight.mT, ids, keys, slots, tensor, transform, turned=turned)
+
+
+def _describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can describe a weight, or what a transposed one is the transpose of."""
+    stored = matrix if matrix.stride(-1) == 1 else matrix.mT
+    return stored.is_contiguous() and stored.shape[-1] * stored.itemsize % 16 == 0 and stored.data_ptr() % 16 == 0

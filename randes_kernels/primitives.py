@@ -44,6 +44,16 @@ def block_words(block, stream: tl.constexpr, tensor_lo, tensor_hi, k0, k1):
 
 
 @triton.jit
+def unhoisted(value, start):
+    """``value``, an integer, in a loop over ``start`` (below 2**30), so that nothing made of it alone leaves the loop.
+
+    Of a key the compiler would compute ten round keys a row ahead of the loop, and hold them in registers all
+    through it. It cannot know that what is added here is zero.
+    """
+    return value ^ (tl.cast(start, tl.int32) >> 30).to(value.dtype)
+
+
+@triton.jit
 def tile_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
     """Sign bits of WIDTH neighbours from ``start``, one row of the result a key: ``(KEYS, WIDTH)`` uint32.
 
@@ -77,6 +87,14 @@ def vector_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDT
 def flip(values, bits):
     """``values`` (integers or floats of any width), negated where the sign bit is set."""
     return tl.where(bits != 0, -values, values)
+
+
+@triton.jit
+def flip_sign_bit(values, bits):
+    """As ``flip``, of floats, by one exclusive or an element: for tiles that a matrix product waits for."""
+    width: tl.constexpr = values.dtype.primitive_bitwidth
+    integer: tl.constexpr = tl.core.get_int_dtype(width, False)
+    return (values.to(integer, bitcast=True) ^ (bits.to(integer) << (width - 1))).to(values.dtype, bitcast=True)
 
 
 @triton.jit

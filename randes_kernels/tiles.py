@@ -1,8 +1,17 @@
-"""Which tile a launch uses: a pure function of shape and dtype, decided on the host, never tuned at run time."""
+"""Which path and which tile a launch uses: a pure function of shape, mix and device, never tuned at run time.
 
-from typing import NamedTuple
+The numbers are data: ``tables/<device>.json``, one file a device that was measured (``bench/tune.py`` writes them),
+else one for its architecture, else ``default.json``.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+
+TABLES = Path(__file__).parent / "tables"
 
 
 class Tile(NamedTuple):
@@ -15,19 +24,84 @@ class Tile(NamedTuple):
     stages: int
 
 
-def linear_tile(m: int, n: int, k: int, dtype: torch.dtype) -> Tile:
-    """The tile of the superposed linear for ``(m, k) x (n, k)``.
+class Plan(NamedTuple):
+    """What one call launches.
 
-    One row tile covers a decode batch of up to 64 rows (in fp32: 16), so that each weight byte is read once. The
-    sizes are large ones that compile without a register spilled on sm_80, sm_90 and gfx942
-    (tests/test_compiled.py); they are not yet measured on a GPU.
+    ``path``: ``"activation side"`` (two products, for any mix) or ``"weight side"`` (one product with a rebuilt tile).
+    ``parts``: how many spans K is split into on the activation side.
+    ``grouped``, ``bulk``: on the weight side, whether rows are first brought into the order of their models, and
+    whether tiles are read by the bulk copies of tensor descriptors.
     """
-    if dtype.itemsize > 2:  # fp32 multiplies without matrix instructions and keeps its operands in registers
-        return Tile(16, 64, 32, warps=4, stages=2)
-    if m <= 16:
-        return Tile(16, 64, 64, warps=4, stages=3)
-    if m <= 32:
-        return Tile(32, 32, 64, warps=4, stages=3)
-    if m <= 64:
-        return Tile(64, 64, 64, warps=8, stages=3)
-    return Tile(128, 64, 32, warps=8, stages=3)
+
+    path: str
+    tile: Tile
+    parts: int = 1
+    grouped: bool = False
+    bulk: bool = False
+
+
+@lru_cache
+def table(device: str) -> dict[str, Any]:
+    """The numbers for a device, by its name as ``device_name`` gives it: the most particular file that exists."""
+    for name in (device, device.partition("/")[0], "default"):
+        path = TABLES / f"{name.replace('/', '-')}.json"
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+    raise FileNotFoundError(f"no table of tiles in {TABLES}")
+
+
+@lru_cache
+def device_name(index: int) -> str:
+    """Of a GPU: architecture and product, ``"sm_90/nvidia-h200"``; ``"default"`` where there is none."""
+    if not torch.cuda.is_available():
+        return "default"
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.partition(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return f"{architecture}/{properties.name.lower().replace(' ', '-')}"
+
+
+@lru_cache(maxsize=4096)
+def linear_plan(
+    m: int, n: int, k: int, dtype: torch.dtype, *, runs: int = 1, models: int = 1, turned: bool = False,
+    aligned: bool = True, device: str = "default",
+) -> Plan:  # fmt: skip
+    """The plan of a superposed linear ``(m, k) x (n, k)``.
+
+    ``runs``: equal runs of rows, each of one model. ``models``: how many there are. ``turned``: whether columns are
+    permuted, which the weight side does not do. ``aligned``: whether tensor descriptors may describe the operands.
+    The weight side runs one product for each model in a tile of rows,
+    the activation side two whatever they are, so the most products that the mix can need decide between them.
+    """
+    numbers = table(device)
+    width = "fp32" if dtype.itemsize > 2 else "half"
+    weight_side = numbers["weight_side"][width]
+    if weight_side is not None and weight_side["bulk"] and not aligned:
+        weight_side = table("default")["weight_side"][width]
+    if weight_side is not None and not turned and m >= weight_side["from_rows"]:
+        tile = Tile(*weight_side["tile"])
+        tiles = -(-m // tile.m)
+        grouped = runs > 1 and m // runs < tile.m
+        changes = min(runs - 1, models) if grouped else runs - 1
+        if tiles + changes <= weight_side["products"] * tiles:
+            return Plan("weight side", tile, grouped=grouped, bulk=weight_side["bulk"])
+    # One row tile covers a decode batch, so that each weight byte is read once.
+    classes = numbers["activation_side"][width]
+    tile = Tile(*next(entry["tile"] for entry in classes if m <= entry["rows"] or entry is classes[-1]))
+    programs = -(-m // tile.m) * -(-n // tile.n)
+    return Plan("activation side", tile, _parts(programs, k, numbers))
+
+
+def _parts(programs: int, k: int, numbers: dict[str, Any]) -> int:
+    """How many spans of K fill the chip, none of them so short that summing them costs more than it gains."""
+    parts = 1
+    while (
+        parts * 2 * programs <= numbers["multiprocessors"]
+        and parts < numbers["most_parts"]
+        and k // (parts * 2) >= numbers["shortest_part"]
+    ):
+        parts *= 2
+    return parts

@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that are not here and reports what came out, one JSON row a kernel and target.
 
-    python tests/aot.py            (with the Triton on the path; no GPU, no interpreter)
+    python tests/aot.py [sm_90]    (with the Triton on the path; no GPU, no interpreter)
 
 Registers, stack and spills are read from the binary, instructions from its disassembly.
 """
@@ -18,18 +18,22 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from randes_kernels.format import Stream, Transform
-from randes_kernels.kernels.linear import superposed_linear_kernel
+from randes_kernels.kernels.activation_side import activation_side_kernel
+from randes_kernels.kernels.group import TILE_COLUMNS as GROUP_COLUMNS
+from randes_kernels.kernels.group import group_kernel
+from randes_kernels.kernels.reduce import TILE_COLUMNS as REDUCE_COLUMNS
+from randes_kernels.kernels.reduce import reduce_kernel
 from randes_kernels.kernels.retrieve import retrieve_kernel
 from randes_kernels.kernels.route import route_kernel
 from randes_kernels.kernels.superpose import TILE_COLUMNS, TILE_ROWS, superpose_kernel
 from randes_kernels.kernels.transform import transform_arguments
-from randes_kernels.tiles import linear_tile
+from randes_kernels.kernels.weight_side import weight_side_kernel
+from randes_kernels.tiles import TABLES, Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,8 +49,9 @@ WIDE_LOAD = {
 N, K = 4096, 4096
 FUSED = {"enable_fp_fusion": True}
 DIVISIBLE = [["tt.divisibility", 16]]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-MODELS = {"ids_ptr": "*i32", "keys_ptr": "*i64", "scale_ptr": "*fp32", "slots_ptr": "*i32"}
+MODELS = {"ids_ptr": "*i32", "keys_ptr": "*i64", "scale_ptr": "*fp32", "slots_ptr": "*i32", "order_ptr": "*i32"}
+PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", *MODELS)
+"""What a launch does not specialise."""
 
 
 def source(kernel: Any, types: dict[str, str], constants: dict[str, Any], plain: tuple[str, ...]) -> ASTSource:
@@ -65,24 +70,49 @@ def source(kernel: Any, types: dict[str, str], constants: dict[str, Any], plain:
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def linear_case(short: str, m: int, *, permuted: bool = False, transposed: bool = False) -> tuple[str, Any, Any]:
-    """The superposed linear as it is launched for m rows."""
-    tile = linear_tile(m, N, K, DTYPES[short])
-    contiguous = "stride_wn", "stride_dn"
-    strided = "stride_wk", "stride_dk"
+def options_of(tile: Tile) -> dict[str, Any]:
+    """How a tile is compiled."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def activation_case(
+    short: str, tile: Tile, *, permuted: bool = False, transposed: bool = False, parts: int = 1
+) -> tuple[str, Any, Any]:
+    """The superposed linear on the activation side, as it is launched."""
+    whole = parts == 1
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not permuted, "FLIP_OUT": not (permuted and transposed), "HAS_BASE": not (permuted and transposed),
-        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed,
+        "TURNED": permuted, "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
-        **dict.fromkeys(contiguous if transposed else strided, 1),
+        **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
     pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "bias_ptr", "biases_ptr", "y_ptr")
-    types = dict.fromkeys(pointers, f"*{short}") | MODELS
-    plain = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", *MODELS)
-    name = f"linear {short} m={m}{' permuted' if permuted else ''}{' transposed' if transposed else ''}"
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return name, source(superposed_linear_kernel, types, constants, plain), options
+    types = dict.fromkeys(pointers, f"*{short}") | MODELS | ({} if whole else {"y_ptr": "*fp32"})
+    modes = [name for name, on in (("permuted", permuted), ("transposed", transposed), ("parts", not whole)) if on]
+    name = " ".join(["activation side", short, str(tuple(tile)), *modes])
+    return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
+
+
+def weight_case(short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False) -> Any:
+    """The superposed linear on the weight side, as it is launched."""
+    constants = {
+        "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS), "FLIP_IN": True, "FLIP_OUT": True,
+        "TRANSPOSED": transposed, "BULK": bulk, "GROUPED": grouped,
+        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1,
+        **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
+    }  # fmt: skip
+    types = dict.fromkeys(("x", "weight", "delta", "bias_ptr", "biases_ptr", "y_ptr"), f"*{short}") | MODELS
+    plain = PLAIN
+    if bulk:
+        blocks = {"x": (tile.m, tile.k)}
+        blocks |= dict.fromkeys(("weight", "delta"), (tile.k, tile.n) if transposed else (tile.n, tile.k))
+        types |= {name: f"tensordesc<{short}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
+        plain = (*PLAIN, *blocks)
+    modes = [name for name, on in (("bulk", bulk), ("transposed", transposed), ("grouped", grouped)) if on]
+    name = " ".join(["weight side", short, str(tuple(tile)), *modes])
+    return name, source(weight_side_kernel, types, constants, plain), options_of(tile)
 
 
 def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any, Any]]:
@@ -114,23 +144,46 @@ def route_case(short: str, *, back: bool) -> tuple[str, Any, Any]:
     return name, source(route_kernel, types, constants, plain), {"num_warps": 1} | FUSED
 
 
-def cases() -> Iterator[tuple[str, Any, Any]]:
-    """Every kernel in every mode and tile that a launch chooses, as (name, source, options)."""
-    for m in (16, 32, 64, 2048):
-        yield linear_case("fp16", m)
-        yield linear_case("fp16", m, permuted=True)
-        yield linear_case("fp16", m, transposed=True)
-    yield linear_case("bf16", 16)
-    yield linear_case("bf16", 2048)
-    yield linear_case("fp16", 64, permuted=True, transposed=True)
-    yield linear_case("fp32", 16)
-    yield linear_case("fp32", 64)
-    yield linear_case("fp32", 64, transposed=True)
+def finishing_cases() -> Iterator[tuple[str, Any, Any]]:
+    """The kernels before and after the products: rows put in order, parts summed."""
+    types = {"x_ptr": "*fp16", "grouped_ptr": "*fp16", "grouped_ids_ptr": "*i32", **MODELS}
+    constants = {"BLOCK_RUNS": 1024, "BLOCK_K": GROUP_COLUMNS, "stride_xk": 1}
+    yield "group fp16", source(group_kernel, types, constants, ("runs", "rows_per_id", *MODELS)), FUSED
+    pointers = {"y_ptr": "*fp16", "parts_ptr": "*fp32", "bias_ptr": "*fp16", "biases_ptr": "*fp16", **MODELS}
+    constants = {"PARTS": 8, "HAS_BIAS": True, "HAS_BIASES": True, "BLOCK_N": REDUCE_COLUMNS}
+    plain = ("models", "rows_per_id", "stride_pp", "stride_pm", "stride_ym", *MODELS)
+    yield "reduce fp16", source(reduce_kernel, pointers, constants, plain), FUSED
+
+
+def table_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The superposed linear in every tile of a table and every mode that may meet it."""
+    for entry in table["activation_side"]["half"]:
+        tile = Tile(*entry["tile"])
+        for permuted in (False, True):
+            for transposed in (False, True):
+                yield activation_case("fp16", tile, permuted=permuted, transposed=transposed)
+        yield activation_case("bf16", tile)
+        yield activation_case("fp16", tile, parts=2)
+    for entry in table["activation_side"]["fp32"]:
+        yield activation_case("fp32", Tile(*entry["tile"]))
+        yield activation_case("fp32", Tile(*entry["tile"]), transposed=True)
+    numbers = table["weight_side"]["half"]
+    for transposed in (False, True):
+        yield weight_case("bf16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed)
+        yield weight_case("fp16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed, grouped=True)
+
+
+def cases(target: str) -> dict[str, tuple[Any, Any]]:
+    """Every kernel in every mode and tile that a launch on ``target`` may choose: name to source and options."""
+    found: list[tuple[str, Any, Any]] = [*finishing_cases()]
+    for path in sorted(TABLES.glob("*.json")):
+        if path.stem == "default" or path.stem.startswith(target):
+            found += table_cases(json.loads(path.read_text(encoding="utf-8")))
     for short in ("fp16", "fp32"):
         for transform in (Transform(), Transform(granule=1)):
-            yield from transform_cases(short, transform)
-    yield route_case("fp16", back=False)
-    yield route_case("fp16", back=True)
+            found += transform_cases(short, transform)
+    found += [route_case("fp16", back=False), route_case("fp16", back=True)]
+    return {name: (built, options) for name, built, options in found}
 
 
 def dump(what: str, file: str) -> str:
@@ -144,7 +197,8 @@ def report(target: str, binary: Any) -> dict[str, Any]:
     if target == "gfx942":
         assembly = binary.asm["amdgcn"]
         numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
-        spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        # Scalar registers spill into lanes of vector registers: those are counted with the rest, and not memory.
+        spills = numbers["vgpr_spill_count"]
         registers, local = numbers["vgpr_count"], numbers["private_segment_fixed_size"]
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -160,18 +214,20 @@ def report(target: str, binary: Any) -> dict[str, Any]:
         "spills": spills,
         "shared_bytes": binary.metadata.shared,
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTION[target], assembly)),
+        # HGMMA whose left operand is a register and not a descriptor of shared memory.
+        "register_operands": len(re.findall(r"HGMMA\.\S+ R\d+, R\d+, gdesc", assembly)),
+        "bulk_copies": len(re.findall("UTMALDG", assembly)),
         "wide_loads": len(re.findall(WIDE_LOAD[target], assembly)),
         "fused_multiply_adds": len(re.findall(r"\bFFMA\b|v_fma_f32|v_fmac_f32|v_pk_fma_f32", assembly)),
     }
 
 
 def main() -> None:
-    for name, built, options in cases():
-        for target, gpu in TARGETS.items():
-            binary = triton.compile(built, target=gpu, options=dict(options))
-            print(
-                json.dumps({"kernel": name, "target": target, "triton": triton.__version__, **report(target, binary)})
-            )
+    for target in sys.argv[1:] or TARGETS:
+        for name, (built, options) in cases(target).items():
+            binary = triton.compile(built, target=TARGETS[target], options=dict(options))
+            row = {"kernel": name, "target": target, "triton": triton.__version__, **report(target, binary)}
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import triton
 
+from randes_kernels.tiles import TABLES, Tile
+
 ROOT = Path(__file__).parent.parent
 OLDEST = "3.6.0"
 TARGETS = {"sm_80", "sm_90", "gfx942"}
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 """What one program may use, bytes."""
 
+SHORT = ("fp16", "bf16")
 Row = dict[str, Any]
 
 
@@ -64,10 +67,22 @@ def named(rows: list[Row], *, kernel: str = "", target: str = "") -> list[Row]:
     return chosen
 
 
+def tiles_of(table: dict[str, Any]) -> list[Tile]:
+    """Every tile that a table names."""
+    classes = [entry for width in table["activation_side"].values() for entry in width]
+    classes += [entry for entry in table["weight_side"].values() if entry is not None]
+    return [Tile(*entry["tile"]) for entry in classes]
+
+
 def test_every_kernel_compiles_for_every_target(compiled: list[Row]) -> None:
     kernels = {row["kernel"] for row in compiled}
-    assert {kernel.split()[0] for kernel in kernels} == {"linear", "superpose", "retrieve", "route"}
-    assert {(row["kernel"], row["target"]) for row in compiled} == {(k, t) for k in kernels for t in TARGETS}
+    named = {"activation", "weight", "group", "reduce", "superpose", "retrieve", "route"}
+    for target in TARGETS:
+        assert {row["kernel"].split()[0] for row in compiled if row["target"] == target} == named
+    for path in TABLES.glob("*.json"):
+        for tile in tiles_of(json.loads(path.read_text(encoding="utf-8"))):
+            of_tile = [kernel for kernel in kernels if str(tuple(tile)) in kernel]
+            assert of_tile, f"{tile} of {path.name} is not compiled"
 
 
 def test_no_register_is_spilled(compiled: list[Row]) -> None:
@@ -78,12 +93,19 @@ def test_shared_memory_fits(compiled: list[Row]) -> None:
     assert [row for row in compiled if row["shared_bytes"] > SHARED_MEMORY[row["target"]]] == []
 
 
-@pytest.mark.parametrize("kernel", ["linear fp16", "linear bf16"])
+@pytest.mark.parametrize("kernel", [f"{side} side {dtype}" for side in ("activation", "weight") for dtype in SHORT])
 def test_the_matmul_uses_matrix_instructions(compiled: list[Row], kernel: str) -> None:
     assert [row for row in named(compiled, kernel=kernel) if not row["matrix_instructions"]] == []
 
 
-@pytest.mark.parametrize("kernel", ["linear", "superpose", "retrieve"])
+def test_hopper_rebuilds_the_weight_as_the_register_operand_of_wgmma(compiled: list[Row]) -> None:
+    bulk = [row for row in named(compiled, kernel="weight side", target="sm_90") if "bulk" in row["kernel"]]
+    assert bulk
+    assert [row for row in bulk if not (row["register_operands"] == row["matrix_instructions"] > 0)] == []
+    assert [row for row in bulk if not row["bulk_copies"]] == []
+
+
+@pytest.mark.parametrize("kernel", ["activation", "weight", "group", "superpose", "retrieve"])
 def test_weights_are_read_sixteen_bytes_at_a_time(compiled: list[Row], kernel: str) -> None:
     assert [row for row in named(compiled, kernel=kernel) if not row["wide_loads"]] == []
 

@@ -43,9 +43,11 @@ def gradients(case: LinearCase, grad: Tensor) -> list[Tensor]:
 
 
 def compiled_variants() -> int:
-    from randes_kernels.kernels.linear import superposed_linear_kernel
+    from randes_kernels.kernels.activation_side import activation_side_kernel
+    from randes_kernels.kernels.weight_side import weight_side_kernel
 
-    return len(superposed_linear_kernel.device_caches[torch.cuda.current_device()][0])
+    device = torch.cuda.current_device()
+    return sum(len(kernel.device_caches[device][0]) for kernel in (activation_side_kernel, weight_side_kernel))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,8 +58,24 @@ def test_whole_numbers_equal_the_specification(transform: Transform, shape: Any,
     assert torch.equal(on_gpu(case), reference.superposed_linear(*case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("runs", [1, 3, 300], ids="{} runs".format)
+@pytest.mark.parametrize("shape", [(300, 264, 520), (600, 130, 258)], ids=str)
+def test_whole_numbers_equal_the_specification_in_a_prefill(shape: Any, runs: int, dtype: torch.dtype) -> None:
+    # Two models, so that rows of their own are still grouped for the weight side.
+    case = linear_case(*shape, models=2, slots=2, runs=runs, dtype=dtype, integers=True)
+    case.slots[:] = torch.tensor([1, 0])
+    assert torch.equal(on_gpu(case), reference.superposed_linear(*case))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(32, 64, 128), (33, 45, 70), (3, 5, 7)])
+def test_whole_numbers_equal_the_specification_where_the_depth_is_split(dtype: torch.dtype) -> None:
+    case = linear_case(8, 40, 4096, dtype=dtype, integers=True)
+    assert torch.equal(on_gpu(case), reference.superposed_linear(*case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(32, 64, 128), (33, 45, 70), (3, 5, 7), (300, 264, 520)])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_gradients_equal_those_of_the_cpu_in_fp64(transform: Transform, shape: Any, dtype: torch.dtype) -> None:
     case = linear_case(*shape, transform, dtype=dtype, integers=True)
@@ -163,12 +181,26 @@ def test_no_kernel_is_compiled_anew_for_other_models_ids_or_row_counts(dtype: to
             case = linear_case(m, 64, 128, models=models, slots=3, dtype=dtype, integers=True, seed=m)
             assert torch.equal(on_gpu(case), reference.superposed_linear(*case))
 
-    serve(4, (8, 24, 40, 100))  # one of each class of tiles
+    serve(4, (8, 24, 40, 100, 130))  # one of each class of tiles
     before = compiled_variants()
     assert before > 0
     serve(5, (1, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96, 130))
     serve(16, (2, 16, 32, 64, 128))
     serve(1, (1, 3))
+    assert compiled_variants() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_kernel_is_compiled_anew_for_other_prefills(dtype: torch.dtype) -> None:
+    def serve(models: int, rows: int, runs: int) -> None:
+        case = linear_case(rows, 64, 128, models=models, slots=1, runs=runs, dtype=dtype, integers=True, seed=rows)
+        assert torch.equal(on_gpu(case), reference.superposed_linear(*case))
+
+    serve(4, 1024, 1)
+    serve(1, 1024, 1024)
+    before = compiled_variants()
+    for models, rows, runs in ((5, 600, 1), (16, 2048, 2), (9, 777, 1), (1, 1030, 1030), (64, 1024, 1)):
+        serve(models, rows, runs)
     assert compiled_variants() == before
 
 

@@ -5,6 +5,7 @@ order. bf16 matmuls are wrong in the interpreter and are left to ``test_gpu.py``
 """
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from hypothesis import strategies as st
 
 from randes_kernels import gpu, reference
 from randes_kernels.format import Transform, model_key
+from randes_kernels.kernels.group import group
+from randes_kernels.tiles import Plan, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNPERMUTED = [transform for transform in TRANSFORMS.values() if not transform.granule]
@@ -35,13 +38,16 @@ interpreted = settings(
 )
 
 
-def launched(case: LinearCase, transposed: bool = False) -> torch.Tensor:
-    return gpu.superposed_linear(*case.to(DEVICE), transposed).cpu()
+def launched(case: LinearCase, transposed: bool = False, plan: Plan | None = None) -> torch.Tensor:
+    """What the kernels make of a case, by the plan that is chosen for it or by this one."""
+    planned = mock.patch.object(gpu, "linear_plan", gpu.linear_plan if plan is None else lambda *_, **__: plan)
+    with planned:
+        return gpu.superposed_linear(*case.to(DEVICE), transposed).cpu()
 
 
-def assert_exact(case: LinearCase, transposed: bool) -> None:
+def assert_exact(case: LinearCase, transposed: bool, plan: Plan | None = None) -> None:
     expected = retrieved_product(case, transposed).to(case.x.dtype)
-    assert torch.equal(launched(case, transposed), expected)
+    assert torch.equal(launched(case, transposed, plan), expected)
     if not transposed:
         assert torch.equal(reference.superposed_linear(*case), expected)
 
@@ -73,7 +79,7 @@ def layers(draw: st.DrawFn, transforms: list[Transform], largest_m: int, largest
     return case, transposed
 
 
-@settings(interpreted, max_examples=140)
+@settings(interpreted, max_examples=100)
 @given(layers(UNPERMUTED, 36, 90))
 def test_signed_layers_equal_the_specification(layer: tuple[LinearCase, bool]) -> None:
     assert_exact(*layer)
@@ -87,10 +93,70 @@ PERMUTED = [
 ]
 
 
-@settings(interpreted, max_examples=70)
+@settings(interpreted, max_examples=60)
 @given(layers(PERMUTED, 3, 140))
 def test_permuted_layers_equal_the_specification(layer: tuple[LinearCase, bool]) -> None:
     assert_exact(*layer)
+
+
+SMALL = Tile(16, 32, 32, warps=4, stages=2)
+
+
+@settings(interpreted, max_examples=60)
+@given(layers(UNPERMUTED, 40, 90), st.booleans(), st.booleans())
+def test_the_weight_side_equals_the_specification(
+    layer: tuple[LinearCase, bool], grouped: bool, described: bool
+) -> None:
+    case, transposed = layer
+    # A tensor descriptor's rows begin at multiples of 16 bytes.
+    bulk = described and case.weight.shape[1] % 8 == case.x.shape[1] % 8 == 0
+    assert_exact(case, transposed, Plan("weight side", SMALL, grouped=grouped, bulk=bulk))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bulk_copies_read_edges_as_zeros(dtype: torch.dtype, grouped: bool, transposed: bool) -> None:
+    case = linear_case(40, 48, 88, runs=8, slots=3, bias=not transposed, dtype=dtype, integers=True,
+                       transposed=transposed)  # fmt: skip
+    assert_exact(case, transposed, Plan("weight side", SMALL, grouped=grouped, bulk=True))
+
+
+@pytest.mark.parametrize("transform", [Transform(), Transform(granule=1)], ids=["signs", "permuted"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_split_depth_equals_the_specification(parts: int, transposed: bool, transform: Transform) -> None:
+    case = linear_case(9, 45, 140, transform, bias=not transposed, integers=True, transposed=transposed)
+    assert_exact(case, transposed, Plan("activation side", SMALL, parts=parts))
+
+
+@pytest.mark.parametrize("plan", [Plan("weight side", SMALL, grouped=grouped) for grouped in (False, True)], ids=str)
+def test_no_row_of_a_tile_reaches_another_on_the_weight_side(plan: Plan) -> None:
+    case = linear_case(20, 20, 24, models=4, slots=2, integers=True)
+    case.ids[:] = torch.tensor([0, 1, 2, 3, -1] * 4)
+    case.slots[:] = torch.tensor([0, 1, 0, -1])
+    expected = retrieved_product(case).float()
+    drowned = case._replace(delta=case.delta.clone())
+    drowned.delta[1] = float("nan")
+    y = launched(drowned, plan=plan)
+    others = case.ids != 1
+    assert y[~others].isnan().all()
+    assert torch.equal(y[others], expected[others])
+    case.ids[3] = 4
+    y = launched(case, plan=plan)
+    assert y[3].isnan().all()
+    assert torch.equal(torch.cat((y[:3], y[4:])), torch.cat((expected[:3], expected[4:])))
+
+
+@pytest.mark.parametrize("runs", [1, 7, 63])
+def test_rows_are_brought_into_the_order_of_their_models(runs: int) -> None:
+    case = linear_case(63, 4, 40, runs=runs, models=5)
+    moved, order, ids = group(case.x.to(DEVICE), case.ids.to(DEVICE))
+    of_rows = case.ids.repeat_interleave(63 // runs)
+    expected = torch.argsort(of_rows, stable=True)
+    assert torch.equal(order.cpu().long(), expected)
+    assert torch.equal(ids.cpu(), of_rows[expected])
+    assert torch.equal(moved.cpu(), case.x[expected])
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -238,6 +239,27 @@ def test_one_compiled_model_answers_any_number_of_mixes(served: Any) -> None:
     x, names = tokens(3), [*sup.names, "__base__"]
     for mix in itertools.islice(itertools.permutations(names, 3), 4):
         torch.testing.assert_close(compiled(x, adapter_names=model.batch(mix)), expected(base, sup, x, mix), **CLOSE)
+
+
+def test_one_program_serves_a_hundred_batches(served: Any) -> None:
+    model, sup, base = served
+    programs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        programs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    names, generator = [*sup.names, "__base__"], random.Random(0)
+    for _ in range(100):
+        rows = generator.randint(2, 40)
+        known = generator.sample(names, generator.randint(1, len(names)))
+        mix = generator.choices(known, k=rows)
+        x = tokens(rows)
+        torch.testing.assert_close(compiled(x, adapter_names=model.batch(mix)), expected(base, sup, x, mix), **CLOSE)
+    assert len(programs) == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("transform", ["both", "everything"])

@@ -71,7 +71,7 @@ class _Routed(nn.Module):
     def _spread(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input with a row for each row of the batch, and the batch's ids: None where it is the base's alone."""
         batch = self._router.batch()
-        return batch.spread(input), None if batch.base_only else batch.on(input.device)
+        return batch.spread(input), None if batch.runs_base else batch.on(input.device)
 
     def _kept(self, name: str) -> Tensor:
         batch = self._router.batch()

@@ -161,7 +161,7 @@ class SuperposedLinear(nn.Linear):
         names that does not fit, and ``RuntimeError`` where no model was chosen at all.
         """
         batch = self.router.batch() if adapter_names is None else self._named(input, adapter_names)
-        if batch.base_only:
+        if batch.runs_base:
             return F.linear(input, self.weight, self.bias)
         x, weight, bias, delta, biases = self._in_one_dtype(batch.spread(input))
         return superposed_linear(

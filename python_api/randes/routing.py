@@ -18,17 +18,27 @@ class Batch:
     """The models of a batch: of all its rows, or of each of B rows.
 
     ids: (B,) int32, numbers of ``models``, −1 for the base; B = 1 stands for every row.
-    rows: how many rows were named.
     base_only: no row belongs to a model, so that a layer is the base's own.
     models: all that could have been named, in the order of their numbers.
+    of_rows: (rows,) int32, the same with a number for every row that was named.
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
     """
 
     ids: Tensor
-    rows: int
     base_only: bool
     models: tuple[str, ...]
+    of_rows: Tensor
     length: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many rows were named."""
+        return self.of_rows.shape[0]
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether a layer may run as the base's own; not where it is compiled into a program that serves all."""
+        return not torch.compiler.is_compiling() and self.base_only
 
     @property
     def mixed(self) -> bool:
@@ -42,12 +52,18 @@ class Batch:
     def of_one(self, number: int) -> "Batch":
         """The batch of the rows of one model of it."""
         ids = torch.tensor([number], dtype=torch.int32, device=self.ids.device)
-        return Batch(ids, 1, number == -1, self.models, self.length)
+        return Batch(ids, number == -1, self.models, ids, self.length)
 
     def over(self, first: Tensor) -> "Batch":
-        """The same batch for a model whose first input is ``first``, (B, length, ...): on its device."""
+        """The same batch for a model whose first input is ``first``, (B, length, ...): on its device.
+
+        A program that is being compiled gets a number for every row, whatever the batch: then it serves them all.
+        """
         length = first.shape[1] if first.dim() > 1 else 1
-        return Batch(self.on(first.device), self.rows, self.base_only, self.models, length)
+        if torch.compiler.is_compiling():
+            of_rows = self.of_rows.to(first.device, non_blocking=True)
+            return Batch(of_rows, self.base_only, self.models, of_rows, length)
+        return Batch(self.on(first.device), self.base_only, self.models, self.of_rows, length)
 
     def spread(self, x: Tensor) -> Tensor:
         """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.
@@ -107,10 +123,9 @@ class Router:
             known = ", ".join(self.names) or "no models"
             raise UnknownModelError(f"no model is called {', '.join(sorted(map(repr, unknown)))}; there are: {known}")
         ids = [self._numbers[name] for name in names]
-        if len(set(ids)) == 1:
-            ids = ids[:1]  # all rows alike are one run
-        numbers = torch.tensor(ids, dtype=torch.int32, device="cpu")
-        return Batch(numbers, len(names), ids == [-1], self.names)
+        of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
+        alike = len(set(ids)) == 1
+        return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, self.names, of_rows)
 
     @contextmanager
     def during(self, batch: Batch) -> Iterator[None]:

@@ -31,6 +31,22 @@ def tile_transform(
     return sign, columns[None, :]
 
 
+class Sides(NamedTuple):
+    """Which signs a product with D flips its input and its output with; a backward pass swaps them."""
+
+    in_stream: int
+    out_stream: int
+    flip_in: bool
+    flip_out: bool
+
+
+def sides_of(transform: Transform, transposed: bool) -> Sides:
+    """Columns come in and rows go out; transposed, the other way."""
+    if transposed:
+        return Sides(Stream.ROW_SIGNS, Stream.COLUMN_SIGNS, transform.row_signs, transform.column_signs)
+    return Sides(Stream.COLUMN_SIGNS, Stream.ROW_SIGNS, transform.column_signs, transform.row_signs)
+
+
 class TransformArguments(NamedTuple):
     """The transform of a tensor with K columns as kernel arguments: ``granule, width, bits``, and the constants."""
 
