@@ -52,15 +52,16 @@ def superposed_linear(
         elif x.stride(1) != 1 or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
         return weight_side(x, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
-    if not permuted:
-        return activation_side(x, None, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan)
-    # What ``route`` permutes it flips as well.
-    if not transposed:
-        turned, sides = route(x, ids, keys, slots, tensor, transform), sides._replace(flip_in=False)
-        return activation_side(x, turned, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan)
-    sides = sides._replace(flip_out=False)
-    turned = activation_side(x, None, None, delta, None, None, ids, keys, scale, slots, tensor, sides, plan)
-    return route(x @ weight.mT, ids, keys, slots, tensor, transform, turned=turned)
+    rest = keys, scale, slots, tensor
+    if transposed and permuted:
+        product = activation_side(x, None, None, delta, None, None, ids, *rest, sides._replace(flip_out=False), plan)
+        y = x @ weight.mT
+        return route(y, ids, keys, slots, tensor, transform, sides.out_stream, sides.flip_out, turned=product)
+    turned = None
+    if permuted or (plan.turn_first and sides.flip_in):
+        turned = route(x, ids, keys, slots, tensor, transform, sides.in_stream, sides.flip_in)
+        sides = sides._replace(flip_in=False)
+    return activation_side(x, turned, weight, delta, bias, biases, ids, *rest, sides, plan)
 
 
 def _describable(matrix: Tensor) -> bool:

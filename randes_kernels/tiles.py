@@ -28,7 +28,8 @@ class Plan(NamedTuple):
     """What one call launches.
 
     ``path``: ``"activation side"`` (two products, for any mix) or ``"weight side"`` (one product with a rebuilt tile).
-    ``parts``: how many spans K is split into on the activation side.
+    ``parts``, ``turn_first``: on the activation side, how many spans K is split into, and whether rows are flipped by
+    a kernel of their own instead of inside the product.
     ``grouped``, ``bulk``: on the weight side, whether rows are first brought into the order of their models, and
     whether tiles are read by the bulk copies of tensor descriptors.
     """
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     path: str
     tile: Tile
     parts: int = 1
+    turn_first: bool = False
     grouped: bool = False
     bulk: bool = False
 
@@ -90,9 +92,10 @@ def linear_plan(
             return Plan("weight side", tile, grouped=grouped, bulk=weight_side["bulk"])
     # One row tile covers a decode batch, so that each weight byte is read once.
     classes = numbers["activation_side"][width]
-    tile = Tile(*next(entry["tile"] for entry in classes if m <= entry["rows"] or entry is classes[-1]))
+    chosen = next(entry for entry in classes if m <= entry["rows"] or entry is classes[-1])
+    tile = Tile(*chosen["tile"])
     programs = -(-m // tile.m) * -(-n // tile.n)
-    return Plan("activation side", tile, _parts(programs, k, numbers))
+    return Plan("activation side", tile, _parts(programs, k, numbers), chosen["turn_first"])
 
 
 def _parts(programs: int, k: int, numbers: dict[str, Any]) -> int:

@@ -76,20 +76,21 @@ def options_of(tile: Tile) -> dict[str, Any]:
 
 
 def activation_case(
-    short: str, tile: Tile, *, permuted: bool = False, transposed: bool = False, parts: int = 1
+    short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False
 ) -> tuple[str, Any, Any]:
     """The superposed linear on the activation side, as it is launched."""
     whole = parts == 1
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
-        "FLIP_IN": not permuted, "FLIP_OUT": not (permuted and transposed), "HAS_BASE": not (permuted and transposed),
-        "TURNED": permuted, "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
+        "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
+        "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
     pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "bias_ptr", "biases_ptr", "y_ptr")
     types = dict.fromkeys(pointers, f"*{short}") | MODELS | ({} if whole else {"y_ptr": "*fp32"})
-    modes = [name for name, on in (("permuted", permuted), ("transposed", transposed), ("parts", not whole)) if on]
+    named = {"turned": turned, "transposed": transposed, "parts": not whole, "delta only": delta_only}
+    modes = [name for name, on in named.items() if on]
     name = " ".join(["activation side", short, str(tuple(tile)), *modes])
     return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
 
@@ -128,19 +129,22 @@ def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any
     yield f"retrieve {short}{mode}", source(retrieve_kernel, types, constants | granule, plain), FUSED
 
 
-def route_case(short: str, *, back: bool) -> tuple[str, Any, Any]:
-    """Permuting activations, there or back."""
+def route_case(short: str, *, back: bool = False, permuted: bool = True) -> tuple[str, Any, Any]:
+    """Turning activations, there or back."""
     constants = {
+        "STREAM": int(Stream.COLUMN_SIGNS),
         "BACK": back,
-        "FLIP_COLUMNS": True,
+        "FLIP": True,
+        "PERMUTED": permuted,
         "SEGMENTS": 1,
         "BLOCK_K": TILE_COLUMNS,
-        "granule": 1,
         "stride_xk": 1,
+        "granule": 1,
+        **({} if permuted else {"width": 1, "bits": 1}),
     }
     types = {"x_ptr": f"*{short}", "turned_ptr": f"*{short}", **MODELS}
     plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", *MODELS)
-    name = f"route {short}{' back' if back else ''}"
+    name = f"route {short}{' back' if back else ''}{' permuted' if permuted else ''}"
     return name, source(route_kernel, types, constants, plain), {"num_warps": 1} | FUSED
 
 
@@ -155,18 +159,23 @@ def finishing_cases() -> Iterator[tuple[str, Any, Any]]:
     yield "reduce fp16", source(reduce_kernel, pointers, constants, plain), FUSED
 
 
-def table_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The superposed linear in every tile of a table and every mode that may meet it."""
-    for entry in table["activation_side"]["half"]:
-        tile = Tile(*entry["tile"])
-        for permuted in (False, True):
-            for transposed in (False, True):
-                yield activation_case("fp16", tile, permuted=permuted, transposed=transposed)
-        yield activation_case("bf16", tile)
-        yield activation_case("fp16", tile, parts=2)
-    for entry in table["activation_side"]["fp32"]:
-        yield activation_case("fp32", Tile(*entry["tile"]))
-        yield activation_case("fp32", Tile(*entry["tile"]), transposed=True)
+def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The activation side in every tile of a table and every mode that may meet it."""
+    for width, dtypes in (("half", ("fp16", "bf16")), ("fp32", ("fp32",))):
+        for entry in table["activation_side"][width]:
+            tile = Tile(*entry["tile"])
+            yield activation_case(dtypes[0], tile, transposed=True, delta_only=True)  # a permuted backward pass
+            # What a permutation turns first is turned first with any tile.
+            for turned in {True, entry["turn_first"]}:
+                for transposed in (False, True):
+                    yield activation_case(dtypes[0], tile, turned=turned, transposed=transposed)
+            yield activation_case(dtypes[-1], tile, turned=entry["turn_first"])
+            if tile.m == 16:  # few columns and more rows are no shape of a layer
+                yield activation_case(dtypes[0], tile, turned=entry["turn_first"], parts=2)
+
+
+def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The weight side in the tile of a table and every mode that may meet it."""
     numbers = table["weight_side"]["half"]
     for transposed in (False, True):
         yield weight_case("bf16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed)
@@ -176,13 +185,15 @@ def table_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 def cases(target: str) -> dict[str, tuple[Any, Any]]:
     """Every kernel in every mode and tile that a launch on ``target`` may choose: name to source and options."""
     found: list[tuple[str, Any, Any]] = [*finishing_cases()]
-    for path in sorted(TABLES.glob("*.json")):
-        if path.stem == "default" or path.stem.startswith(target):
-            found += table_cases(json.loads(path.read_text(encoding="utf-8")))
+    tables = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(TABLES.glob("*.json"))}
+    own = [table for name, table in tables.items() if name.startswith(target)]
+    for table in own or [tables["default"]]:
+        found += [*activation_cases(table), *weight_cases(table)]
+    found += weight_cases(tables["default"])  # for operands that no descriptor describes
     for short in ("fp16", "fp32"):
         for transform in (Transform(), Transform(granule=1)):
             found += transform_cases(short, transform)
-    found += [route_case("fp16", back=False), route_case("fp16", back=True)]
+    found += [route_case("fp16"), route_case("fp16", back=True), route_case("fp16", permuted=False)]
     return {name: (built, options) for name, built, options in found}
 
 
@@ -190,6 +201,23 @@ def dump(what: str, file: str) -> str:
     """The binary, by the tool that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([tool, what, file], check=True, capture_output=True, text=True).stdout
+
+
+def loop_instructions(assembly: str) -> int:
+    """How many instructions a warp issues for one step along K: those of the innermost loop with a product in it.
+
+    0 where the disassembly is not NVIDIA's, or no loop multiplies.
+    """
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([^;/]+);", assembly)
+    found = []
+    for place, (at, text) in enumerate(lines):
+        back = re.match(r"BRA\S*\s+(?:U?P\d+,\s*)?0x([0-9a-f]+)", text.strip())
+        if back is None or int(back[1], 16) >= int(at, 16):
+            continue
+        start = next(i for i, (address, _) in enumerate(lines) if int(address, 16) >= int(back[1], 16))
+        if any(re.match(r"\s*(HGMMA|HMMA|FFMA)", body) for _, body in lines[start:place]):
+            found.append(place + 1 - start)
+    return min(found, default=0)
 
 
 def report(target: str, binary: Any) -> dict[str, Any]:
@@ -213,6 +241,7 @@ def report(target: str, binary: Any) -> dict[str, Any]:
         "local_bytes": local,
         "spills": spills,
         "shared_bytes": binary.metadata.shared,
+        "loop_instructions": loop_instructions(assembly),
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTION[target], assembly)),
         # HGMMA whose left operand is a register and not a descriptor of shared memory.
         "register_operands": len(re.findall(r"HGMMA\.\S+ R\d+, R\d+, gdesc", assembly)),

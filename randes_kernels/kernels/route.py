@@ -1,4 +1,4 @@
-"""Permuted activations: each row's columns moved as its own model moves the columns of D.
+"""Turned activations: each row's columns flipped, and moved, as its own model's columns of D are.
 
     forward    t[m, π_j(k)] = c_jk · x[m, k]                     what D is then multiplied with
     backward   y[m, k] += c_jk · t[m, π_j(k)]                    what came out of Dᵀ, back in place
@@ -6,7 +6,9 @@
     x, t, y (M, K)   j = ids[m // rows_per_id]; −1 and tensors that model j left alone: t = 0, y unchanged
 
 Done once, before (after) the matmul: inside it every tile of N columns would hash and gather all of x again,
-about N / 128 times the work. It costs 2·M·K elements of traffic where the weights cost 2·N·K, with M ≪ N.
+about N / 64 times the work. It costs 2·M·K elements of traffic where the weights cost 2·N·K, with M ≪ N.
+A matmul of up to 16 rows makes signs alone itself; beyond, it would wait for those instructions
+(bench/static_report.py), and they are made here too.
 """
 
 import torch
@@ -18,7 +20,6 @@ from randes_kernels.format import Stream, Transform, signed_words
 from randes_kernels.kernels.transform import transform_arguments
 from randes_kernels.primitives import flip, permute_columns, split_key, vector_signs
 
-COLUMN_SIGNS: tl.constexpr = tl.constexpr(int(Stream.COLUMN_SIGNS))
 TILE_COLUMNS = 128
 
 
@@ -29,7 +30,8 @@ TILE_COLUMNS = 128
 def route_kernel(
     x_ptr, turned_ptr, ids_ptr, keys_ptr, slots_ptr, models, rows_per_id, tensor_lo, tensor_hi,
     K, granule, width, bits, stride_xm, stride_xk, stride_tm,
-    BACK: tl.constexpr, FLIP_COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    STREAM: tl.constexpr, BACK: tl.constexpr, FLIP: tl.constexpr, PERMUTED: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_K
@@ -42,14 +44,16 @@ def route_kernel(
     unknown = (model >= models) | (model < -1)  # its NaN has to arrive
     superposed = columns < tl.where((slot >= 0) | unknown, K, 0)  # no column of a row that reads no D
     k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
-    turned_columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
+    turned_columns = columns
+    if PERMUTED:
+        turned_columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
     x_ptrs = x_ptr + row * stride_xm + columns.to(tl.int64) * stride_xk
     turned_ptrs = turned_ptr + row * stride_tm + turned_columns
 
     source = turned_ptrs if BACK else x_ptrs
     moved = tl.load(source, mask=superposed, other=0.0)
-    if FLIP_COLUMNS:
-        moved = flip(moved, vector_signs(first_column, k0, k1, COLUMN_SIGNS, tensor_lo, tensor_hi, BLOCK_K))
+    if FLIP:
+        moved = flip(moved, vector_signs(first_column, k0, k1, STREAM, tensor_lo, tensor_hi, BLOCK_K))
     if BACK:
         tl.store(x_ptrs, tl.load(x_ptrs, mask=inside, other=0.0) + moved, mask=inside)
     else:
@@ -57,18 +61,21 @@ def route_kernel(
 
 
 def route(
-    x: Tensor, ids: Tensor, keys: Tensor, slots: Tensor, tensor: int, transform: Transform,
+    x: Tensor, ids: Tensor, keys: Tensor, slots: Tensor, tensor: int, transform: Transform, stream: int, flip: bool,
     turned: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch over ``x``: its turned columns; or, given ``turned``, add those to ``x`` in place and return it."""
+    """Launch over ``x``: turned, with the signs of ``stream``; or, given ``turned``, add that to ``x`` in place.
+
+    Row signs, the input's in a backward pass, come without a permutation.
+    """
     m, k = x.shape
     back = turned is not None
     turned = torch.empty((m, k), dtype=x.dtype, device=x.device) if turned is None else turned
-    arguments = transform_arguments(transform, k)
+    arguments = transform_arguments(transform, k if stream == Stream.COLUMN_SIGNS else 0)
     route_kernel[(m, triton.cdiv(k, TILE_COLUMNS))](
         x, turned, ids, keys, slots, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
         k, *arguments.numbers, *x.stride(), turned.stride(0),
-        BACK=back, FLIP_COLUMNS=transform.column_signs, SEGMENTS=transform.segments, BLOCK_K=TILE_COLUMNS,
-        num_warps=1, enable_fp_fusion=True,
+        STREAM=stream, BACK=back, FLIP=flip, PERMUTED=arguments.permuted, SEGMENTS=transform.segments,
+        BLOCK_K=TILE_COLUMNS, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return x if back else turned
