@@ -241,6 +241,24 @@ def test_one_compiled_model_answers_any_number_of_mixes(served: Any) -> None:
         torch.testing.assert_close(compiled(x, adapter_names=model.batch(mix)), expected(base, sup, x, mix), **CLOSE)
 
 
+def test_warming_up_runs_every_kind_of_layer_and_changes_nothing(served: Any) -> None:
+    model, sup, base = served
+    model.set_adapter("m1")
+    seen = []
+    layers = [layer for layer in model.modules() if isinstance(layer, randes.SuperposedLinear)]
+    hooks = [layer.register_forward_hook(lambda layer, x, _: seen.append((layer, len(x[0])))) for layer in layers]
+    model.warm_up(rows=(1, 5))
+    for hook in hooks:
+        hook.remove()
+    assert {tuple(layer.weight.shape) for layer, _ in seen} == {tuple(layer.weight.shape) for layer in layers}
+    assert {count for _, count in seen} == {1, 5}
+    assert all(layer.weight.grad is None for layer in layers)
+    x = tokens(2)
+    torch.testing.assert_close(model(x), expected(base, sup, x, ["m1", "m1"]), **CLOSE)
+    with pytest.raises(ValueError, match=r"rows must be numbers of at least 1, got \[4, 0\]"):
+        model.warm_up(rows=(4, 0))
+
+
 def test_one_program_serves_a_hundred_batches(served: Any) -> None:
     model, sup, base = served
     programs = []

@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from randes.model import WARM_UP_ROWS
 from randes_kernels import tiles
 from randes_kernels.tiles import Plan, Tile, linear_plan
 
@@ -58,6 +60,16 @@ def test_few_classes_cover_every_batch_and_change_path_once(device: str) -> None
         assert len({(plan.path, plan.tile) for plan in plans}) <= 6
         assert sum(one.path != other.path for one, other in pairwise(plans)) == 1
         assert plans[-1].path == "weight side"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_warming_up_meets_every_tile(device: str, dtype: torch.dtype) -> None:
+    def met(rows: Iterable[int]) -> set[tuple[str, Tile]]:
+        plans = [linear_plan(m, 4096, 4096, dtype, runs=runs, models=8, device=device) for m in rows for runs in {1, m}]
+        return {(plan.path, plan.tile) for plan in plans}
+
+    assert met(WARM_UP_ROWS) == met(range(1, 4097))
 
 
 def test_fp16_and_bf16_share_their_plans() -> None:

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from randes.errors import BaseMismatchError
@@ -11,6 +13,9 @@ from randes.kept import KeptTable, route_layer
 from randes.linear import DeltaPool, SuperposedLinear, check_is_base, tensor_of
 from randes.routing import Batch, Router
 from randes.superposition import BASE_NAME, Superposition
+
+WARM_UP_ROWS = (1, 32, 64, 128, 2048)
+"""One of each class of tiles (``randes_kernels.tiles``)."""
 
 
 class SuperposedModel(nn.Module):
@@ -66,6 +71,26 @@ class SuperposedModel(nn.Module):
         """Answer as the base inside the ``with``; see ``using``."""
         with self.using([BASE_NAME]):
             yield
+
+    @torch.no_grad()
+    def warm_up(self, rows: Sequence[int] = WARM_UP_ROWS) -> None:
+        """Run every kind of superposed layer once at each of these numbers of rows, for one model and for a mix.
+
+        A GPU kernel is compiled at its first use, in about a second; a server calls this first, so that no request
+        waits for it. The default covers every class of tiles. Raises ``ValueError`` for a number below 1.
+        """
+        if any(count < 1 for count in rows):
+            raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
+        kinds = {}
+        for layer in self.modules():
+            if isinstance(layer, SuperposedLinear):
+                kinds.setdefault((layer.weight.shape, layer.weight.dtype, layer.weight.device), layer)
+        first, names = self.names[:1] or [BASE_NAME], [*self.names, BASE_NAME]
+        for layer in track(kinds.values(), "warming up", transient=True):
+            for count in rows:
+                x = layer.weight.new_zeros(count, layer.in_features)
+                for mix in (first, [names[row % len(names)] for row in range(count)]):
+                    layer(x, adapter_names=mix)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
         """The base model's forward. ``adapter_names``: one name a row of the batch, ``"__base__"`` for the base, or
