@@ -10,6 +10,7 @@ sum of its two once more, the weight side rounds the rebuilt weight as a materia
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,10 @@ from randes_kernels.format import Stream, Transform, column_permutation, signs
 _signs = lru_cache(maxsize=2**15)(signs)
 _column_permutation = lru_cache(maxsize=2**11)(column_permutation)
 
+KEPT_ELEMENTS = 1 << 16
+"""Of a batch's signs that are kept as they are used: 8 rows of a layer 8192 wide; 128 MiB of them at most."""
 SLICE_BYTES = 4 << 20
-"""Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/cpu_slices.py)."""
-WEIGHT_SIDE_ROWS = 48
-"""From so many rows of one model on, rebuilding beats a second matmul (bench/cpu_slices.py)."""
-WEIGHT_SIDE_ROWS_PERMUTED = {torch.float64: 128, torch.float32: 128, torch.float16: 64}
-"""The same where columns are gathered; in bf16 the gather never pays."""
+"""Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/crossover.py)."""
 
 
 def superposed_linear(
@@ -67,8 +66,11 @@ def superposed_linear(
 
 
 def weight_side_rows(dtype: torch.dtype, transform: Transform) -> float:
-    """How many rows of one model it takes to rebuild its weight for them."""
-    return WEIGHT_SIDE_ROWS_PERMUTED.get(dtype, float("inf")) if transform.granule else WEIGHT_SIDE_ROWS
+    """From how many rows of one model on rebuilding its weight beats a second matmul (bench/crossover.py)."""
+    slow_to_rebuild = dtype == torch.bfloat16
+    if transform.granule:  # its columns are gathered, which never pays in bf16
+        return float("inf") if slow_to_rebuild else 128
+    return 48 if slow_to_rebuild else 16
 
 
 def _weight_side(
@@ -111,39 +113,50 @@ def _activation_side(
     keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The rows of any mix of ``models``, in equal runs: one matmul with W0 and one with each slot that they touch."""
-    y = F.linear(x, weight, bias if biases is None else None)
-    exact = torch.promote_types(y.dtype, torch.float32)
-    total = y.to(exact)
-    for slot, places in _places_by_slot(models, slots).items():
+    # (models, rows of each, width): one model for all rows and one for each row are the same code.
+    runs = x.view(len(models), -1, x.shape[1])
+    # All that is small comes first: after a matmul has streamed the weights through the caches, each small operation
+    # costs ten times as much.
+    key_of, gain_of = keys.tolist(), scale.tolist()
+    passes = []
+    for slot, places in _places_by_slot(models, slots.tolist()).items():
         chosen = slice(None) if len(places) == len(models) else torch.tensor(places)
-        # (models, rows of each, width): one model for all rows and one for each row are the same code.
-        rows = x.view(len(models), -1, x.shape[1])[chosen]
-        out = total.view(len(models), -1, y.shape[1])
         members = [models[place] for place in places]
-        model_keys = keys[members].tolist()
-        turned = _turn(rows, model_keys, tensor, transform, transposed)
-        delta_y = _product(turned, delta[slot])
-        out[chosen] += _turn_back(delta_y, model_keys, tensor, transform, transposed) * scale[members][:, None, None]
+        turn = _Turn(tuple(key_of[model] for model in members), tensor, transform, transposed, runs.dtype)
+        gains = tuple(gain_of[model] for model in members)
+        passes.append((chosen, turn.input(runs[chosen]), delta[slot], turn.output(weight.shape[0], gains)))
+
+    y = F.linear(x, weight, bias if biases is None else None)
+    out = y.view(len(models), -1, y.shape[1])
+    exact = torch.promote_types(y.dtype, torch.float32)
+    for chosen, turned, held, (order, factors) in passes:
+        delta_y = _product(turned, held)
+        if order is not None:
+            delta_y = delta_y.gather(2, order.expand(delta_y.shape))
+        # The factors are exact, so their product with what a matmul has rounded, and the sum, are too.
+        if isinstance(chosen, slice):
+            out = out + delta_y * factors
+        else:
+            out = out.to(exact, copy=out.dtype != exact)
+            out[chosen] += delta_y * factors
     if bias is not None and biases is not None:
         own = torch.cat((biases, bias[None]))[models]  # −1, the base, is the last row
-        total = (total.view(len(models), -1, y.shape[1]) + own[:, None]).view(y.shape)
-    return total.to(y.dtype)
+        out = out.to(exact) + own[:, None]
+    return out.reshape(y.shape).to(y.dtype)
 
 
 def _product(turned: Tensor, delta: Tensor) -> Tensor:
-    """``turned`` (..., K) times D (N, K) transposed, in fp32 at least."""
+    """``turned`` (..., K) times D (N, K) transposed, in its dtype; of fp16 in fp32."""
     if turned.dtype != torch.float16:
-        product = F.linear(turned, delta)
-        return product.to(torch.promote_types(product.dtype, torch.float32))
+        return F.linear(turned, delta)
     # D has unit gain: its product may pass fp16's range though the gain brings it back. Powers of two are exact.
     exponent = torch.frexp(turned.abs().amax(-1, keepdim=True).float()).exponent
     small = torch.ldexp(turned.float(), -exponent).half()
     return torch.ldexp(F.linear(small, delta).float(), exponent)
 
 
-def _places_by_slot(models: list[int], slots: Tensor) -> dict[int, list[int]]:
+def _places_by_slot(models: list[int], slot_of: list[int]) -> dict[int, list[int]]:
     """Which places of the batch read which slot of D; those that read none are left out."""
-    slot_of = slots.tolist()
     places: dict[int, list[int]] = {}
     for place, model in enumerate(models):
         if model >= 0 and slot_of[model] >= 0:
@@ -151,27 +164,52 @@ def _places_by_slot(models: list[int], slots: Tensor) -> dict[int, list[int]]:
     return places
 
 
-def _turn(rows: Tensor, keys: list[int], tensor: int, transform: Transform, transposed: bool) -> Tensor:
-    """What D is multiplied with: the rows (B, R, width), signed and permuted as D's input side was."""
-    flips = transform.row_signs if transposed else transform.column_signs
-    if flips:
-        rows = rows * _sign_table(keys, tensor, rows, Stream.ROW_SIGNS if transposed else Stream.COLUMN_SIGNS)
-    if transform.granule and not transposed:
-        order = [_column_permutation(key, tensor, rows.shape[2], transform, inverse=True) for key in keys]
-        rows = rows.gather(2, torch.stack(order)[:, None].expand(rows.shape))
-    return rows
+class _Turn(NamedTuple):
+    """The transforms of B models, for both ends of a product with D."""
+
+    keys: tuple[int, ...]
+    tensor: int
+    transform: Transform
+    transposed: bool
+    dtype: torch.dtype
+
+    def input(self, rows: Tensor) -> Tensor:
+        """What D is multiplied with: the rows (B, R, width), signed and permuted as D's input side was."""
+        flips = self.transform.row_signs if self.transposed else self.transform.column_signs
+        if flips:
+            stream = Stream.ROW_SIGNS if self.transposed else Stream.COLUMN_SIGNS
+            rows = rows * _sign_table(self.keys, self.tensor, stream, rows.shape[2], self.dtype)
+        if self.transform.granule and not self.transposed:
+            rows = rows.gather(2, self.order(rows.shape[2], inverse=True).expand(rows.shape))
+        return rows
+
+    def output(self, width: int, gains: tuple[float, ...]) -> tuple[Tensor | None, Tensor]:
+        """For the product (B, R, width): the order of its columns, if that changes, and then what they are times."""
+        order = self.order(width, inverse=False) if self.transform.granule and self.transposed else None
+        exact = torch.promote_types(self.dtype, torch.float32)
+        flips = self.transform.column_signs if self.transposed else self.transform.row_signs
+        if not flips:
+            return order, torch.tensor(gains, dtype=exact)[:, None, None]
+        stream = Stream.COLUMN_SIGNS if self.transposed else Stream.ROW_SIGNS
+        return order, _sign_table(self.keys, self.tensor, stream, width, exact, gains)
+
+    def order(self, width: int, *, inverse: bool) -> Tensor:
+        """Of the columns, (B, 1, width)."""
+        order = [_column_permutation(key, self.tensor, width, self.transform, inverse=inverse) for key in self.keys]
+        return torch.stack(order)[:, None]
 
 
-def _turn_back(out: Tensor, keys: list[int], tensor: int, transform: Transform, transposed: bool) -> Tensor:
-    """The product with D (B, R, width), with its output side turned back."""
-    if transform.granule and transposed:
-        order = [_column_permutation(key, tensor, out.shape[2], transform) for key in keys]
-        out = out.gather(2, torch.stack(order)[:, None].expand(out.shape))
-    flips = transform.column_signs if transposed else transform.row_signs
-    if flips:
-        out = out * _sign_table(keys, tensor, out, Stream.COLUMN_SIGNS if transposed else Stream.ROW_SIGNS)
-    return out
+def _sign_table(
+    keys: tuple[int, ...], tensor: int, stream: Stream, width: int, dtype: torch.dtype, gains: tuple[float, ...] = ()
+) -> Tensor:
+    """Signs (B, 1, width) of B models, times their gains. A small batch's are kept: it comes again at each token."""
+    make = _kept_table if len(keys) * width <= KEPT_ELEMENTS else _kept_table.__wrapped__
+    return make(keys, tensor, stream, width, dtype, gains)
 
 
-def _sign_table(keys: list[int], tensor: int, like: Tensor, stream: Stream) -> Tensor:
-    return torch.stack([_signs(key, tensor, stream, like.shape[2]) for key in keys])[:, None].to(like.dtype)
+@lru_cache(maxsize=512)
+def _kept_table(
+    keys: tuple[int, ...], tensor: int, stream: Stream, width: int, dtype: torch.dtype, gains: tuple[float, ...]
+) -> Tensor:
+    table = torch.stack([_signs(key, tensor, stream, width) for key in keys])[:, None].to(dtype)
+    return table * torch.tensor(gains, dtype=dtype)[:, None, None] if gains else table

@@ -6,6 +6,7 @@ model = randes.SuperposedModel(base, sup)
 model(x, adapter_names=["german", "__base__"])
 """
 
+from randes.compress import compress
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
 from randes.linear import SuperposedLinear
@@ -24,4 +25,5 @@ __all__ = [
     "SuperposedModel",
     "Superposition",
     "UnknownModelError",
+    "compress",
 ]

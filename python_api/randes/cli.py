@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from randes import checkpoint
+from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
-from randes.store import MANIFEST, check_destination
+from randes.store import MANIFEST, check_new
 from randes.summary import summary
 from randes.summary import verify as verify_model
 from randes.superposition import Superposition
@@ -77,20 +78,24 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of tensors not to superpose; replaces the default.")
     ] = None,
+    centre: Annotated[
+        bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
+    ] = False,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with _errors(), _progress() as begin:
         if (out / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         options: dict[str, Any] = {} if exclude is None else {"exclude": tuple(exclude)}
+        options |= {"centre": centre}
         config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
-        models = [_name_and_path(text) for text in model]
-        superposition = Superposition.create(base, config)
-        check_destination(superposition, out)
-        step = begin("superposing", len(models))
-        for name, path in models:
-            superposition.add(name, path)
-            step()
+        models: dict[str, Path] = {}
+        for name, path in map(_name_and_path, model):
+            if name in models:
+                raise ValueError(f"--model must name each fine-tune once, got {name!r} twice")
+            models[name] = path
+        check_new(out)
+        superposition = make(base, models, config, step=begin("superposing", len(models)))
         superposition.save(out)
     _print_sizes(superposition)
 
@@ -158,6 +163,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
     console.print(
         f"signs {config.signs}, permute {config.permute}, shuffle_layers {config.shuffle_layers},"
         f" groups of {config.group_size}, seed {config.seed}, others {config.others}"
+        f"{', deltas centred on their mean' if config.centre else ''}"
     )
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")

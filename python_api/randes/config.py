@@ -24,6 +24,8 @@ class Config:
     segments: equal spans of a weight's columns that the permutation never leaves (tensor parallelism).
     include, exclude: shell patterns of tensor names; a matrix is superposed if the first match and the second do not.
     min_width: matrices narrower than this on either side (class heads) are not superposed.
+    centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
+        is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
 
     Raises ``ValueError`` for a value out of range. (Design, sections 1, 2 and 6.)
     """
@@ -38,6 +40,7 @@ class Config:
     include: tuple[str, ...] = ("*weight",)
     exclude: tuple[str, ...] = ("*embed*", "*wte*", "*wpe*", "*norm*")
     min_width: int = 32
+    centre: bool = False
 
     def __post_init__(self) -> None:
         _one_of("signs", self.signs, get_args(Signs))
@@ -48,6 +51,8 @@ class Config:
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
+        if not isinstance(self.centre, bool):
+            raise ValueError(f"centre must be True or False, got {self.centre!r}")
         if self.seed >= 1 << 64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
         for name in ("include", "exclude"):

@@ -24,7 +24,7 @@ class KeptTable(nn.Module):
         super().__init__()
         values: list[Tensor] = []
         rows: list[int] = []
-        for model in superposition.names:
+        for model in superposition.served:
             own = superposition.other(model, tensor)
             if own is superposition.base[tensor]:
                 rows.append(-1)

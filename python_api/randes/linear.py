@@ -112,7 +112,7 @@ class SuperposedLinear(nn.Linear):
         layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
-        router = router or Router(superposition.names)
+        router = router or Router(superposition.served)
         pool = pool or DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
         return cls.take_over(layer, superposition, name, router, pool)
 
@@ -128,7 +128,7 @@ class SuperposedLinear(nn.Linear):
 
     def _superpose(self, superposition: Superposition, name: str, router: Router, pool: DeltaPool) -> None:
         tensor, bias = tensor_of(name, "weight"), tensor_of(name, "bias")
-        names, device, dtype = superposition.names, self.weight.device, self.weight.dtype
+        names, device, dtype = superposition.served, self.weight.device, self.weight.dtype
         members = [superposition.members[model] for model in names]
         self.router, self.pool = router, pool
         self.tensor, self.transform = tensor_id(tensor), superposition.config.transform

@@ -8,6 +8,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from randes.checkpoint import digest
 from randes.errors import BaseMismatchError
 from randes.kept import KeptTable, route_layer
 from randes.linear import DeltaPool, SuperposedLinear, check_is_base, tensor_of
@@ -25,6 +26,9 @@ class SuperposedModel(nn.Module):
     take each row's own norms, biases and heads where those are kept per model. It serves the models that the
     superposition holds now; make a new one after adding more.
 
+    Where deltas are centred on their mean, the superposed layers' weights become that mean, and ``"__base__"`` is
+    answered by one of the superposed models.
+
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
     dtype), and ``ValueError`` where a superposed tensor is not the weight of a linear layer that is called.
     """
@@ -36,8 +40,10 @@ class SuperposedModel(nn.Module):
         pools = _pools(layers, superposition)
         tables = _kept_tables(base_module, layers, superposition)
         # Nothing fails from here on: the model is changed whole or not at all.
-        self.router = Router(superposition.names)
+        self.router = Router(superposition.served)
         self.base_model = base_module
+        if superposition.config.centre:
+            _load_centre(base_module, superposition)
         for name, linear in layers.items():
             SuperposedLinear.take_over(linear, superposition, name, self.router, pools[name])
         for name, own in tables.items():
@@ -46,7 +52,7 @@ class SuperposedModel(nn.Module):
     @property
     def names(self) -> list[str]:
         """The models that can be asked for."""
-        return list(self.router.names)
+        return [name for name in self.router.names if name != BASE_NAME]
 
     def set_adapter(self, name: str) -> None:
         """Answer every row as this model (or ``"__base__"``) where a call does not say otherwise. All threads."""
@@ -81,7 +87,7 @@ class SuperposedModel(nn.Module):
         """
         if any(count < 1 for count in rows):
             raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
-        kinds = {}
+        kinds: dict[tuple[object, ...], SuperposedLinear] = {}
         for layer in self.modules():
             if isinstance(layer, SuperposedLinear):
                 kinds.setdefault((layer.weight.shape, layer.weight.dtype, layer.weight.device), layer)
@@ -119,8 +125,18 @@ def _check_base(module: nn.Module, superposition: Superposition) -> None:
         raise BaseMismatchError(
             f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
         )
+    added = superposition.members.get(BASE_NAME)
+    if added is not None and all(digest(value) == added.digests[name] for name, value in own.items()):
+        return  # the base as it was before deltas were centred on their mean
     for name, value in own.items():
         check_is_base(superposition, name, value)
+
+
+def _load_centre(module: nn.Module, superposition: Superposition) -> None:
+    """The mean of the fine-tunes in place of the base: what deltas are measured from."""
+    own = dict(module.state_dict())
+    for name in superposition.superposed:
+        own[name].copy_(superposition.base[name])
 
 
 def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[str, nn.Linear]:

@@ -96,7 +96,8 @@ class Router:
         self.names = tuple(names)
         self.chosen: Batch | None = None
         self._scoped = _Scoped()
-        self._numbers = {name: number for number, name in enumerate(self.names)} | {BASE_NAME: -1}
+        # Where deltas are centred the base is superposed too, and has a number of its own.
+        self._numbers = {BASE_NAME: -1} | {name: number for number, name in enumerate(self.names)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Router, (self.names,), {"chosen": self.chosen}  # a copy has calls of its own

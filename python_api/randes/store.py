@@ -122,7 +122,7 @@ def _contents(superposition: Superposition) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
     contents = {"base": superposition.base}
     contents |= {f"group-{group}": tensors for group, tensors in sorted(superposition.deltas.items())}
-    for name in superposition.names:
+    for name in superposition.served:
         contents[_model_file(superposition, name)] = dict(superposition.members[name].kept)
     contents["average"] = superposition.averages
     return {stem: tensors for stem, tensors in contents.items() if tensors}
@@ -143,7 +143,7 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
         "average_step": AVERAGE_STEP,
         "base": checkpoint.combined_digest(superposition.base_digests),
         "superposed": list(superposition.superposed),
-        "models": {name: _record(superposition.members[name]) for name in superposition.names},
+        "models": {name: _record(superposition.members[name]) for name in superposition.served},
         "files": files,
     }
     manifest["checksum"] = _checksum(manifest)
@@ -179,10 +179,6 @@ def check_destination(superposition: Superposition, folder: Path, manifest: dict
     A store that somebody else has written to meanwhile holds models that would be lost. ``manifest``: what is to be
     written; where it stands there already, a save that was cut short is done again.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise StoreError(f"{folder} must be a folder, got a file")
     if (folder / MANIFEST).exists():
         found, stored = read_manifest(folder), superposition.stored
         if found["base"] != checkpoint.combined_digest(superposition.base_digests):
@@ -190,7 +186,18 @@ def check_destination(superposition: Superposition, folder: Path, manifest: dict
         ours = isinstance(stored, Stored) and (stored.folder, stored.checksum) == (folder.resolve(), found["checksum"])
         if not ours and found != manifest:
             raise StoreError(f"{folder} holds a store that was written since, or is another's; load it and change that")
-    elif strangers := [file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)]:
+    else:
+        check_new(folder)
+
+
+def check_new(folder: Path) -> None:
+    """Raise ``StoreError`` unless ``folder`` can take a new store: it is not there, or empty but for what a save that
+    was cut short has left."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StoreError(f"{folder} must be a folder, got a file")
+    if strangers := [file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)]:
         raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")
 
 

@@ -87,7 +87,7 @@ def summary(superposition: Superposition) -> dict[str, Any]:
                 "kept_tensors": len(member.kept),
                 "kept_bytes": sum(value.nbytes for value in member.kept.values()),
             }
-            for name, member in ((name, superposition.members[name]) for name in superposition.names)
+            for name, member in ((name, superposition.members[name]) for name in superposition.served)
         },
         "config": superposition.config.to_dict(),
         "bytes": {**asdict(sizes), "total": sizes.total},

@@ -50,9 +50,11 @@ class Superposition:
         """An empty superposition over ``base``: an nn.Module, a state dict, or a path to safetensors.
 
         Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
-        whose columns ``config.segments`` does not divide.
+        whose columns ``config.segments`` does not divide; ``ValueError`` for ``config.centre``.
         """
         config = config or Config()
+        if config.centre:
+            raise ValueError("config.centre needs all models at once: use randes.compress(base, models, config)")
         tensors = checkpoint.read(base)
         checkpoint.check_finite(tensors)
         superposed = [
@@ -75,7 +77,12 @@ class Superposition:
 
     @property
     def names(self) -> list[str]:
-        """The models, in alphabetical order: what they are called does not depend on when they were added."""
+        """The fine-tunes, in alphabetical order: what they are called does not depend on when they were added."""
+        return [name for name in self.served if name != BASE_NAME]
+
+    @property
+    def served(self) -> list[str]:
+        """All that is superposed: the fine-tunes, and ``"__base__"`` where deltas are centred on their mean."""
         return sorted(self.members)
 
     def member(self, name: str) -> Member:
@@ -99,7 +106,13 @@ class Superposition:
             raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha}")
-        group = self._place(group)
+        self._join(name, finetuned, self._place(group), alpha)
+
+    def add_base(self, base: Checkpoint) -> None:
+        """Superpose the base itself, for ``randes.compress``: in the first group, beside its fine-tunes."""
+        self._join(BASE_NAME, base, 0, 1.0)
+
+    def _join(self, name: str, finetuned: Checkpoint, group: int, alpha: float) -> None:
         self.check_base()
         tensors = checkpoint.read(finetuned)
         checkpoint.check_fits(tensors, self.base)
@@ -110,12 +123,12 @@ class Superposition:
             gain, peak = gain_and_peak(tensor, tensors[tensor], self.base[tensor])
             if gain == 0:
                 continue  # −0.0 for 0.0: other bytes, the same weight
-            if peak / gain / STEP * self.config.group_size >= 2**31:
+            if peak / gain / STEP * (self.config.group_size + 1) >= 2**31:
                 raise CheckpointError(f"{tensor} has a delta {peak / gain:.3g} times its own size: too far for int32")
             gains[tensor] = gain
         member = Member(group, float(alpha), gains, digests, self._own(tensors, changed))
         deltas = self._with(name, member, tensors, subtract=False)
-        averages = self._averaged(tensors, subtract=False)
+        averages = self.averages if name == BASE_NAME else self._averaged(tensors, subtract=False)
 
         self.members[name], self.averages = member, averages
         self.deltas[group] = deltas
@@ -128,13 +141,15 @@ class Superposition:
         Nothing is changed then.
         """
         member = self.member(name)
+        if name == BASE_NAME:
+            raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
         self.check_base()
         tensors = self.read_added(name, finetuned)
         deltas = self._with(name, member, tensors, subtract=True)
         averages = self._averaged(tensors, subtract=True)
 
         del self.members[name]
-        self.averages = averages if self.members else {}
+        self.averages = averages if self.names else {}
         self.deltas[member.group] = deltas
         if not deltas:
             del self.deltas[member.group]
@@ -191,8 +206,8 @@ class Superposition:
         if own is not None:
             return own
         base = self.base[tensor]
-        if tensor in self.averages and self._differs(tensor):
-            return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.members))).to(base.dtype)
+        if tensor in self.averages and self._differs(tensor) and name != BASE_NAME:
+            return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
         return base
 
     def read_added(self, name: str, finetuned: Checkpoint) -> Tensors:
@@ -227,7 +242,7 @@ class Superposition:
             base=base,
             superposed=sum(_bytes(tensors.values()) for tensors in self.deltas.values()),
             kept=sum(_bytes(member.kept.values()) for member in self.members.values()) + _bytes(self.averages.values()),
-            separate_models=base * len(self.members),
+            separate_models=base * len(self.names),
         )
 
     @property
@@ -249,7 +264,7 @@ class Superposition:
 
     def _place(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
-        taken = [member.group for member in self.members.values()]
+        taken = [self.members[name].group for name in self.names]
         if group is None:
             return next(g for g in range(len(taken) + 1) if taken.count(g) < self.config.group_size)
         limit = max(taken, default=-1) + 1

@@ -1,0 +1,60 @@
+"""A base and all of its fine-tunes, made into one superposition."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from randes import checkpoint
+from randes.checkpoint import Checkpoint, Tensors
+from randes.config import Config
+from randes.superposition import Superposition
+
+
+def compress(
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    config: Config | None = None,
+    *,
+    step: Callable[[], None] = lambda: None,
+) -> Superposition:
+    """Superpose all of ``models``, fine-tunes of ``base`` by name.
+
+    With ``config.centre`` the stored base is ``W0 + mean δ``, the mean of the fine-tunes, in the superposed matrices.
+    Deltas measured from it are smaller by what they have in common, and so is the interference. ``W0`` itself
+    is then one more superposed model, ``"__base__"``, in the first group: it carries interference like any other. A
+    model added later is measured from the same centre. (Design, section 2.)
+
+    step: called after each model, for a progress bar.
+    Raises ``ValueError`` for no models, and whatever ``Superposition.create`` and ``add`` raise.
+    """
+    config = config or Config()
+    if not models:
+        raise ValueError("models must hold at least one fine-tune, got none")
+    superposition = Superposition.create(base, replace(config, centre=False))
+    if config.centre:
+        original = superposition.base
+        centred = _centred(original, models, superposition.superposed)
+        superposition = Superposition(config, centred, superposition.superposed)
+        superposition.add_base(original)
+    for name, finetuned in models.items():
+        superposition.add(name, finetuned)
+        step()
+    return superposition
+
+
+def _centred(base: Tensors, models: Mapping[str, Checkpoint], superposed: tuple[str, ...]) -> Tensors:
+    """The base with the mean of the models in place of each superposed matrix.
+
+    Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
+    """
+    sums = {tensor: torch.zeros(base[tensor].shape, dtype=torch.float64) for tensor in superposed}
+    for name in sorted(models):
+        tensors = checkpoint.read(models[name])
+        checkpoint.check_fits(tensors, base)
+        for tensor, total in sums.items():
+            total += tensors[tensor].double() - base[tensor].double()
+    means = {
+        tensor: (base[tensor].double() + total / len(models)).to(base[tensor].dtype) for tensor, total in sums.items()
+    }
+    return {**base, **means}
