@@ -2,8 +2,8 @@
 
     python bench/crossover.py               writes bench/results/cpu/crossover.json, about two minutes on 2 cores
 
-One model's rows through both sides and through ``F.linear``, taken in turns; medians, as multiples of ``F.linear``'s. The
-constants of ``randes_kernels/cpu.py`` are read off these rows.
+One model's rows through both sides and through ``F.linear``, taken in turns; medians, as multiples of ``F.linear``'s.
+The constants of ``randes_kernels/cpu.py`` are read off these rows.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def forced(rows: float, slice_bytes: int, arguments: tuple[Any, ...]) -> Callabl
 
     def call() -> torch.Tensor:
         with (
-            mock.patch.object(cpu, "weight_side_rows", lambda *_: rows),
+            mock.patch.object(cpu, "weight_side_rows", return_value=rows),
             mock.patch.object(cpu, "SLICE_BYTES", slice_bytes),
         ):
             return cpu.superposed_linear(*arguments)

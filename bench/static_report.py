@@ -97,7 +97,8 @@ def main() -> None:
     measured = {}
     if given.results is not None:
         for row in json.loads((given.results / "kernels.json").read_text(encoding="utf-8"))["rows"]:
-            if row["op"] == "superposed" and row["dtype"] == "bf16":
+            ours = row["op"] == "superposed linear" and row["transform"] == "two-sided" and row["median_us"]
+            if ours and row["dtype"] == "bf16" and row["models"] == 8 and row["groups"] == 1:
                 measured[row["m"], row["n"], row["k"]] = row["median_us"] / 1e6
     print("\n".join([*kernels(given.target), "", *times(given.target, measured)]))
 

@@ -90,9 +90,7 @@ def test_deltas_that_have_much_in_common_interfere_less() -> None:
     plain, centred = (randes.compress(base, models, c) for c in (replace(config, centre=False), config))
     for name, model in models.items():
         near, far = (
-            sum(
-                (sup.retrieve(name)[tensor] - model.state_dict()[tensor]).square().sum() for tensor in sup.superposed
-            )
+            sum((sup.retrieve(name)[tensor] - model.state_dict()[tensor]).square().sum() for tensor in sup.superposed)
             for sup in (centred, plain)
         )
         assert near < far / 4

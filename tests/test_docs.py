@@ -20,7 +20,10 @@ DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
 FULL = "full fine-tunes"
 
 sys.path.insert(0, str(ROOT / "bench"))
+import plots  # noqa: E402
 import quality  # noqa: E402
+
+KERNEL_ROWS = json.loads((ROOT / "bench" / "results" / "cpu" / "kernels.json").read_text(encoding="utf-8"))["rows"]
 
 Rows = list[dict[str, Any]]
 
@@ -79,3 +82,28 @@ def test_every_command_that_the_readme_shows_exists() -> None:
     assert shown == {"compress", "add", "remove", "retrieve", "info", "verify"}
     for command in {*shown, "demo"}:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:
+    shown = re.search(r"<!-- kernels: .*? -->\n(.*?)\n<!-- /kernels -->", README, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == plots.table(KERNEL_ROWS)
+
+
+def test_every_row_says_what_it_ran_on_and_beside_what() -> None:
+    keys = {
+        "op", "path", "tile", "shape", "m", "models", "mix", "transform", "dtype", "median_us", "p20_us", "p80_us",
+        "eager_us", "bytes", "flops", "roofline_share", "ratio_to_linear", "gain_over_materialised", "peak_bytes",
+        "error", "materialised_error", "device", "driver", "torch", "triton", "commit", "recreated",
+    }  # fmt: skip
+    assert [keys - row.keys() for row in KERNEL_ROWS if not keys <= row.keys()] == []
+
+
+def test_the_cpu_reaches_what_the_readme_says_of_it() -> None:
+    def superposed(m: int, dtype: str) -> list[float]:
+        wide = [row for row in KERNEL_ROWS if row["shape"] == "4096x4096" and (row["m"], row["dtype"]) == (m, dtype)]
+        return [row["ratio_to_linear"] for row in wide if row["op"] == plots.OP and row["transform"] == "two-sided"]
+
+    assert max(superposed(512, "fp32")) <= 1.3
+    for dtype in ("fp32", "bf16"):
+        assert max(superposed(8, dtype)) <= 2.5

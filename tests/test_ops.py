@@ -7,8 +7,11 @@ import pytest
 import torch
 from cases import SHAPES, TENSOR, TRANSFORMS, LinearCase, linear_case, retrieved_product, run
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from randes_kernels import reference, retrieve, superpose_
+from randes_kernels import ops, reference, retrieve, superpose_
 from randes_kernels.format import Transform, model_key
 
 KEY = model_key(0, "model")
@@ -174,3 +177,36 @@ def test_a_round_trip_through_the_operators_gives_the_fine_tune_back() -> None:
     assert torch.equal(retrieve(base, held, 1 / 8, KEY, TENSOR, Transform(granule=3)), finetuned)
     superpose_(held, finetuned, base, 8.0, KEY, TENSOR, Transform(granule=3), subtract=True)
     assert not held.any()
+
+
+def test_a_call_that_nobody_watches_skips_the_dispatcher_and_any_other_does_not() -> None:
+    case = linear_case(6, 5, 7, integers=True)
+    assert case.bias is not None
+    operands = case.x, case.weight, case.bias
+    assert ops._nobody_watches(*operands)
+    for place in range(3):
+        leaves = [value.clone().requires_grad_(other == place) for other, value in enumerate(operands)]
+        assert not ops._nobody_watches(*leaves)
+        with torch.no_grad():
+            assert ops._nobody_watches(*leaves)
+    with FakeTensorMode():
+        assert not ops._nobody_watches(*operands)
+    with forward_ad.dual_level():
+        assert not ops._nobody_watches(*operands)
+    assert not torch.vmap(lambda x: torch.tensor(ops._nobody_watches(x, case.weight, None)))(case.x).any()
+    assert not ops._nobody_watches(case.x.to("meta"), case.weight, None)
+
+
+def test_tools_that_watch_see_the_operator() -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case = linear_case(6, 5, 7, integers=True)
+    with torch.no_grad(), Watch():
+        y = run(case)
+    assert "randes.superposed_linear.default" in seen
+    assert torch.equal(y, run(case))
