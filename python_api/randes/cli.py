@@ -81,13 +81,16 @@ def compress(
     centre: Annotated[
         bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
     ] = False,
+    rank: Annotated[
+        int, typer.Option(help="Directions of each matrix in which every model keeps its own delta; 0 for none.")
+    ] = 0,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with _errors(), _progress() as begin:
         if (out / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         options: dict[str, Any] = {} if exclude is None else {"exclude": tuple(exclude)}
-        options |= {"centre": centre}
+        options |= {"centre": centre, "rank": rank}
         config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
         models: dict[str, Path] = {}
         for name, path in map(_name_and_path, model):
@@ -164,6 +167,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"signs {config.signs}, permute {config.permute}, shuffle_layers {config.shuffle_layers},"
         f" groups of {config.group_size}, seed {config.seed}, others {config.others}"
         f"{', deltas centred on their mean' if config.centre else ''}"
+        f"{f', shared bases of rank {config.rank}' if config.rank else ''}"
     )
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
@@ -224,7 +228,8 @@ def _print_sizes(superposition: Superposition) -> None:
     sizes = superposition.sizes
     _say(
         f"{len(superposition.members)} models in {_mebibytes(sizes.total)}: base {_mebibytes(sizes.base)}, superposed"
-        f" {_mebibytes(sizes.superposed)}, kept per model {_mebibytes(sizes.kept)}; as separate models"
+        f" {_mebibytes(sizes.superposed)}, kept per model {_mebibytes(sizes.kept)},"
+        f"{f' in shared bases {_mebibytes(sizes.basis)},' if sizes.basis else ''} as separate models"
         f" {_mebibytes(sizes.separate_models)}"
     )
 

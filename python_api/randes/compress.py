@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from randes import checkpoint
+from randes.basis import loudest
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
 from randes.superposition import Superposition
@@ -23,7 +24,11 @@ def compress(
     With ``config.centre`` the stored base is ``W0 + mean δ``, the mean of the fine-tunes, in the superposed matrices.
     Deltas measured from it are smaller by what they have in common, and so is the interference. ``W0`` itself
     is then one more superposed model, ``"__base__"``, in the first group: it carries interference like any other. A
-    model added later is measured from the same centre. (Design, section 2.)
+    model added later is measured from the same centre.
+
+    With ``config.rank`` each superposed matrix gets a shared basis of that many directions, the loudest of the deltas
+    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model.
+    (``basis.py``; design, section 2.)
 
     step: called after each model, for a progress bar.
     Raises ``ValueError`` for no models, and whatever ``Superposition.create`` and ``add`` raise.
@@ -31,11 +36,13 @@ def compress(
     config = config or Config()
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
-    superposition = Superposition.create(base, replace(config, centre=False))
+    superposition = Superposition.create(base, replace(config, centre=False, rank=0))
+    original, superposed = superposition.base, superposition.superposed
+    if config.centre or config.rank:
+        stored = _centred(original, models, superposed) if config.centre else original
+        bases = loudest(models, stored, superposed, config.rank, config.seed) if config.rank else {}
+        superposition = Superposition(config, stored, superposed, bases=bases)
     if config.centre:
-        original = superposition.base
-        centred = _centred(original, models, superposition.superposed)
-        superposition = Superposition(config, centred, superposition.superposed)
         superposition.add_base(original)
     for name, finetuned in models.items():
         superposition.add(name, finetuned)

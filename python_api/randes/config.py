@@ -26,6 +26,8 @@ class Config:
     min_width: matrices narrower than this on either side (class heads) are not superposed.
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
+    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none. All
+        models must be there at once here, too.
 
     Raises ``ValueError`` for a value out of range. (Design, sections 1, 2 and 6.)
     """
@@ -41,6 +43,7 @@ class Config:
     exclude: tuple[str, ...] = ("*embed*", "*wte*", "*wpe*", "*norm*")
     min_width: int = 32
     centre: bool = False
+    rank: int = 0
 
     def __post_init__(self) -> None:
         _one_of("signs", self.signs, get_args(Signs))
@@ -51,6 +54,7 @@ class Config:
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
+        _at_least("rank", self.rank, 0)
         if not isinstance(self.centre, bool):
             raise ValueError(f"centre must be True or False, got {self.centre!r}")
         if self.seed >= 1 << 64:

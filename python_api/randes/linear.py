@@ -7,11 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randes import basis
+from randes.basis import UNIT
 from randes.errors import BaseMismatchError
 from randes.integers import STEP
 from randes.routing import Batch, Router
 from randes.superposition import Superposition
 from randes_kernels import superposed_linear, tensor_id
+
+FEW_MODELS = 16
 
 
 class DeltaPool(nn.Module):
@@ -81,6 +85,8 @@ class SuperposedLinear(nn.Linear):
     slots: Tensor
     biases: Tensor | None
     scale: Tensor
+    shared_basis: Tensor | None
+    corrections: Tensor | None
 
     @classmethod
     def from_linear(
@@ -145,6 +151,24 @@ class SuperposedLinear(nn.Linear):
         if self.bias is not None and bias in superposition.others:
             biases = torch.stack([superposition.other(model, bias) for model in names]).to(device, dtype)
         self.register_buffer("biases", biases, persistent=False)
+        self._keep_basis(superposition, tensor)
+
+    def _keep_basis(self, superposition: Superposition, tensor: str) -> None:
+        """The shared basis U (K, r), and for each model what is added and taken off in it, (J, r, N)."""
+        shared = corrections = None
+        if tensor in superposition.bases:
+            members = [superposition.members[model] for model in superposition.served]
+            shared = superposition.bases[tensor].float() * UNIT
+            held = torch.zeros(len(members), shared.shape[1], self.out_features)
+            for number, member in enumerate(members):
+                if tensor in member.coordinates:
+                    held[number] = member.coordinates[tensor].mT.float() * (member.alpha * member.units[tensor])
+            corrections = basis.corrections(
+                shared, held, self.pool.values, self.keys, self.scale, self.slots, self.tensor, self.transform
+            ).to(self.weight.dtype)
+            shared = shared.to(self.weight)
+        self.register_buffer("shared_basis", shared, persistent=False)
+        self.register_buffer("corrections", corrections, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SuperposedLinear":
         scale = self.scale
@@ -164,10 +188,26 @@ class SuperposedLinear(nn.Linear):
         if batch.runs_base:
             return F.linear(input, self.weight, self.bias)
         x, weight, bias, delta, biases = self._in_one_dtype(batch.spread(input))
-        return superposed_linear(
-            x, weight, bias, delta, batch.on(x.device), self.keys, self.scale, self.slots, self.tensor, self.transform,
-            biases=biases,
-        )  # fmt: skip
+        ids = batch.on(x.device)
+        y = superposed_linear(
+            x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases
+        )
+        return y if self.shared_basis is None else y + self._in_basis(x, ids)
+
+    def _in_basis(self, x: Tensor, ids: Tensor) -> Tensor:
+        """What each row's own model adds in the shared basis: ``(x U) E_jᵀ``, nothing for the base."""
+        assert self.shared_basis is not None
+        assert self.corrections is not None
+        models, rank, _ = self.corrections.shape
+        rows = (x @ self.shared_basis.to(x.dtype)).reshape(ids.shape[0], -1, rank)
+        corrections = self.corrections.to(x.dtype)
+        if models <= FEW_MODELS:  # one product with all of them reads less than a copy for each row
+            own = ids[:, None] == torch.arange(models, device=ids.device)
+            y = (rows[:, :, None] * own[:, None, :, None]).flatten(2) @ corrections.flatten(0, 1)
+        else:
+            own = (ids >= 0)[:, None, None]
+            y = torch.bmm(rows * own, corrections[ids.clamp(min=0)])
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""

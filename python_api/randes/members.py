@@ -13,6 +13,7 @@ class Member:
     gains: root mean square of its delta, for each tensor that it changed and that is superposed.
     digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
     kept: its own other tensors, where they differ from the base's (``others="keep"``).
+    coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``.
     """
 
     group: int
@@ -20,18 +21,24 @@ class Member:
     gains: Mapping[str, float]
     digests: Mapping[str, str]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    units: Mapping[str, float] = field(default_factory=dict)
+    coordinates: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes: of the base, of all superposed deltas, of what is kept per model, and of that many whole models."""
+    """Bytes: of the base, of all superposed deltas, of what is kept per model, and of that many whole models.
+
+    basis: of the shared bases, and of every model's coordinates in them.
+    """
 
     base: int
     superposed: int
     kept: int
+    basis: int
     separate_models: int
 
     @property
     def total(self) -> int:
         """Everything that a store holds."""
-        return self.base + self.superposed + self.kept
+        return self.base + self.superposed + self.kept + self.basis

@@ -2,6 +2,7 @@
 
     manifest.json                              format version, config, models, files, checksums of every tensor
     base-<digest>.safetensors                  the base model
+    basis-<digest>.safetensors                 the shared basis of each tensor, where there is one
     group-<number>-<digest>.safetensors        integers of one group, by tensor
     model-<key>-<digest>.safetensors           what one model keeps of its own
     average-<digest>.safetensors               sums behind others="average"
@@ -32,8 +33,10 @@ from randes.superposition import Superposition
 from randes_kernels import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
+COORDINATES = "@basis"
+"""Follows a tensor's name in a model's file, for its delta's coordinates in the shared basis."""
 _OURS = re.compile(
-    r"\.?(base|group-\d+|model-[0-9a-f]{16}|average)-[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?"
+    r"\.?(base|basis|group-\d+|model-[0-9a-f]{16}|average)-[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?"
     r"|\.manifest\.json\.\d+\.tmp"
 )
 
@@ -86,10 +89,14 @@ def load(path: str | os.PathLike[str]) -> Superposition:
         stem = name.rsplit("-", 1)[0]
         contents[stem], digests_of[stem] = tensors, digests
     base, base_digests = contents.pop("base"), digests_of["base"]
-    superposition = Superposition(Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests)
+    bases = contents.pop("basis", {})
+    superposition = Superposition(
+        Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests, bases
+    )
     for name, record in manifest["models"].items():
         kept = contents.pop(_model_file(superposition, name), {})
-        superposition.members[name] = Member(**record, kept=kept)
+        coordinates = {tensor: kept.pop(f"{tensor}{COORDINATES}") for tensor in record.get("units", {})}
+        superposition.members[name] = Member(**record, kept=kept, coordinates=coordinates)
     superposition.averages = contents.pop("average", {})
     superposition.deltas = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
     superposition.stored = _stored(folder, manifest)
@@ -120,10 +127,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _contents(superposition: Superposition) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
-    contents = {"base": superposition.base}
+    contents = {"base": superposition.base, "basis": superposition.bases}
     contents |= {f"group-{group}": tensors for group, tensors in sorted(superposition.deltas.items())}
     for name in superposition.served:
-        contents[_model_file(superposition, name)] = dict(superposition.members[name].kept)
+        member = superposition.members[name]
+        held = {f"{tensor}{COORDINATES}": value for tensor, value in member.coordinates.items()}
+        contents[_model_file(superposition, name)] = {**member.kept, **held}
     contents["average"] = superposition.averages
     return {stem: tensors for stem, tensors in contents.items() if tensors}
 
@@ -156,12 +165,13 @@ def _model_file(superposition: Superposition, name: str) -> str:
 
 
 def _record(member: Member) -> dict[str, Any]:
-    return {
+    record = {
         "group": member.group,
         "alpha": member.alpha,
         "gains": dict(sorted(member.gains.items())),
         "digests": dict(sorted(member.digests.items())),
     }
+    return record | ({"units": dict(sorted(member.units.items()))} if member.units else {})
 
 
 def _text(manifest: dict[str, Any]) -> str:

@@ -68,8 +68,11 @@ def _predicted_error(superposition: Superposition, name: str) -> float:
     for tensor, gain in member.gains.items():
         weight = gain**2 * superposition.base[tensor].numel()
         neighbours = sharing[superposition.place(name, tensor)] - 1
-        error += weight * ((1 - member.alpha) ** 2 + member.alpha**2 * neighbours)
-        size += weight
+        own = weight
+        if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
+            own += member.units[tensor] ** 2 * _squared_norm(member.coordinates[tensor].double())
+        error += (1 - member.alpha) ** 2 * own + member.alpha**2 * neighbours * weight
+        size += own
     return math.sqrt(error / size) if size else 0.0
 
 

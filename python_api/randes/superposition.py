@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from randes import checkpoint
+from randes import basis, checkpoint
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
@@ -17,6 +17,8 @@ from randes.members import Member, Sizes
 from randes_kernels import model_key, retrieve, superpose_, tensor_id
 
 BASE_NAME = "__base__"
+NOTHING_LEFT = 2.0**-40
+"""The gain of a delta that lies wholly in the shared basis; the rest of it is zero."""
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,8 +32,9 @@ class Superposition:
     """
 
     def __init__(
-        self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None
-    ) -> None:
+        self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None,
+        bases: Tensors | None = None,
+    ) -> None:  # fmt: skip
         """For ``create`` and ``load``."""
         self.config = config
         self.base = base
@@ -39,6 +42,7 @@ class Superposition:
         self.base_digests = dict(base_digests or {name: checkpoint.digest(value) for name, value in base.items()})
         self.members: dict[str, Member] = {}
         self.deltas: dict[int, Tensors] = {}  # of each group: the integers by tensor, int16 where they fit
+        self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
         self.averages: Tensors = {}  # int64 sums over the models, for others="average"
         self.device = torch.device("cpu")
         self.stored: object = None  # what store.py knows of the store that this came from or went to
@@ -50,11 +54,13 @@ class Superposition:
         """An empty superposition over ``base``: an nn.Module, a state dict, or a path to safetensors.
 
         Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
-        whose columns ``config.segments`` does not divide; ``ValueError`` for ``config.centre``.
+        whose columns ``config.segments`` does not divide; ``ValueError`` for
+        ``config.centre`` and ``config.rank``.
         """
         config = config or Config()
-        if config.centre:
-            raise ValueError("config.centre needs all models at once: use randes.compress(base, models, config)")
+        for option in ("centre", "rank"):
+            if getattr(config, option):
+                raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
         tensors = checkpoint.read(base)
         checkpoint.check_finite(tensors)
         superposed = [
@@ -118,15 +124,20 @@ class Superposition:
         checkpoint.check_fits(tensors, self.base)
         digests = {tensor: checkpoint.digest(value) for tensor, value in tensors.items()}
         changed = {tensor for tensor in tensors if digests[tensor] != self.base_digests[tensor]}
+        changed_matrices = sorted(changed & set(self.superposed))
+        coordinates, units = self._coordinates(tensors, changed_matrices)
         gains = {}
-        for tensor in sorted(changed & set(self.superposed)):
-            gain, peak = gain_and_peak(tensor, tensors[tensor], self.base[tensor])
-            if gain == 0:
+        for tensor in changed_matrices:
+            gain, peak = gain_and_peak(tensor, *self._difference(tensors, tensor, coordinates, units))
+            if gain == 0 and not (tensor in coordinates and coordinates[tensor].any()):
                 continue  # −0.0 for 0.0: other bytes, the same weight
+            gain = gain or NOTHING_LEFT
             if peak / gain / STEP * (self.config.group_size + 1) >= 2**31:
                 raise CheckpointError(f"{tensor} has a delta {peak / gain:.3g} times its own size: too far for int32")
             gains[tensor] = gain
-        member = Member(group, float(alpha), gains, digests, self._own(tensors, changed))
+        coordinates = {tensor: held for tensor, held in coordinates.items() if tensor in gains}
+        units = {tensor: unit for tensor, unit in units.items() if tensor in gains}
+        member = Member(group, float(alpha), gains, digests, self._own(tensors, changed), units, coordinates)
         deltas = self._with(name, member, tensors, subtract=False)
         averages = self.averages if name == BASE_NAME else self._averaged(tensors, subtract=False)
 
@@ -167,8 +178,16 @@ class Superposition:
         for tensor, gain in member.gains.items():
             base = self.base[tensor].to(self.device)
             delta = self.deltas[member.group][self.place(name, tensor)].to(self.device)
-            scale = member.alpha * gain * STEP
-            retrieved[tensor] = retrieve(base, delta, scale, key, tensor_id(tensor), transform).cpu()
+            scale = gain * STEP
+            if tensor not in self.bases:
+                whole = retrieve(base, delta, member.alpha * scale, key, tensor_id(tensor), transform)
+            else:
+                turned_back = retrieve(torch.zeros_like(base, dtype=torch.float32), delta, scale, key,
+                                       tensor_id(tensor), transform)  # fmt: skip
+                held = member.coordinates[tensor].to(self.device), member.units[tensor]
+                own = basis.retrieved(turned_back, self.bases[tensor].to(self.device), *held)
+                whole = (base.float() + member.alpha * own).to(base.dtype)
+            retrieved[tensor] = whole.cpu()
         return retrieved
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -242,6 +261,8 @@ class Superposition:
             base=base,
             superposed=sum(_bytes(tensors.values()) for tensors in self.deltas.values()),
             kept=sum(_bytes(member.kept.values()) for member in self.members.values()) + _bytes(self.averages.values()),
+            basis=_bytes(self.bases.values())
+            + sum(_bytes(member.coordinates.values()) for member in self.members.values()),
             separate_models=base * len(self.names),
         )
 
@@ -274,6 +295,25 @@ class Superposition:
             raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
         return group
 
+    def _coordinates(self, tensors: Tensors, changed: list[str]) -> tuple[Tensors, dict[str, float]]:
+        """A model's deltas in the shared bases, and what their integers are worth."""
+        found = {
+            tensor: basis.coordinates(tensors[tensor].double() - self.base[tensor].double(), self.bases[tensor])
+            for tensor in changed
+            if tensor in self.bases
+        }
+        return {name: held for name, (held, _) in found.items()}, {name: unit for name, (_, unit) in found.items()}
+
+    def _difference(
+        self, tensors: Tensors, tensor: str, coordinates: Mapping[str, Tensor], units: Mapping[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Two tensors whose difference is superposed: fine-tune and base; with a shared basis, the rest and zero."""
+        if tensor not in coordinates:
+            return tensors[tensor], self.base[tensor]
+        delta = tensors[tensor].double() - self.base[tensor].double()
+        rest = basis.remainder(delta, self.bases[tensor], coordinates[tensor], units[tensor])
+        return rest, torch.zeros_like(rest)
+
     def _own(self, tensors: Tensors, changed: set[str]) -> Tensors:
         if self.config.others != "keep":
             return {}
@@ -290,7 +330,8 @@ class Superposition:
                 wide = torch.zeros(self.base[tensor].shape, dtype=torch.int32, device=self.device)
             else:
                 wide = held.to(self.device, torch.int32, copy=True)
-            finetuned, base = tensors[tensor].to(self.device), self.base[tensor].to(self.device)
+            pair = self._difference(tensors, tensor, member.coordinates, member.units)
+            finetuned, base = (value.to(self.device) for value in pair)
             superpose_(wide, finetuned, base, rate(gain), key, tensor_id(tensor), transform, subtract=subtract)
             deltas[place] = narrow(wide).cpu()
         if subtract:

@@ -1,0 +1,231 @@
+"""The shared basis: found, exact, stored, served, and what it is for."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import finetune, linear, net, stored
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import randes
+from randes import basis
+from randes import linear as linear_module
+from randes.basis import UNIT
+from randes.checkpoint import write_file
+from randes.cli import app
+from randes.summary import verify
+
+RANK = randes.Config(rank=6)
+CONFIGS = {
+    "rank": RANK,
+    "centred": replace(RANK, centre=True),
+    "permuted, groups of 2": replace(RANK, permute=1, group_size=2),
+    "shuffled": replace(RANK, shuffle_layers=-1),
+    "columns": replace(RANK, signs="columns"),
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def loud(base: nn.Module, count: int = 4, size: float = 0.1) -> dict[str, nn.Module]:
+    """Fine-tunes whose deltas are loudest in four directions of each matrix's input, the same for all of them."""
+    models = {}
+    for number in range(count):
+        tuned = finetune(base, number, 0.01)
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if parameter.dim() == 2:
+                    shared = torch.Generator().manual_seed(len(name))
+                    directions = torch.linalg.qr(torch.randn(parameter.shape[1], 4, generator=shared))[0]
+                    own = torch.Generator().manual_seed(number)
+                    parameter += size * torch.randn(len(parameter), 4, generator=own) @ directions.mT
+        models[f"m{number}"] = tuned
+    return models
+
+
+def tokens(rows: int) -> Tensor:
+    return torch.randint(0, 11, (rows, 6), generator=torch.Generator().manual_seed(rows))
+
+
+def retrieved(base: nn.Module, sup: randes.Superposition, name: str) -> nn.Module:
+    model = copy.deepcopy(base)
+    if name in sup.members:
+        model.load_state_dict(sup.retrieve(name))
+    return model
+
+
+def test_the_loudest_directions_are_the_top_eigenvectors() -> None:
+    base = linear(96, 64)
+    models = loud(base)
+    u = basis.loudest({n: m.state_dict() for n, m in models.items()}, dict(base.state_dict()), ["weight"], 4, 0)[
+        "weight"
+    ]
+    assert u.shape == (64, 4)
+    u = u.double() * UNIT
+    torch.testing.assert_close(u.mT @ u, torch.eye(4, dtype=torch.float64), rtol=0, atol=2e-3)
+    deltas = [(m.weight - base.weight).detach().double() for m in models.values()]
+    gram = sum(d.mT @ d / d.square().sum() for d in deltas)
+    top = torch.linalg.eigh(gram)[1][:, -4:]
+    assert torch.linalg.matrix_norm(top.mT @ u, ord=2, dim=(0, 1)) > 0.999
+    assert torch.linalg.svdvals(top.mT @ u).min() > 0.99
+
+
+def test_the_rest_of_a_delta_is_exact_whatever_the_order_of_the_sums() -> None:
+    torch.manual_seed(0)
+    delta = torch.randn(48, 40, dtype=torch.float64)
+    u = torch.randint(-(2**14), 2**14, (40, 5), dtype=torch.int16)
+    held, unit = basis.coordinates(delta, u)
+    assert unit == 2.0 ** round(torch.log2(torch.tensor(unit)).item())
+    rest = basis.remainder(delta, u, held, unit)
+    exact = torch.tensor(
+        [[sum(int(b) * int(c) for b, c in zip(row, column, strict=True)) for column in u] for row in held],
+        dtype=torch.float64,
+    )
+    assert torch.equal(rest, (delta - exact * (unit * UNIT)).float())
+    assert torch.equal(rest, basis.remainder(delta.flip(1), u.flip(0), held, unit).flip(1))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_row_is_answered_as_its_retrieved_model(config: randes.Config) -> None:
+    base = net()
+    sup = randes.compress(base, loud(base), config)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    mix = ["m0", "__base__", "m3", "m1", "m2", "m0"]
+    x = tokens(len(mix))
+    y = model(x, adapter_names=mix)
+    for row, name in enumerate(mix):
+        torch.testing.assert_close(y[row], retrieved(base, sup, name)(x)[row], **CLOSE)
+    torch.testing.assert_close(model(x, adapter_names=["m2"] * 6), retrieved(base, sup, "m2")(x), **CLOSE)
+
+
+def test_many_models_gather_and_few_do_not_and_both_answer_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = net()
+    sup = randes.compress(base, loud(base), RANK)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    x, mix = tokens(4), ["m0", "__base__", "m3", "m1"]
+    few = model(x, adapter_names=mix)
+    monkeypatch.setattr(linear_module, "FEW_MODELS", 0)
+    torch.testing.assert_close(model(x, adapter_names=mix), few, **CLOSE)
+
+
+def test_interference_in_the_loudest_directions_is_gone() -> None:
+    base = net()
+    models = loud(base)
+    plain, ranked = (randes.compress(base, models, config) for config in (randes.Config(), RANK))
+    for name, model in models.items():
+        far, near = verify(plain, name, model), verify(ranked, name, model)
+        assert near.relative_error < far.relative_error / 3
+        assert near.relative_error == pytest.approx(near.predicted_error, rel=0.25)
+        assert near.kept_exact
+
+
+def test_a_delta_that_lies_in_the_basis_comes_back(tmp_path: Path) -> None:
+    base = linear(64, 48)
+    models = loud(base, 2)
+    with torch.no_grad():
+        for tuned in models.values():
+            tuned.bias.copy_(base.bias)
+            delta = tuned.weight - base.weight
+            u, s, v = torch.linalg.svd(delta)
+            tuned.weight.copy_(base.weight + u[:, :4] * s[:4] @ v[:4])
+    sup = randes.compress(base, models, replace(RANK, rank=8))
+    for name, tuned in models.items():
+        assert verify(sup, name, tuned).relative_error < 2e-3
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_models_come_and_go_to_the_byte(config: randes.Config, tmp_path: Path) -> None:
+    base = net()
+    models = loud(base, 3)
+    sup = randes.compress(base, models, config)
+    before = stored(sup, tmp_path / "before")
+    later = finetune(base, 9)
+    sup.add("later", later)
+    sup.remove("later", later)
+    assert stored(sup, tmp_path / "after") == before
+    again = randes.compress(base, dict(reversed(models.items())), config)
+    if config.group_size > 2:
+        assert stored(again, tmp_path / "again") == before
+
+
+def test_a_store_comes_back_and_says_what_the_bases_weigh(tmp_path: Path) -> None:
+    base = net()
+    models = loud(base)
+    sup = randes.compress(base, models, RANK)
+    sup.save(tmp_path / "store")
+    again = randes.Superposition.load(tmp_path / "store")
+    for name in models:
+        assert all(torch.equal(value, again.retrieve(name)[where]) for where, value in sup.retrieve(name).items())
+    matrices = [base.state_dict()[name].shape for name in sup.superposed]
+    assert sup.sizes.basis == sum(2 * 6 * (k + 4 * n) for n, k in matrices)
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "store").glob("*.safetensors"))
+    assert sup.nbytes <= on_disk <= sup.nbytes + 20_000
+    again.remove("m1", models["m1"])
+    again.save(tmp_path / "store")
+
+
+def test_gradients_reach_the_input() -> None:
+    base = linear(64, 48)
+    sup = randes.compress(base, loud(base, 3), RANK)
+    layer = randes.SuperposedLinear.from_linear(copy.deepcopy(base), sup, "")
+    x = torch.randn(4, 48, requires_grad=True)
+    mix = ["m0", "__base__", "m2", "m1"]
+    (found,) = torch.autograd.grad(layer(x, adapter_names=mix).square().sum(), x)
+    rows = [retrieved(base, sup, name)(x[row]) for row, name in enumerate(mix)]
+    (expected,) = torch.autograd.grad(torch.stack(rows).square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_it_survives_another_dtype() -> None:
+    base = net()
+    sup = randes.compress(base, loud(base), RANK)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    x, mix = tokens(3), ["m0", "m1", "__base__"]
+    exact = model(x, adapter_names=mix)
+    half = model.to(torch.bfloat16)(x, adapter_names=mix)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_one_program_serves_all_mixes() -> None:
+    base = net()
+    sup = randes.compress(base, loud(base), RANK)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    programs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        programs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for mix in (["m0", "m1", "__base__"], ["m2"] * 5, ["__base__"] * 2, ["m3", "m0", "m3", "m3"]):
+        x = tokens(len(mix))
+        torch.testing.assert_close(compiled(x, adapter_names=model.batch(mix)), model(x, adapter_names=mix), **CLOSE)
+    assert len(programs) == 1
+    torch._dynamo.reset()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank needs all models at once"):
+        randes.Superposition.create(net(), RANK)
+    with pytest.raises(ValueError, match="rank must be an integer of at least 0, got -1"):
+        randes.Config(rank=-1)
+
+
+def test_the_command_line_keeps_a_basis(tmp_path: Path) -> None:
+    base = net()
+    for name, model in {"base": base, **loud(base, 2)}.items():
+        write_file(tmp_path / f"{name}.safetensors", model.state_dict())
+    models = [f"--model={name}={tmp_path / name}.safetensors" for name in ("m0", "m1")]
+    made = CliRunner().invoke(
+        app, ["compress", f"--base={tmp_path}/base.safetensors", *models, f"--out={tmp_path}/store", "--rank=4"]
+    )
+    assert made.exit_code == 0, made.output
+    assert "in shared bases" in " ".join(made.output.split())
+    assert randes.Superposition.load(tmp_path / "store").config.rank == 4
+    shown = CliRunner().invoke(app, ["info", f"{tmp_path}/store"])
+    assert "shared bases of rank 4" in " ".join(shown.output.split())
