@@ -9,6 +9,7 @@ are regenerated once and kept in a bounded cache. Each matmul rounds to the dtyp
 sum of its two once more, the weight side rounds the rebuilt weight as a materialised one would be.
 """
 
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ _signs = lru_cache(maxsize=2**15)(signs)
 _column_permutation = lru_cache(maxsize=2**11)(column_permutation)
 
 KEPT_ELEMENTS = 1 << 16
-"""Of a batch's signs that are kept as they are used: 8 rows of a layer 8192 wide; 128 MiB of them at most."""
+"""Of a batch's signs that are kept as they are used: 8 rows of a layer 8192 wide; 128 MiB of them in fp32 at most."""
 SLICE_BYTES = 4 << 20
 """Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/crossover.py)."""
 
@@ -42,16 +43,15 @@ def superposed_linear(
     rows = x.shape[0] // len(models)
     slot_of = slots.tolist()
     enough = weight_side_rows(x.dtype, transform)
-    by_weight = [
-        model for model in set(models) if model >= 0 and slot_of[model] >= 0 and models.count(model) * rows >= enough
-    ]
+    rows_of = {model: runs * rows for model, runs in Counter(models).items()}
+    by_weight = {model for model in rows_of if model >= 0 and slot_of[model] >= 0 and rows_of[model] >= enough}
     if not by_weight:
         return _activation_side(x, weight, bias, biases, delta, models, *tables)
     y = x.new_empty((x.shape[0], weight.shape[0]))
     x_runs, y_runs = x.view(len(models), rows, -1), y.view(len(models), rows, -1)
-    for model in by_weight:
+    for model in sorted(by_weight):
         own_bias = bias if biases is None else biases[model]
-        if len(by_weight) == 1 and models.count(model) == len(models):
+        if len(rows_of) == 1:
             _weight_side(y, x, weight, own_bias, delta, model, *tables)
             continue
         places = [place for place, other in enumerate(models) if other == model]
@@ -85,11 +85,12 @@ def _weight_side(
     if transposed:
         in_stream, out_stream, flip_in, flip_out = out_stream, in_stream, flip_out, flip_in
     in_signs = _signs(key, tensor, in_stream, k).to(x.dtype) if flip_in else None
-    out_signs = (_signs(key, tensor, out_stream, n) if flip_out else torch.ones(n, dtype=torch.int8)).to(x.dtype)
+    out_signs = _signs(key, tensor, out_stream, n) if flip_out else torch.ones(n, dtype=torch.int8, device="cpu")
+    out_signs = out_signs.to(torch.float32 if x.dtype == torch.float16 else x.dtype)
     order = _column_permutation(key, tensor, n if transposed else k, transform) if transform.granule else None
     height = max(32, SLICE_BYTES // (k * x.itemsize))
     # In the layout of W0's own slices, which are transposed on the way back.
-    cache = torch.empty((k, min(height, n)), dtype=x.dtype).mT if transposed else x.new_empty((min(height, n), k))
+    cache = x.new_empty((k, min(height, n))).mT if transposed else x.new_empty((min(height, n), k))
     for start in range(0, n, height):
         part = slice(start, min(start + height, n))
         rebuilt = cache[: part.stop - start]
@@ -101,7 +102,10 @@ def _weight_side(
             turned_back = delta[part].index_select(1, order)
         if in_signs is not None:
             turned_back = torch.mul(turned_back, in_signs, out=rebuilt)
-        torch.addcmul(weight[part], turned_back, out_signs[part, None], value=gain, out=rebuilt)
+        if x.dtype == torch.float16:  # whose range a gain may leave: its product in fp32, then rounded once
+            rebuilt.copy_(torch.addcmul(weight[part].float(), turned_back.float(), out_signs[part, None], value=gain))
+        else:
+            torch.addcmul(weight[part], turned_back, out_signs[part, None], value=gain, out=rebuilt)
         if bias is None:
             torch.mm(x, rebuilt.mT, out=y[:, part])
         else:
@@ -120,7 +124,7 @@ def _activation_side(
     key_of, gain_of = keys.tolist(), scale.tolist()
     passes = []
     for slot, places in _places_by_slot(models, slots.tolist()).items():
-        chosen = slice(None) if len(places) == len(models) else torch.tensor(places)
+        chosen = slice(None) if len(places) == len(models) else torch.tensor(places, device="cpu")
         members = [models[place] for place in places]
         turn = _Turn(tuple(key_of[model] for model in members), tensor, transform, transposed, runs.dtype)
         gains = tuple(gain_of[model] for model in members)
@@ -189,7 +193,7 @@ class _Turn(NamedTuple):
         exact = torch.promote_types(self.dtype, torch.float32)
         flips = self.transform.column_signs if self.transposed else self.transform.row_signs
         if not flips:
-            return order, torch.tensor(gains, dtype=exact)[:, None, None]
+            return order, torch.tensor(gains, dtype=exact, device="cpu")[:, None, None]
         stream = Stream.COLUMN_SIGNS if self.transposed else Stream.ROW_SIGNS
         return order, _sign_table(self.keys, self.tensor, stream, width, exact, gains)
 
@@ -212,4 +216,4 @@ def _kept_table(
     keys: tuple[int, ...], tensor: int, stream: Stream, width: int, dtype: torch.dtype, gains: tuple[float, ...]
 ) -> Tensor:
     table = torch.stack([_signs(key, tensor, stream, width) for key in keys])[:, None].to(dtype)
-    return table * torch.tensor(gains, dtype=dtype)[:, None, None] if gains else table
+    return table * torch.tensor(gains, dtype=dtype, device="cpu")[:, None, None] if gains else table

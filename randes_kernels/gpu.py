@@ -22,7 +22,8 @@ def plan_of(x: Tensor, weight: Tensor, delta: Tensor, ids: Tensor, keys: Tensor,
     columns = weight.stride(0) == delta.stride(1) == 1
     return linear_plan(
         x.shape[0], *weight.shape, x.dtype, runs=ids.shape[0], models=keys.shape[0],
-        turned=permuted or not (rows or columns),
+        # Without a slot of D there is nothing to rebuild.
+        turned=permuted or not (rows or columns) or delta.shape[0] == 0,
         aligned=x.shape[1] * x.itemsize % 16 == 0 and _describable(weight) and _describable(delta),
         device=device_name(x.device.index or 0),
     )  # fmt: skip
@@ -49,12 +50,16 @@ def superposed_linear(
         order = None
         if plan.grouped:
             x, order, ids = group(x, ids)
-        elif x.stride(1) != 1 or x.data_ptr() % 16:
+        elif not x.is_contiguous() or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
         return weight_side(x, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
     rest = keys, scale, slots, tensor
     if transposed and permuted:
-        product = activation_side(x, None, None, delta, None, None, ids, *rest, sides._replace(flip_out=False), plan)
+        turned, inside = None, sides._replace(flip_out=False)
+        if plan.turn_first and sides.flip_in:
+            turned = route(x, ids, keys, slots, tensor, transform, sides.in_stream, sides.flip_in)
+            inside = inside._replace(flip_in=False)
+        product = activation_side(x, turned, None, delta, None, None, ids, *rest, inside, plan)
         y = x @ weight.mT
         return route(y, ids, keys, slots, tensor, transform, sides.out_stream, sides.flip_out, turned=product)
     turned = None
@@ -67,4 +72,9 @@ def superposed_linear(
 def _describable(matrix: Tensor) -> bool:
     """Whether a tensor descriptor can describe a weight, or what a transposed one is the transpose of."""
     stored = matrix if matrix.stride(-1) == 1 else matrix.mT
-    return stored.is_contiguous() and stored.shape[-1] * stored.itemsize % 16 == 0 and stored.data_ptr() % 16 == 0
+    return (
+        stored.is_contiguous()
+        and stored.numel() > 0
+        and stored.shape[-1] * stored.itemsize % 16 == 0
+        and stored.data_ptr() % 16 == 0
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from randes_kernels import cpu, reference
 from randes_kernels.format import Transform
@@ -51,8 +52,9 @@ def superposed_linear(
     slots: (J,) int32, the slot each model is superposed in; −1 where it left this tensor as the base has it.
     tensor: ``format.tensor_id`` of the weight's name. biases: (J, N) or None: each model's own bias.
 
-    Returns (..., N) of x's dtype; a GPU sums in fp32 and rounds once, a CPU rounds each of the two products and their
-    sum. Gradients flow to x, weight and bias.
+    Returns (..., N) of x's dtype. A GPU sums in fp32 and rounds once, a CPU rounds each of two products and their sum;
+    for many rows of one model both round the rebuilt weight instead, as a materialised one would be. So a row's
+    last bits depend on how many rows its batch has. Gradients flow to x, weight and bias.
     Raises ``ValueError`` for shapes and dtypes that do not fit, and on a CPU ``IndexError`` for an unknown id; on
     a GPU, which is not asked to wait for the answer, an unknown id's rows are NaN. (Design, section 1.)
     """
@@ -60,7 +62,7 @@ def superposed_linear(
     _check_transform(weight.shape[1], transform)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     tensors = rows, weight, bias, biases, delta, ids, keys, scale, slots
-    if _nobody_watches(x, weight, bias):
+    if _nobody_watches(x, weight, bias, biases, delta):
         kernel = cpu.superposed_linear if x.device.type == "cpu" else _on_gpu("superposed_linear")
         y = kernel(*tensors, tensor, transform, False)
     else:
@@ -68,20 +70,25 @@ def superposed_linear(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _nobody_watches(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _nobody_watches(*operands: Tensor | None) -> bool:
     """Whether the kernel may be called as it is: nothing traces, transforms or differentiates the call.
 
     The dispatcher and its autograd wrapper take 30 µs a call, and on a CPU whose caches a matmul has just swept 250.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or forward_ad._current_level >= 0:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if forward_ad._current_level >= 0:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return not torch.is_grad_enabled() or not (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    recorded = torch.is_grad_enabled()
+    for operand in operands:
+        if operand is None:
+            continue
+        plain = type(operand) in (Tensor, Parameter) and operand.device.type in ("cpu", "cuda")
+        if not plain or (recorded and operand.requires_grad):
+            return False
+    return True
 
 
 def superpose_(

@@ -98,6 +98,18 @@ def linear_plan(
     return Plan("activation side", tile, _parts(programs, k, numbers), chosen["turn_first"])
 
 
+def rows_of_plans(
+    n: int, k: int, dtype: torch.dtype, *, models: int, turned: bool = False, device: str = "default", most: int = 8192
+) -> list[int]:
+    """Numbers of rows up to ``most`` that meet every plan of a layer, with all rows one model's and a model each."""
+    first: dict[tuple[Plan, bool], int] = {}
+    for m in range(1, most + 1):
+        for runs in {1, m}:
+            plan = linear_plan(m, n, k, dtype, runs=runs, models=models, turned=turned, device=device)
+            first.setdefault((plan, runs > 1), m)
+    return sorted(set(first.values()))
+
+
 def _parts(programs: int, k: int, numbers: dict[str, Any]) -> int:
     """How many spans of K fill the chip, none of them so short that summing them costs more than it gains."""
     parts = 1

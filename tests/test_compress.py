@@ -132,6 +132,49 @@ def test_a_model_may_hold_the_base_or_the_centre_and_nothing_else() -> None:
         randes.SuperposedModel(finetune(base, seed=3), sup)
 
 
+@pytest.mark.parametrize("others", ["keep", "base"])
+def test_tensors_tied_to_a_centred_matrix_stay_the_bases(others: randes.config.Others) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(40, 32), nn.Linear(32, 40, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embed(tokens))
+
+    torch.manual_seed(0)
+    base = Tied()
+    untied = {name: value.clone() for name, value in base.state_dict().items()}
+    models = {name: {"embed.weight": untied["embed.weight"], "head.weight": untied["head.weight"] + 0.1 * number}
+              for number, name in enumerate(NAMES)}  # fmt: skip
+    sup = randes.compress(untied, models, replace(CENTRED, others=others, include=("head*",)))
+    model = randes.SuperposedModel(base, sup)
+    assert torch.equal(model.base_model.embed.weight, untied["embed.weight"])
+    x = torch.arange(4)
+    expected = untied["embed.weight"][x] @ sup.retrieve("b")["head.weight"].mT
+    torch.testing.assert_close(model(x, adapter_names=["b"] * 4), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_that_was_given_is_not_changed() -> None:
+    base = net()
+    models = correlated(base)
+    sup = randes.compress(base, models, CENTRED)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    other = randes.Superposition.create(base)
+    randes.SuperposedModel(copy.deepcopy(base), sup)
+    randes.SuperposedModel(base, sup)
+    assert all(torch.equal(other.base[name], value) for name, value in before.items())
+    other.add("a", models["a"])
+
+
+def test_a_centred_base_in_another_dtype_is_refused_with_a_hint() -> None:
+    base = net()
+    sup = randes.compress(base, correlated(base), CENTRED)
+    with pytest.raises(randes.BaseMismatchError, match="build it in the stored dtype, then cast it"):
+        randes.SuperposedModel(copy.deepcopy(base).double(), sup)
+
+
 def test_models_come_and_go_around_the_same_centre() -> None:
     base = net()
     models = correlated(base, 3)

@@ -124,6 +124,14 @@ def test_many_rows_of_one_model_are_served_from_its_rebuilt_weight(
         assert sorted(served) == expected
 
 
+def test_a_gain_that_fp16_cannot_hold_is_not_rounded_to_it() -> None:
+    case = linear_case(40, 16, 24, runs=1, models=1, slots=1, bias=False, dtype=torch.float16)
+    case.ids[:], case.slots[:] = 0, 0
+    small = case._replace(scale=torch.full((1,), 1e-8), delta=case.delta * 1000, weight=case.weight * 0)
+    exact = retrieved_product(small)
+    assert root_mean_square(cpu.superposed_linear(*small, False) - exact) < 0.1 * root_mean_square(exact)
+
+
 def test_rows_of_the_base_never_read_the_superposition() -> None:
     case = linear_case(6, 20, 24, Transform(granule=1), models=2, slots=1, integers=True)
     case.slots[:] = torch.tensor([0, -1])

@@ -142,10 +142,24 @@ def test_no_row_of_a_tile_reaches_another_on_the_weight_side(plan: Plan) -> None
     others = case.ids != 1
     assert y[~others].isnan().all()
     assert torch.equal(y[others], expected[others])
-    case.ids[3] = 4
-    y = launched(case, plan=plan)
-    assert y[3].isnan().all()
-    assert torch.equal(torch.cat((y[:3], y[4:])), torch.cat((expected[:3], expected[4:])))
+    for unknown in (4, -2, 2**31 - 1, -(2**31)):
+        case.ids[3] = unknown
+        y = launched(case, plan=plan)
+        assert y[3].isnan().all()
+        assert torch.equal(torch.cat((y[:3], y[4:])), torch.cat((expected[:3], expected[4:])))
+
+
+def test_no_descriptor_is_made_of_what_none_can_describe() -> None:
+    bulk = Plan("weight side", SMALL, bulk=True)
+    case = linear_case(20, 16, 24, runs=1, models=2, slots=1, integers=True)
+    wide = torch.zeros(20, 28)
+    wide[:, :24] = case.x
+    for x in (wide[:, :24], case.x.mT.contiguous().mT, case.x[:1].expand(20, 24)):
+        assert_exact(case._replace(x=x), False, bulk)
+    nowhere = case._replace(delta=case.delta[:0], slots=torch.full_like(case.slots, -1))
+    operands = nowhere.x.repeat(100, 1), nowhere.weight, nowhere.delta, nowhere.ids, nowhere.keys
+    assert gpu.plan_of(*operands, permuted=False).path == "activation side"
+    assert_exact(nowhere, False)
 
 
 @pytest.mark.parametrize("runs", [1, 7, 63])

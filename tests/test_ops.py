@@ -1,6 +1,7 @@
 """The operators as torch sees them: registration, gradients, refusals, compilation, and life without Triton."""
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -195,6 +196,30 @@ def test_a_call_that_nobody_watches_skips_the_dispatcher_and_any_other_does_not(
         assert not ops._nobody_watches(*operands)
     assert not torch.vmap(lambda x: torch.tensor(ops._nobody_watches(x, case.weight, None)))(case.x).any()
     assert not ops._nobody_watches(case.x.to("meta"), case.weight, None)
+    with torch.device("meta"):
+        assert not ops._nobody_watches(*operands)
+
+    class Subclass(Tensor):
+        pass
+
+    assert not ops._nobody_watches(case.x, case.weight.as_subclass(Subclass), None)
+
+
+def test_a_traced_program_follows_its_ids() -> None:
+    case = linear_case(6, 5, 7, models=3, slots=1, integers=True)
+    case.slots[:] = 0
+    other = case._replace(ids=torch.full_like(case.ids, -1))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x, ids: run(case._replace(x=x, ids=ids)), (case.x, case.ids))
+    assert torch.equal(traced(other.x, other.ids), run(other))
+
+
+def test_a_default_device_moves_nothing() -> None:
+    case = linear_case(40, 5, 7, models=3, runs=40, integers=True)
+    with torch.device("meta"), torch.no_grad():
+        y = run(case)
+    assert torch.equal(y, run(case))
 
 
 def test_tools_that_watch_see_the_operator() -> None:

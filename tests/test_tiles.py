@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from randes.model import WARM_UP_ROWS
 from randes_kernels import tiles
-from randes_kernels.tiles import Plan, Tile, linear_plan
+from randes_kernels.tiles import Plan, Tile, linear_plan, rows_of_plans
 
 LAYERS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (48, 40), (1, 1)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -64,12 +63,16 @@ def test_few_classes_cover_every_batch_and_change_path_once(device: str) -> None
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_warming_up_meets_every_tile(device: str, dtype: torch.dtype) -> None:
-    def met(rows: Iterable[int]) -> set[tuple[str, Tile]]:
-        plans = [linear_plan(m, 4096, 4096, dtype, runs=runs, models=8, device=device) for m in rows for runs in {1, m}]
-        return {(plan.path, plan.tile) for plan in plans}
+def test_warming_up_meets_every_plan(device: str, dtype: torch.dtype) -> None:
+    for n, k in ((4096, 4096), (1024, 4096), (512, 18944)):
 
-    assert met(WARM_UP_ROWS) == met(range(1, 4097))
+        def met(rows: Iterable[int], n: int = n, k: int = k) -> set[tuple[Plan, bool]]:
+            mixes = [(m, runs) for m in rows for runs in {1, m}]
+            return {(linear_plan(m, n, k, dtype, runs=runs, models=8, device=device), runs > 1) for m, runs in mixes}
+
+        rows = rows_of_plans(n, k, dtype, models=8, device=device, most=4096)
+        assert len(rows) <= 16
+        assert met(rows) == met(range(1, 4097))
 
 
 def test_fp16_and_bf16_share_their_plans() -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 from randes_kernels.format import Transform
 
 Signs = Literal["both", "columns", "none"]
+LATER = ("centre", "rank")
+"""Options that the first version did not have."""
 Others = Literal["keep", "base", "average"]
 
 
@@ -79,8 +81,9 @@ class Config:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
+        """For the manifest: an option that came later only where it is used, so that older versions read the rest."""
+        values, plain = asdict(self), asdict(Config())
+        return {name: value for name, value in values.items() if name not in LATER or value != plain[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":

@@ -69,7 +69,10 @@ def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> N
     base = superposition.base.get(tensor)
     value = value.detach().cpu()
     if base is None or value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
-        raise BaseMismatchError(f"the model is not the superposition's base: {tensor} differs")
+        hint = (
+            " (deltas are centred: build it in the stored dtype, then cast it)" if superposition.config.centre else ""
+        )
+        raise BaseMismatchError(f"the model is not the superposition's base: {tensor} differs{hint}")
 
 
 class SuperposedLinear(nn.Linear):

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from randes.checkpoint import digest
@@ -14,9 +13,7 @@ from randes.kept import KeptTable, route_layer
 from randes.linear import DeltaPool, SuperposedLinear, check_is_base, tensor_of
 from randes.routing import Batch, Router
 from randes.superposition import BASE_NAME, Superposition
-
-WARM_UP_ROWS = (1, 32, 64, 128, 2048)
-"""One of each class of tiles (``randes_kernels.tiles``)."""
+from randes_kernels.tiles import device_name, rows_of_plans
 
 
 class SuperposedModel(nn.Module):
@@ -26,8 +23,9 @@ class SuperposedModel(nn.Module):
     take each row's own norms, biases and heads where those are kept per model. It serves the models that the
     superposition holds now; make a new one after adding more.
 
-    Where deltas are centred on their mean, the superposed layers' weights become that mean, and ``"__base__"`` is
-    answered by one of the superposed models.
+    Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
+    stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
+    models.
 
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
     dtype), and ``ValueError`` where a superposed tensor is not the weight of a linear layer that is called.
@@ -43,7 +41,7 @@ class SuperposedModel(nn.Module):
         self.router = Router(superposition.served)
         self.base_model = base_module
         if superposition.config.centre:
-            _load_centre(base_module, superposition)
+            _take_centre(layers, superposition)
         for name, linear in layers.items():
             SuperposedLinear.take_over(linear, superposition, name, self.router, pools[name])
         for name, own in tables.items():
@@ -79,24 +77,37 @@ class SuperposedModel(nn.Module):
             yield
 
     @torch.no_grad()
-    def warm_up(self, rows: Sequence[int] = WARM_UP_ROWS) -> None:
-        """Run every kind of superposed layer once at each of these numbers of rows, for one model and for a mix.
+    def warm_up(self, rows: Sequence[int] | None = None) -> None:
+        """Run every kind of superposed layer once for each kernel that it may need, for one model and for a mix.
 
         A GPU kernel is compiled at its first use, in about a second; a server calls this first, so that no request
-        waits for it. The default covers every class of tiles. Raises ``ValueError`` for a number below 1.
+        waits for it. rows: how many rows to run with; by default, on a GPU, a number for every path, tile and split
+        that up to 8192 rows choose. Raises ``ValueError`` for a number below 1.
         """
-        if any(count < 1 for count in rows):
+        if rows is not None and any(count < 1 for count in rows):
             raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
         kinds: dict[tuple[object, ...], SuperposedLinear] = {}
         for layer in self.modules():
             if isinstance(layer, SuperposedLinear):
-                kinds.setdefault((layer.weight.shape, layer.weight.dtype, layer.weight.device), layer)
+                modes = layer.bias is None, layer.biases is None, not layer.pool.slots
+                kinds.setdefault((layer.weight.shape, layer.weight.dtype, layer.weight.device, *modes), layer)
         first, names = self.names[:1] or [BASE_NAME], [*self.names, BASE_NAME]
-        for layer in track(kinds.values(), "warming up", transient=True):
-            for count in rows:
+        for layer in kinds.values():
+            for count in self._rows_of_plans(layer) if rows is None else rows:
                 x = layer.weight.new_zeros(count, layer.in_features)
                 for mix in (first, [names[row % len(names)] for row in range(count)]):
                     layer(x, adapter_names=mix)
+
+    def _rows_of_plans(self, layer: SuperposedLinear) -> list[int]:
+        weight = layer.weight
+        if weight.device.type == "cpu":
+            return [1]  # nothing is compiled there
+        turned = layer.transform.granule > 0 or not layer.pool.slots
+        n, k = weight.shape
+        return rows_of_plans(
+            n, k, weight.dtype, models=len(self.router.names), turned=turned,
+            device=device_name(weight.device.index or 0),
+        )  # fmt: skip
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
         """The base model's forward. ``adapter_names``: one name a row of the batch, ``"__base__"`` for the base, or
@@ -126,17 +137,20 @@ def _check_base(module: nn.Module, superposition: Superposition) -> None:
             f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
         )
     added = superposition.members.get(BASE_NAME)
-    if added is not None and all(digest(value) == added.digests[name] for name, value in own.items()):
-        return  # the base as it was before deltas were centred on their mean
     for name, value in own.items():
+        if added is not None and digest(value) == added.digests[name]:
+            continue  # as it was before deltas were centred on their mean
         check_is_base(superposition, name, value)
 
 
-def _load_centre(module: nn.Module, superposition: Superposition) -> None:
-    """The mean of the fine-tunes in place of the base: what deltas are measured from."""
-    own = dict(module.state_dict())
-    for name in superposition.superposed:
-        own[name].copy_(superposition.base[name])
+def _take_centre(layers: dict[str, nn.Linear], superposition: Superposition) -> None:
+    """The mean of the fine-tunes in place of the base: what deltas are measured from.
+
+    As parameters of their own: the base's tensors may be tied to others that are not superposed, and are the caller's.
+    """
+    for name, layer in layers.items():
+        centre = superposition.base[tensor_of(name, "weight")].to(layer.weight)
+        layer.weight = nn.Parameter(centre.clone(), requires_grad=layer.weight.requires_grad)
 
 
 def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[str, nn.Linear]:

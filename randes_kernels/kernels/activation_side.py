@@ -36,7 +36,7 @@ def load_transposed(tile_ptr, stride_n, stride_k, exists, inside, BLOCK_N: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi"],
+    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "part_depth", "stride_yp"],
     do_not_specialize_on_alignment=["ids_ptr", "keys_ptr", "scale_ptr", "slots_ptr"],
 )
 def activation_side_kernel(

@@ -16,7 +16,10 @@ from torch import Tensor
 TILE_COLUMNS = 2048
 
 
-@triton.jit(do_not_specialize=["runs", "rows_per_id"], do_not_specialize_on_alignment=["ids_ptr"])
+@triton.jit(
+    do_not_specialize=["runs", "rows_per_id"],
+    do_not_specialize_on_alignment=["ids_ptr", "order_ptr", "grouped_ids_ptr"],
+)
 def group_kernel(
     grouped_ptr, order_ptr, grouped_ids_ptr, x_ptr, ids_ptr, runs, rows_per_id, K, stride_xm, stride_xk,
     BLOCK_RUNS: tl.constexpr, BLOCK_K: tl.constexpr,

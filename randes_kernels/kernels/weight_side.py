@@ -52,10 +52,12 @@ def load_tile(
 
 
 @triton.jit
-def models_of(first_row, M, rows_per_id, ids_ptr, BLOCK_M: tl.constexpr):
+def models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M: tl.constexpr):
     """The model of each row of a tile; NO_MODEL beyond the last."""
     rows = first_row + tl.arange(0, BLOCK_M)
-    return tl.load(ids_ptr + rows // rows_per_id, mask=rows < M, other=NO_MODEL).to(tl.int32)
+    ids = tl.load(ids_ptr + rows // rows_per_id, mask=rows < M, other=0).to(tl.int32)
+    # Of the numbers that name no model one above stands for all, and none for NO_MODEL.
+    return tl.where(rows < M, tl.minimum(ids, models), NO_MODEL)
 
 
 @triton.jit(
@@ -78,7 +80,7 @@ def weight_side_kernel(
     within = tl.program_id(0) % (BAND * column_tiles)
     first_row, first_column = (band * BAND + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
-    model = tl.min(models_of(first_row, M, rows_per_id, ids_ptr, BLOCK_M))
+    model = tl.min(models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M))
     passes = tl.full((), 0, tl.int32)
     while model < NO_MODEL:
         known = (model >= 0) & (model < models)
@@ -133,7 +135,7 @@ def weight_side_kernel(
             y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
         # The models again, not kept until now: the product needs the registers.
         first_row = unhoisted(first_row, passes)
-        ids = models_of(first_row, M, rows_per_id, ids_ptr, BLOCK_M)
+        ids = models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M)
         rows = tl.arange(0, BLOCK_M)
         if GROUPED:
             rows = tl.load(order_ptr + first_row + rows, mask=first_row + rows < M, other=0).to(tl.int64)
