@@ -303,6 +303,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for method in dict.fromkeys(row["method"] for row in rows if "kept" in row):
         sizes = sorted({row["group"] for row in rows if row["method"] == method})
         points = []
@@ -318,6 +319,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         ylabel="share of the fine-tuning gain that survives (%)",
         title=f"16 fine-tunes of a byte-level language model {WIDTH} wide",
     )  # fmt: skip
+    axes.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="lower right", ncols=2)
     figure.savefig(path, dpi=130)

@@ -20,6 +20,7 @@ DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
 FULL = "full fine-tunes"
 
 sys.path.insert(0, str(ROOT / "bench"))
+import language  # noqa: E402
 import plots  # noqa: E402
 import quality  # noqa: E402
 
@@ -82,6 +83,21 @@ def test_every_command_that_the_readme_shows_exists() -> None:
     assert shown == {"compress", "add", "remove", "retrieve", "info", "verify"}
     for command in {*shown, "demo"}:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
+
+
+def test_the_methods_table_of_the_language_model_is_that_of_the_rows() -> None:
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- language: .*? -->\n(.*?)\n<!-- /language -->", text, re.DOTALL)
+    rows = json.loads(language.RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert shown is not None
+    assert shown[1].strip() == language.table(rows)
+    plain, ranked = (
+        language.shares(rows, "two-sided signs", 8),
+        language.shares(rows, "shared basis of rank 16, centred", 8),
+    )
+    assert plain is not None
+    assert ranked is not None
+    assert f"{plain[0]:.1f} to {ranked[0]:.1f} %" in README
 
 
 def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:
