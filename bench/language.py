@@ -328,10 +328,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the committed rows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="measure these, and keep the others' rows")
     given = parser.parse_args()
     if not given.table:
         rows: list[dict[str, Any]] = []
+        if RESULTS.exists():
+            held = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+            rows = [row for row in held if row["seed"] not in given.seeds]
         steps = 1 + 16 + len(GROUPS) * (1 + len(configurations())) + len(PER_TASK)
         with Progress() as bars:
             for seed in given.seeds:
