@@ -141,7 +141,7 @@ def _activation_side(
         if isinstance(chosen, slice):
             out = out + delta_y * factors
         else:
-            out = out.to(exact, copy=out.dtype != exact)
+            out = out.to(exact)
             out[chosen] += delta_y * factors
     if bias is not None and biases is not None:
         own = torch.cat((biases, bias[None]))[models]  # −1, the base, is the last row
