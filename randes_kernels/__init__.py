@@ -1,6 +1,7 @@
 """What runs: the format, its plain-torch specification, and fused kernels for superposed linear layers.
 
     format       what a seed and a name mean, bit for bit
+    packing      superpositions in few bits
     reference    what the kernels compute, in plain torch
     primitives   signs and permutations as Triton functions
     kernels/     one fused kernel and its launcher a file
@@ -8,18 +9,22 @@
     cpu, gpu     what an operator runs on each device
     ops          the operators, registered once
 
-Imports flow one way: format ← reference, primitives ← kernels ← gpu, cpu ← ops. Nothing here imports ``randes``.
+Imports flow one way: format ← packing, reference, primitives ← kernels ← gpu, cpu ← ops. Nothing here imports ``randes``.
 """
 
 from randes_kernels.format import FORMAT_VERSION, Transform, model_key, tensor_id
 from randes_kernels.ops import retrieve, superpose_, superposed_linear
+from randes_kernels.packing import Packed, pack, unpack
 
 __all__ = [
     "FORMAT_VERSION",
+    "Packed",
     "Transform",
     "model_key",
+    "pack",
     "retrieve",
     "superpose_",
     "superposed_linear",
     "tensor_id",
+    "unpack",
 ]

@@ -10,14 +10,17 @@ sum of its two once more, the weight side rounds the rebuilt weight as a materia
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from randes_kernels.format import Stream, Transform, column_permutation, signs
+from randes_kernels.format import SIGNS_PER_BLOCK, Stream, Transform, column_permutation, signs
+from randes_kernels.packing import Packed, unpack
 
 # Enough for 64 models of 224 layers; 0.2 GB of signs then, for models of 16 GB.
 _signs = lru_cache(maxsize=2**15)(signs)
@@ -29,9 +32,16 @@ SLICE_BYTES = 4 << 20
 """Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/crossover.py)."""
 
 
+FEW_ROWS = {8: 16, 4: 32, 2: 32}
+"""Up to how many rows torch's products with packed weights beat unpacking slices, in bf16; in other dtypes they never
+do (bench/crossover.py)."""
+_vendor_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def superposed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
+    steps: Tensor | None = None, packing: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """See ``randes_kernels.superposed_linear``. Raises ``IndexError`` for an id that names no model."""
     models = ids.tolist()
@@ -39,6 +49,7 @@ def superposed_linear(
         raise IndexError(f"ids must lie in -1 to {keys.shape[0] - 1}, got {min(models)} to {max(models)}")
     if transposed:
         weight, delta = weight.mT, delta.mT
+    held = delta if steps is None else Packed(delta, steps, *packing, weight.shape[1])
     tables = keys, scale, slots, tensor, transform, transposed
     rows = x.shape[0] // len(models)
     slot_of = slots.tolist()
@@ -46,21 +57,21 @@ def superposed_linear(
     rows_of = {model: runs * rows for model, runs in Counter(models).items()}
     by_weight = {model for model in rows_of if model >= 0 and slot_of[model] >= 0 and rows_of[model] >= enough}
     if not by_weight:
-        return _activation_side(x, weight, bias, biases, delta, models, *tables)
+        return _activation_side(x, weight, bias, biases, held, models, *tables)
     y = x.new_empty((x.shape[0], weight.shape[0]))
     x_runs, y_runs = x.view(len(models), rows, -1), y.view(len(models), rows, -1)
     for model in sorted(by_weight):
         own_bias = bias if biases is None else biases[model]
         if len(rows_of) == 1:
-            _weight_side(y, x, weight, own_bias, delta, model, *tables)
+            _weight_side(y, x, weight, own_bias, held, model, *tables)
             continue
         places = [place for place, other in enumerate(models) if other == model]
         alone = y.new_empty((len(places) * rows, y.shape[1]))
-        _weight_side(alone, x_runs[places].flatten(0, 1), weight, own_bias, delta, model, *tables)
+        _weight_side(alone, x_runs[places].flatten(0, 1), weight, own_bias, held, model, *tables)
         y_runs[places] = alone.view(len(places), rows, -1)
     if places := [place for place, model in enumerate(models) if model not in by_weight]:
         others = [models[place] for place in places]
-        rest = _activation_side(x_runs[places].flatten(0, 1), weight, bias, biases, delta, others, *tables)
+        rest = _activation_side(x_runs[places].flatten(0, 1), weight, bias, biases, held, others, *tables)
         y_runs[places] = rest.view(len(places), rows, -1)
     return y
 
@@ -74,12 +85,12 @@ def weight_side_rows(dtype: torch.dtype, transform: Transform) -> float:
 
 
 def _weight_side(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, model: int,
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, held: Tensor | Packed, model: int,
     keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
 ) -> None:  # fmt: skip
     """``y`` (M, N) = x Ŵᵀ + bias for one model, a slice of Ŵ's rows at a time."""
     (n, k), key = weight.shape, int(keys[model])
-    delta, gain = delta[int(slots[model])], float(scale[model])
+    delta, gain = _in_slot(held, int(slots[model])), float(scale[model])
     in_stream, out_stream = Stream.COLUMN_SIGNS, Stream.ROW_SIGNS
     flip_in, flip_out = transform.column_signs, transform.row_signs
     if transposed:
@@ -95,11 +106,11 @@ def _weight_side(
         part = slice(start, min(start + height, n))
         rebuilt = cache[: part.stop - start]
         if order is None:
-            turned_back = delta[part]
+            turned_back = _rows(delta, part, x.dtype)
         elif transposed:
-            turned_back = delta.index_select(0, order[part])
+            turned_back = delta.index_select(0, order[part])  # never packed
         else:
-            turned_back = delta[part].index_select(1, order)
+            turned_back = _rows(delta, part, x.dtype).index_select(1, order)
         if in_signs is not None:
             turned_back = torch.mul(turned_back, in_signs, out=rebuilt)
         if x.dtype == torch.float16:  # whose range a gain may leave: its product in fp32, then rounded once
@@ -113,7 +124,7 @@ def _weight_side(
 
 
 def _activation_side(
-    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor, models: list[int],
+    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, held: Tensor | Packed, models: list[int],
     keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
 ) -> Tensor:  # fmt: skip
     """The rows of any mix of ``models``, in equal runs: one matmul with W0 and one with each slot that they touch."""
@@ -128,13 +139,13 @@ def _activation_side(
         members = [models[place] for place in places]
         turn = _Turn(tuple(key_of[model] for model in members), tensor, transform, transposed, runs.dtype)
         gains = tuple(gain_of[model] for model in members)
-        passes.append((chosen, turn.input(runs[chosen]), delta[slot], turn.output(weight.shape[0], gains)))
+        passes.append((chosen, turn.input(runs[chosen]), slot, turn.output(weight.shape[0], gains)))
 
     y = F.linear(x, weight, bias if biases is None else None)
     out = y.view(len(models), -1, y.shape[1])
     exact = torch.promote_types(y.dtype, torch.float32)
-    for chosen, turned, held, (order, factors) in passes:
-        delta_y = _product(turned, held)
+    for chosen, turned, slot, (order, factors) in passes:
+        delta_y = _product(turned, held, slot)
         if order is not None:
             delta_y = delta_y.gather(2, order.expand(delta_y.shape))
         # The factors are exact, so their product with what a matmul has rounded, and the sum, are too.
@@ -149,14 +160,68 @@ def _activation_side(
     return out.reshape(y.shape).to(y.dtype)
 
 
-def _product(turned: Tensor, delta: Tensor) -> Tensor:
+def _product(turned: Tensor, held: Tensor | Packed, slot: int) -> Tensor:
     """``turned`` (..., K) times D (N, K) transposed, in its dtype; of fp16 in fp32."""
+    if isinstance(held, Packed):
+        rows = turned.numel() // held.columns
+        if turned.dtype == torch.bfloat16 and rows <= FEW_ROWS[held.bits] and _fits_vendor(held):
+            return _vendor_product(turned, held, slot)
+        return _unpacked_product(turned, _in_slot(held, slot))
+    delta = held[slot]
     if turned.dtype != torch.float16:
         return F.linear(turned, delta)
     # D has unit gain: its product may pass fp16's range though the gain brings it back. Powers of two are exact.
     exponent = torch.frexp(turned.abs().amax(-1, keepdim=True).float()).exponent
     small = torch.ldexp(turned.float(), -exponent).half()
     return torch.ldexp(F.linear(small, delta).float(), exponent)
+
+
+def _in_slot(held: Tensor | Packed, slot: int) -> Tensor | Packed:
+    return held[slot] if isinstance(held, Tensor) else held._replace(words=held.words[slot], steps=held.steps[slot])
+
+
+def _rows(delta: Tensor | Packed, part: slice, dtype: torch.dtype) -> Tensor:
+    return delta[part] if isinstance(delta, Tensor) else unpack(delta.rows(part), dtype)
+
+
+def _unpacked_product(turned: Tensor, delta: Packed) -> Tensor:
+    """The product with a packed D (N, W), of which a slice at a time is unpacked in cache; of fp16 in fp32."""
+    dtype = torch.promote_types(turned.dtype, torch.float32) if turned.dtype == torch.float16 else turned.dtype
+    rows, n = turned.reshape(-1, turned.shape[-1]).to(dtype), delta.words.shape[0]
+    y = rows.new_empty((len(rows), n))
+    height = max(32, SLICE_BYTES // (delta.columns * dtype.itemsize))
+    for start in range(0, n, height):
+        part = slice(start, min(start + height, n))
+        torch.mm(rows, unpack(delta.rows(part), dtype).mT, out=y[:, part])
+    return y.view(*turned.shape[:-1], n)
+
+
+def _fits_vendor(held: Packed) -> bool:
+    """Whether torch's products with packed weights take a D of this shape; with others they end the process."""
+    return held.words.shape[1] % 16 == 0 and held.columns % SIGNS_PER_BLOCK == 0 and held.group in (0, 64, 128, 256)
+
+
+def _vendor_product(turned: Tensor, held: Packed, slot: int) -> Tensor:
+    rows = turned.reshape(-1, turned.shape[-1])
+    if held.bits == 8:
+        y = torch.ops.aten._weight_int8pack_mm(rows, held.words[slot], held.steps[slot, 0].to(rows.dtype))
+    else:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, *_vendor_layout(held, slot, rows.dtype))
+    return y.view(*turned.shape[:-1], -1)
+
+
+def _vendor_layout(held: Packed, slot: int, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
+    """One slot in torch's own layout of 4 bits, which 2 bits take too: kept for as long as the packed tensor lives."""
+    kept = _vendor_layouts.setdefault(held.words, {})
+    if slot not in kept:
+        middle = torch.arange(1 << held.bits, device="cpu") + (8 - (1 << (held.bits - 1)))
+        # Theirs is (code − 8) · step + zero, with twice our step, and one step to the next odd number.
+        ones = held._replace(words=held.words[slot], steps=torch.ones_like(held.steps[slot]))
+        numbers = ((unpack(ones) + (1 << held.bits) - 1) / 2).to(torch.int64)
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(middle[numbers].to(torch.int32), 1)
+        steps = held.steps[slot].float()
+        kept[slot] = codes, held.group, torch.stack((2 * steps, steps), -1).to(dtype)
+    return kept[slot]
 
 
 def _places_by_slot(models: list[int], slot_of: list[int]) -> dict[int, list[int]]:

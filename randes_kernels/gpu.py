@@ -1,5 +1,7 @@
 """The operators on a GPU: which kernels a call launches. The only importer of Triton beside the kernels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,29 +13,32 @@ from randes_kernels.kernels.route import route
 from randes_kernels.kernels.superpose import superpose_
 from randes_kernels.kernels.transform import sides_of, transform_arguments
 from randes_kernels.kernels.weight_side import weight_side
+from randes_kernels.packing import Packed
 from randes_kernels.tiles import Plan, device_name, linear_plan
 
 __all__ = ["plan_of", "retrieve", "superpose_", "superposed_linear"]
 
 
-def plan_of(x: Tensor, weight: Tensor, delta: Tensor, ids: Tensor, keys: Tensor, permuted: bool) -> Plan:
+def plan_of(x: Tensor, weight: Tensor, delta: Packed, ids: Tensor, keys: Tensor, permuted: bool) -> Plan:
     """The plan of a call with these operands, already transposed where the call is."""
-    rows = weight.stride(1) == delta.stride(2) == 1
-    columns = weight.stride(0) == delta.stride(1) == 1
+    words = delta.words
+    rows = weight.stride(1) == words.stride(2) == 1
+    columns = weight.stride(0) == words.stride(1) == 1
     return linear_plan(
         x.shape[0], *weight.shape, x.dtype, runs=ids.shape[0], models=keys.shape[0],
         # Without a slot of D there is nothing to rebuild.
-        turned=permuted or not (rows or columns) or delta.shape[0] == 0,
-        aligned=x.shape[1] * x.itemsize % 16 == 0 and _describable(weight) and _describable(delta),
-        device=device_name(x.device.index or 0),
+        turned=permuted or not (rows or columns) or words.shape[0] == 0,
+        aligned=x.shape[1] * x.itemsize % 16 == 0 and _describable(weight) and _describable(words),
+        bits=delta.bits, device=device_name(x.device.index or 0),
     )  # fmt: skip
 
 
 def superposed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
+    steps: Tensor | None = None, packing: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
-    """See ``randes_kernels.superposed_linear``. x (M, K), or (M, N) where ``transposed``."""
+    """See ``randes_kernels.superposed_linear``. x (M, K), or (M, N) where ``transposed``, which no packed D is."""
     if x.dtype == torch.float64:
         raise ValueError("x must be fp32, fp16 or bf16 on a GPU, got torch.float64")
     if x.shape[0] == 0:
@@ -45,28 +50,30 @@ def superposed_linear(
     sides = sides_of(transform, transposed)
     if transposed:
         weight, delta = weight.mT, delta.mT
-    plan = plan_of(x, weight, delta, ids, keys, permuted)
+    # Not packed, D has no steps; the kernels then read none through that pointer.
+    held = Packed(delta, delta, 16, 0, x.shape[1]) if steps is None else Packed(delta, steps, *packing, x.shape[1])
+    plan = plan_of(x, weight, held, ids, keys, permuted)
     if plan.path == "weight side":
         order = None
         if plan.grouped:
             x, order, ids = group(x, ids)
         elif not x.is_contiguous() or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        return weight_side(x, weight, delta, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
+        return weight_side(x, weight, held, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
     rest = keys, scale, slots, tensor
     if transposed and permuted:
         turned, inside = None, sides._replace(flip_out=False)
         if plan.turn_first and sides.flip_in:
             turned = route(x, ids, keys, slots, tensor, transform, sides.in_stream, sides.flip_in)
             inside = inside._replace(flip_in=False)
-        product = activation_side(x, turned, None, delta, None, None, ids, *rest, inside, plan)
+        product = activation_side(x, turned, None, held, None, None, ids, *rest, inside, plan)
         y = x @ weight.mT
         return route(y, ids, keys, slots, tensor, transform, sides.out_stream, sides.flip_out, turned=product)
     turned = None
     if permuted or (plan.turn_first and sides.flip_in):
         turned = route(x, ids, keys, slots, tensor, transform, sides.in_stream, sides.flip_in)
         sides = sides._replace(flip_in=False)
-    return activation_side(x, turned, weight, delta, bias, biases, ids, *rest, sides, plan)
+    return activation_side(x, turned, weight, held, bias, biases, ids, *rest, sides, plan)
 
 
 def _describable(matrix: Tensor) -> bool:

@@ -13,12 +13,14 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from randes_kernels import cpu, reference
-from randes_kernels.format import Transform
+from randes_kernels.format import SIGNS_PER_BLOCK, Transform
+from randes_kernels.packing import BITS, Packed, unpack
 
 library = torch.library.Library("randes", "DEF")
 library.define(
     "superposed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? biases, Tensor delta, Tensor ids, Tensor keys,"
-    " Tensor scale, Tensor slots, int tensor, int[] transform, bool transposed) -> Tensor"
+    " Tensor scale, Tensor slots, int tensor, int[] transform, bool transposed, Tensor? steps=None, int[] packing=[])"
+    " -> Tensor"
 )
 library.define(
     "superpose_(Tensor(a!) accumulator, Tensor finetuned, Tensor base, float rate, int key, int tensor,"
@@ -31,7 +33,7 @@ def superposed_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    delta: Tensor,
+    delta: Tensor | Packed,
     ids: Tensor,
     keys: Tensor,
     scale: Tensor,
@@ -45,7 +47,7 @@ def superposed_linear(
 
     x: (..., K), fp32, fp16 or bf16 (on a CPU also fp64), any strides.
     weight: (N, K), the base's W0, of x's dtype. bias: (N,) or None, the base's.
-    delta: (S, N, K), of x's dtype: the superpositions, one slot a group of models.
+    delta: (S, N, K), of x's dtype, or packed (``packing.pack``): the superpositions, one slot a group of models.
     ids: (B,) int32: the models of B equal runs of the M = prod(...) rows, so of each row where B = M; −1 is the base.
     keys: (J,) int64, the models' Philox keys (``format.model_key``).
     scale: (J,) fp32, what D is multiplied with: α_j g_j.
@@ -54,19 +56,22 @@ def superposed_linear(
 
     Returns (..., N) of x's dtype. A GPU sums in fp32 and rounds once, a CPU rounds each of two products and their sum;
     for many rows of one model both round the rebuilt weight instead, as a materialised one would be. So a row's
-    last bits depend on how many rows its batch has. Gradients flow to x, weight and bias.
+    last bits depend on how many rows its batch has. Gradients flow to x, weight and bias; past a packed D it is
+    unpacked for them.
     Raises ``ValueError`` for shapes and dtypes that do not fit, and on a CPU ``IndexError`` for an unknown id; on
     a GPU, which is not asked to wait for the answer, an unknown id's rows are NaN. (Design, section 1.)
     """
     _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
     _check_transform(weight.shape[1], transform)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    tensors = rows, weight, bias, biases, delta, ids, keys, scale, slots
-    if _nobody_watches(x, weight, bias, biases, delta):
+    packed: tuple[Any, ...] = () if isinstance(delta, Tensor) else (delta.steps, [delta.bits, delta.group])
+    words = delta if isinstance(delta, Tensor) else delta.words
+    tensors = rows, weight, bias, biases, words, ids, keys, scale, slots
+    if _nobody_watches(x, weight, bias, biases, words):
         kernel = cpu.superposed_linear if x.device.type == "cpu" else _on_gpu("superposed_linear")
-        y = kernel(*tensors, tensor, transform, False)
+        y = kernel(*tensors, tensor, transform, False, *packed)
     else:
-        y = torch.ops.randes.superposed_linear(*tensors, tensor, list(map(int, transform)), False)
+        y = torch.ops.randes.superposed_linear(*tensors, tensor, list(map(int, transform)), False, *packed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -147,10 +152,11 @@ def _check_pair(name: str, value: Tensor, base: Tensor, transform: Transform) ->
 
 
 def _check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor | Packed,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
-    for name, given, dimensions in (("weight", weight, 2), ("delta", delta, 3), ("ids", ids, 1), ("keys", keys, 1)):
+    words = delta if isinstance(delta, Tensor) else delta.words
+    for name, given, dimensions in (("weight", weight, 2), ("delta", words, 3), ("ids", ids, 1), ("keys", keys, 1)):
         if given.dim() != dimensions:
             raise ValueError(f"{name} must have {dimensions} dimensions, got shape {tuple(given.shape)}")
     n, k = weight.shape
@@ -164,7 +170,7 @@ def _check_linear(
     expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
         ("bias", bias, (n,), x.dtype),
         ("biases", biases, (models, n), x.dtype),
-        ("delta", delta, (delta.shape[0], n, k), x.dtype),
+        *_expected_of(delta, n, k, x.dtype),
         ("keys", keys, (models,), torch.int64),
         ("scale", scale, (models,), torch.float32),
         ("slots", slots, (models,), torch.int32),
@@ -180,6 +186,23 @@ def _check_linear(
     rows = x.numel() // k if k else 0
     if ids.shape[0] == 0 or rows % ids.shape[0]:
         raise ValueError(f"ids must divide the {rows} rows of x into equal runs, got {ids.shape[0]} ids")
+
+
+def _expected_of(
+    delta: Tensor | Packed, n: int, k: int, dtype: torch.dtype
+) -> list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the superpositions' tensors, (S, N, K)."""
+    if isinstance(delta, Tensor):
+        return [("delta", delta, (delta.shape[0], n, k), dtype)]
+    words, steps, bits, group, columns = delta
+    if columns != k or bits not in BITS or not words.is_contiguous() or not steps.is_contiguous():
+        raise ValueError(f"delta must be packed by randes_kernels.pack from (S, N, K) with K = {k}, got K = {columns}")
+    width = k if bits == 8 else -(-k // SIGNS_PER_BLOCK) * SIGNS_PER_BLOCK
+    groups = -(-width // group) if group else 1
+    return [
+        ("delta.words", words, (words.shape[0], n, width * bits // 8), torch.int8 if bits == 8 else torch.uint8),
+        ("delta.steps", steps, (words.shape[0], groups, n), torch.float16),
+    ]
 
 
 def _with_transform(kernel: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -214,7 +237,7 @@ for _name, _kernel, _place in (
 
 @torch.library.register_fake("randes::superposed_linear", lib=library)
 def _linear_fake(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    transposed = arguments[-1]
+    transposed = arguments[9]
     return x.new_empty((x.shape[0], weight.shape[1 if transposed else 0]))
 
 
@@ -229,17 +252,19 @@ def _retrieve_fake(base: Tensor, *_: Any) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, biases, delta, ids, keys, scale, slots, tensor, transform, transposed = inputs
+    x, weight, _, biases, delta, ids, keys, scale, slots, tensor, transform, transposed, steps, packing = inputs
     # x is needed for the base weight's gradient alone.
-    ctx.save_for_backward(x if weight.requires_grad else None, weight, delta, ids, keys, scale, slots)
-    ctx.tensor, ctx.transform, ctx.transposed = tensor, transform, transposed
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, delta, steps, ids, keys, scale, slots)
+    ctx.tensor, ctx.transform, ctx.packing, ctx.transposed = tensor, transform, packing, transposed
     ctx.own_biases = biases is not None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, delta, ids, keys, scale, slots = ctx.saved_tensors
+    x, weight, delta, steps, ids, keys, scale, slots = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
+        if steps is not None:  # a packed D runs forward alone
+            delta = unpack(Packed(delta, steps, *ctx.packing, weight.shape[1]), weight.dtype).contiguous()
         # The layer is linear in x, so its own transpose is its backward pass.
         grad_x = torch.ops.randes.superposed_linear(
             grad, weight, None, None, delta, ids, keys, scale, slots, ctx.tensor, ctx.transform, not ctx.transposed
@@ -253,7 +278,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             is_base = (ids < 0).repeat_interleave(grad.shape[0] // ids.shape[0])
             used = grad * is_base[:, None]
         grad_bias = used.sum(0)
-    return (grad_x, grad_weight, grad_bias, *(None,) * 9)
+    return (grad_x, grad_weight, grad_bias, *(None,) * 11)
 
 
 torch.library.register_autograd(

@@ -13,6 +13,9 @@ import torch
 
 TABLES = Path(__file__).parent / "tables"
 
+PACKED = {16: "", 8: "_8", 4: "_4", 2: "_4"}
+"""What follows the width of x in a table's keys, by the bits of D."""
+
 
 class Tile(NamedTuple):
     """Rows, columns and depth of a program's tile, its warps, and the stages of its load pipeline."""
@@ -69,17 +72,18 @@ def device_name(index: int) -> str:
 @lru_cache(maxsize=4096)
 def linear_plan(
     m: int, n: int, k: int, dtype: torch.dtype, *, runs: int = 1, models: int = 1, turned: bool = False,
-    aligned: bool = True, device: str = "default",
+    aligned: bool = True, bits: int = 16, device: str = "default",
 ) -> Plan:  # fmt: skip
     """The plan of a superposed linear ``(m, k) x (n, k)``.
 
     ``runs``: equal runs of rows, each of one model. ``models``: how many there are. ``turned``: whether columns are
     permuted, which the weight side does not do. ``aligned``: whether tensor descriptors may describe the operands.
+    ``bits``: of an element of D; with fewer than 8 a tile is as deep as a span of packed columns.
     The weight side runs one product for each model in a tile of rows,
     the activation side two whatever they are, so the most products that the mix can need decide between them.
     """
     numbers = table(device)
-    width = "fp32" if dtype.itemsize > 2 else "half"
+    width = ("fp32" if dtype.itemsize > 2 else "half") + PACKED[bits]
     weight_side = numbers["weight_side"][width]
     if weight_side is not None and weight_side["bulk"] and not aligned:
         weight_side = table("default")["weight_side"][width]
@@ -99,13 +103,14 @@ def linear_plan(
 
 
 def rows_of_plans(
-    n: int, k: int, dtype: torch.dtype, *, models: int, turned: bool = False, device: str = "default", most: int = 8192
-) -> list[int]:
+    n: int, k: int, dtype: torch.dtype, *, models: int, turned: bool = False, bits: int = 16, device: str = "default",
+    most: int = 8192,
+) -> list[int]:  # fmt: skip
     """Numbers of rows up to ``most`` that meet every plan of a layer, with all rows one model's and a model each."""
     first: dict[tuple[Plan, bool], int] = {}
     for m in range(1, most + 1):
         for runs in {1, m}:
-            plan = linear_plan(m, n, k, dtype, runs=runs, models=models, turned=turned, device=device)
+            plan = linear_plan(m, n, k, dtype, runs=runs, models=models, turned=turned, bits=bits, device=device)
             first.setdefault((plan, runs > 1), m)
     return sorted(set(first.values()))
 

@@ -33,7 +33,7 @@ from randes_kernels.kernels.route import route_kernel
 from randes_kernels.kernels.superpose import TILE_COLUMNS, TILE_ROWS, superpose_kernel
 from randes_kernels.kernels.transform import transform_arguments
 from randes_kernels.kernels.weight_side import weight_side_kernel
-from randes_kernels.tiles import TABLES, Tile
+from randes_kernels.tiles import PACKED, TABLES, Tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,7 +50,7 @@ N, K = 4096, 4096
 FUSED = {"enable_fp_fusion": True}
 DIVISIBLE = [["tt.divisibility", 16]]
 MODELS = {"ids_ptr": "*i32", "keys_ptr": "*i64", "scale_ptr": "*fp32", "slots_ptr": "*i32", "order_ptr": "*i32"}
-PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", *MODELS)
+PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss", *MODELS)
 """What a launch does not specialise."""
 
 
@@ -76,42 +76,56 @@ def options_of(tile: Tile) -> dict[str, Any]:
 
 
 def activation_case(
-    short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False
-) -> tuple[str, Any, Any]:
+    short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False,
+    bits: int = 16,
+) -> tuple[str, Any, Any]:  # fmt: skip
     """The superposed linear on the activation side, as it is launched."""
     whole = parts == 1
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
         "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
+        "BITS": bits, "GROUP": 64,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
-    pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "bias_ptr", "biases_ptr", "y_ptr")
-    types = dict.fromkeys(pointers, f"*{short}") | MODELS | ({} if whole else {"y_ptr": "*fp32"})
+    pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "steps_ptr", "bias_ptr", "biases_ptr", "y_ptr")
+    types = dict.fromkeys(pointers, f"*{short}") | MODELS | ({} if whole else {"y_ptr": "*fp32"}) | packed_types(bits)
     named = {"turned": turned, "transposed": transposed, "parts": not whole, "delta only": delta_only}
-    modes = [name for name, on in named.items() if on]
+    modes = [f"{bits} bits"] * (bits < 16) + [name for name, on in named.items() if on]
     name = " ".join(["activation side", short, str(tuple(tile)), *modes])
     return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
 
 
-def weight_case(short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False) -> Any:
+def packed_types(bits: int) -> dict[str, str]:
+    """Of a packed D and its steps; none of one that is not packed."""
+    return {} if bits == 16 else {"delta_ptr": "*i8" if bits == 8 else "*u8", "steps_ptr": "*fp16"}
+
+
+def weight_case(
+    short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False, bits: int = 16
+) -> Any:
     """The superposed linear on the weight side, as it is launched."""
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS), "FLIP_IN": True, "FLIP_OUT": True,
         "TRANSPOSED": transposed, "BULK": bulk, "GROUPED": grouped,
-        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed,
+        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "BITS": bits, "GROUP": 64,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
-    types = dict.fromkeys(("x", "weight", "delta", "bias_ptr", "biases_ptr", "y_ptr"), f"*{short}") | MODELS
+    packed = packed_types(bits)
+    words = packed.pop("delta_ptr", f"*{short}")
+    pointers = ("x", "weight", "steps_ptr", "bias_ptr", "biases_ptr", "y_ptr")
+    types = dict.fromkeys(pointers, f"*{short}") | MODELS | packed | {"delta": words}
     plain = PLAIN
     if bulk:
-        blocks = {"x": (tile.m, tile.k)}
-        blocks |= dict.fromkeys(("weight", "delta"), (tile.k, tile.n) if transposed else (tile.n, tile.k))
-        types |= {name: f"tensordesc<{short}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
+        width = tile.k if bits >= 8 else tile.k * bits // 8
+        blocks = {"x": (tile.m, width)}
+        blocks |= dict.fromkeys(("weight", "delta"), (width, tile.n) if transposed else (tile.n, width))
+        types |= {name: f"tensordesc<{types[name][1:]}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
         plain = (*PLAIN, *blocks)
-    modes = [name for name, on in (("bulk", bulk), ("transposed", transposed), ("grouped", grouped)) if on]
+    modes = [f"{bits} bits"] * (bits < 16)
+    modes += [name for name, on in (("bulk", bulk), ("transposed", transposed), ("grouped", grouped)) if on]
     name = " ".join(["weight side", short, str(tuple(tile)), *modes])
     return name, source(weight_side_kernel, types, constants, plain), options_of(tile)
 
@@ -182,13 +196,27 @@ def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield weight_case("fp16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed, grouped=True)
 
 
+def packed_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Both sides with D in few bits."""
+    for bits in (8, 4, 2):
+        kind = PACKED[bits]
+        for dtype, width in (("fp16", "half"), ("bf16", "half"), ("fp32", "fp32")):
+            for entry in table["activation_side"][width + kind]:
+                yield activation_case(dtype, Tile(*entry["tile"]), turned=entry["turn_first"], bits=bits)
+                if dtype == "fp16" and not entry["turn_first"]:  # as a permutation does
+                    yield activation_case(dtype, Tile(*entry["tile"]), turned=True, bits=bits)
+        numbers = table["weight_side"]["half" + kind]
+        for short in ("fp16", "bf16"):
+            yield weight_case(short, Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits, grouped=short == "fp16")
+
+
 def cases(target: str) -> dict[str, tuple[Any, Any]]:
     """Every kernel in every mode and tile that a launch on ``target`` may choose: name to source and options."""
     found: list[tuple[str, Any, Any]] = [*finishing_cases()]
     tables = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(TABLES.glob("*.json"))}
     own = [table for name, table in tables.items() if name.startswith(target)]
     for table in own or [tables["default"]]:
-        found += [*activation_cases(table), *weight_cases(table)]
+        found += [*activation_cases(table), *weight_cases(table), *packed_cases(table)]
     found += weight_cases(tables["default"])  # for operands that no descriptor describes
     for short in ("fp16", "fp32"):
         for transform in (Transform(), Transform(granule=1)):

@@ -10,7 +10,11 @@ transposed: the FLOPs of a plain linear. A retrieved weight never touches memory
 side by side: a tile of rows runs its product once for each model in it. ``group.py`` brings rows into such an order,
 and ``order`` (M,) says which row of y each one answers.
 
-Transposed, the same kernel is its own backward: x (M, N) → y (M, K), with rows and columns swapping parts.
+Of a D packed in few bits (``packing.py``) a step along K is a span of packed columns, rebuilt and multiplied a plane
+at a time; the steps are factors of the scale.
+
+Transposed, the same kernel is its own backward: x (M, N) → y (M, K), with rows and columns swapping parts. That
+of a packed D is not there: a backward pass unpacks it.
 """
 
 import torch
@@ -21,7 +25,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from randes_kernels.format import signed_words
 from randes_kernels.kernels.transform import Sides
-from randes_kernels.primitives import flip_sign_bit, split_key, unhoisted, vector_signs
+from randes_kernels.packing import Packed
+from randes_kernels.primitives import (
+    SIGNS_PER_BLOCK,
+    block_words,
+    flip_sign_bit,
+    levels_of,
+    signs_of,
+    split_key,
+    unhoisted,
+    vector_signs,
+)
 from randes_kernels.tiles import Plan
 
 NO_MODEL: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -61,18 +75,24 @@ def models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M: tl.constexpr)
 
 
 @triton.jit(
-    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi"],
+    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss"],
     do_not_specialize_on_alignment=["order_ptr", "ids_ptr", "keys_ptr", "scale_ptr", "slots_ptr"],
 )
 def weight_side_kernel(
-    x, weight, delta, bias_ptr, biases_ptr, y_ptr, order_ptr, ids_ptr, keys_ptr, scale_ptr, slots_ptr,
+    x, weight, delta, steps_ptr, bias_ptr, biases_ptr, y_ptr, order_ptr, ids_ptr, keys_ptr, scale_ptr, slots_ptr,
     M, N, K, models, rows_per_id, tensor_lo, tensor_hi,
-    stride_xm, stride_xk, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk, stride_bj, stride_ym,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk,
+    stride_ss, stride_bj, stride_ym,
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, BULK: tl.constexpr, GROUPED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    PLANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
+    WIDTH: tl.constexpr = BLOCK_K // PLANES
+    # bf16 has the range for a gain, and a fused multiply-add rounds once: a third less instructions than by way of fp32.
+    dtype: tl.constexpr = weight.dtype if BULK else weight.dtype.element_ty
+    FINE: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32
     # Bands of eight row tiles by all column tiles: what runs together shares its rows and its weights in L2.
     row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     band = tl.program_id(0) // (BAND * column_tiles)
@@ -85,6 +105,7 @@ def weight_side_kernel(
     while model < NO_MODEL:
         known = (model >= 0) & (model < models)
         k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
+        key_lo, key_hi = tl.full((1,), 0, tl.uint32) + k0, tl.full((1,), 0, tl.uint32) + k1
         scale = tl.load(scale_ptr + model, mask=known, other=0.0)
         # A number that names no model gives NaN, never another model's answer.
         scale = tl.where(known | (model == -1), scale, float("nan")) + tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -106,25 +127,41 @@ def weight_side_kernel(
             weight_rows = weight + tl.cast(first_column, tl.int64) * stride_wn
             delta_rows = delta + slot.to(tl.int64) * stride_ds + tl.cast(first_column, tl.int64) * stride_dn
             delta_row, delta_column = first_column, 0
-        delta_columns = tl.where(slot >= 0, K, 0)
+        stored_columns = tl.cdiv(K, SIGNS_PER_BLOCK) * WIDTH if BITS < 8 else K  # whole spans, in bytes
+        delta_columns = tl.where(slot >= 0, stored_columns, 0)
+        if BITS < 16:
+            columns = first_column + tl.arange(0, BLOCK_N)
+            steps, has_steps = steps_ptr + slot.to(tl.int64) * stride_ss + columns, columns < tl.where(slot >= 0, N, 0)
+            if BITS == 8:
+                scale *= tl.load(steps, mask=has_steps, other=0.0).to(tl.float32)
 
         y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
-            x_tile = load_tile(x_rows, first_row, start, M, K, stride_xm, stride_xk, False, BULK, BLOCK_M, BLOCK_K)
-            weight_tile = load_tile(
-                weight_rows, first_column, start, N, K, stride_wn, stride_wk, TRANSPOSED, BULK, BLOCK_N, BLOCK_K
-            )
-            delta_tile = load_tile(
-                delta_rows, delta_row, delta_column + start, N, delta_columns, stride_dn, stride_dk,
-                TRANSPOSED, BULK, BLOCK_N, BLOCK_K,
+            packed_tile = load_tile(
+                delta_rows, delta_row, delta_column + start // PLANES, N, delta_columns, stride_dn, stride_dk,
+                TRANSPOSED, BULK, BLOCK_N, WIDTH,
             )  # fmt: skip
             if FLIP_IN:
-                in_signs = vector_signs(
-                    start, unhoisted(k0, start), unhoisted(k1, start), IN_STREAM, tensor_lo, tensor_hi, BLOCK_K
+                keys = unhoisted(key_lo, start), unhoisted(key_hi, start)
+                position = tl.cast(start, tl.int32)
+                words = block_words(position // SIGNS_PER_BLOCK, IN_STREAM, tensor_lo, tensor_hi, keys[0], keys[1])
+            for plane in tl.static_range(PLANES):
+                at = start + plane * WIDTH
+                x_tile = load_tile(x_rows, first_row, at, M, K, stride_xm, stride_xk, False, BULK, BLOCK_M, WIDTH)
+                weight_tile = load_tile(
+                    weight_rows, first_column, at, N, K, stride_wn, stride_wk, TRANSPOSED, BULK, BLOCK_N, WIDTH
                 )
-                delta_tile = flip_sign_bit(delta_tile, in_signs[None, :])
-            rebuilt = weight_tile.to(tl.float32) + scale[:, None] * delta_tile.to(tl.float32)
-            y = tl.dot(rebuilt.to(x_tile.dtype), tl.trans(x_tile), y, input_precision="ieee")
+                own_scale, delta_tile = scale, packed_tile
+                if BITS < 16:
+                    delta_tile = levels_of(packed_tile, plane, BITS, FINE)
+                if BITS < 8:
+                    own_scale *= tl.load(steps + at // GROUP * N, mask=has_steps, other=0.0).to(tl.float32)
+                if FLIP_IN:
+                    within = plane * WIDTH if BITS < 8 else position % SIGNS_PER_BLOCK
+                    delta_tile = flip_sign_bit(delta_tile, signs_of(words, within, WIDTH))
+                factor = tl.broadcast_to(own_scale.to(FINE)[:, None], (BLOCK_N, WIDTH))
+                rebuilt = tl.fma(delta_tile.to(FINE), factor, weight_tile.to(FINE))
+                y = tl.dot(rebuilt.to(x_tile.dtype), tl.trans(x_tile), y, input_precision="ieee")
 
         columns = first_column + tl.arange(0, BLOCK_N)
         if HAS_BIASES:
@@ -149,7 +186,7 @@ def weight_side_kernel(
 
 
 def weight_side(
-    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, biases: Tensor | None,
+    x: Tensor, weight: Tensor, delta: Packed, bias: Tensor | None, biases: Tensor | None,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int,
     sides: Sides, plan: Plan, order: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -157,24 +194,27 @@ def weight_side(
 
     ``weight`` (N, K) and ``delta`` (S, N, K) are contiguous, or both transposes of what is, as in a backward pass.
     """
-    (m, k), n, tile = x.shape, delta.shape[1], plan.tile
+    words, steps, bits, group, _ = delta
+    (m, k), n, tile = x.shape, words.shape[1], plan.tile
     transposed = weight.stride(1) != 1
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    operands: tuple[object, ...] = (x, weight, delta)
+    operands: tuple[object, ...] = (x, weight, words)
     if plan.bulk:
-        stored = (weight.mT, delta.mT) if transposed else (weight, delta)
-        block = [tile.k, tile.n] if transposed else [tile.n, tile.k]
+        width = tile.k if bits >= 8 else tile.k * bits // 8  # of one plane's columns, and of all planes' bytes
+        stored = (weight.mT, words.mT) if transposed else (weight, words)
+        block = [width, tile.n] if transposed else [tile.n, width]
         operands = (
-            TensorDescriptor.from_tensor(x, [tile.m, tile.k]),
+            TensorDescriptor.from_tensor(x, [tile.m, width]),
             *(TensorDescriptor.from_tensor(matrix.reshape(-1, matrix.shape[-1]), block) for matrix in stored),
         )
     weight_side_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
-        *operands, bias, biases, y, order, ids, keys, scale, slots,
+        *operands, steps, bias, biases, y, order, ids, keys, scale, slots,
         m, n, k, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
-        *x.stride(), *weight.stride(), *delta.stride(), 0 if biases is None else biases.stride(0), y.stride(0),
+        *x.stride(), *weight.stride(), *words.stride(), steps.stride(0),
+        0 if biases is None else biases.stride(0), y.stride(0),
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
         TRANSPOSED=transposed, BULK=plan.bulk, GROUPED=order is not None,
-        HAS_BIAS=bias is not None, HAS_BIASES=biases is not None,
+        HAS_BIAS=bias is not None, HAS_BIASES=biases is not None, BITS=bits, GROUP=group,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
