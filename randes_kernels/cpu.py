@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from randes_kernels.format import SIGNS_PER_BLOCK, Stream, Transform, column_permutation, signs
-from randes_kernels.packing import Packed, unpack
+from randes_kernels.packing import Packed, of_operands, unpack
 
 # Enough for 64 models of 224 layers; 0.2 GB of signs then, for models of 16 GB.
 _signs = lru_cache(maxsize=2**15)(signs)
@@ -49,7 +49,7 @@ def superposed_linear(
         raise IndexError(f"ids must lie in -1 to {keys.shape[0] - 1}, got {min(models)} to {max(models)}")
     if transposed:
         weight, delta = weight.mT, delta.mT
-    held = delta if steps is None else Packed(delta, steps, *packing, weight.shape[1])
+    held = delta if steps is None else of_operands(delta, steps, packing, weight.shape[1])
     tables = keys, scale, slots, tensor, transform, transposed
     rows = x.shape[0] // len(models)
     slot_of = slots.tolist()
@@ -90,7 +90,7 @@ def _weight_side(
 ) -> None:  # fmt: skip
     """``y`` (M, N) = x Ŵᵀ + bias for one model, a slice of Ŵ's rows at a time."""
     (n, k), key = weight.shape, int(keys[model])
-    delta, gain = _in_slot(held, int(slots[model])), float(scale[model])
+    whole, gain = _in_slot(held, int(slots[model])), float(scale[model])
     in_stream, out_stream = Stream.COLUMN_SIGNS, Stream.ROW_SIGNS
     flip_in, flip_out = transform.column_signs, transform.row_signs
     if transposed:
@@ -106,11 +106,11 @@ def _weight_side(
         part = slice(start, min(start + height, n))
         rebuilt = cache[: part.stop - start]
         if order is None:
-            turned_back = _rows(delta, part, x.dtype)
-        elif transposed:
-            turned_back = delta.index_select(0, order[part])  # never packed
+            turned_back = _rows(whole, part, x.dtype)
+        elif transposed and isinstance(whole, Tensor):  # no packed D runs transposed
+            turned_back = whole.index_select(0, order[part])
         else:
-            turned_back = _rows(delta, part, x.dtype).index_select(1, order)
+            turned_back = _rows(whole, part, x.dtype).index_select(1, order)
         if in_signs is not None:
             turned_back = torch.mul(turned_back, in_signs, out=rebuilt)
         if x.dtype == torch.float16:  # whose range a gain may leave: its product in fp32, then rounded once
@@ -166,7 +166,7 @@ def _product(turned: Tensor, held: Tensor | Packed, slot: int) -> Tensor:
         rows = turned.numel() // held.columns
         if turned.dtype == torch.bfloat16 and rows <= FEW_ROWS[held.bits] and _fits_vendor(held):
             return _vendor_product(turned, held, slot)
-        return _unpacked_product(turned, _in_slot(held, slot))
+        return _unpacked_product(turned, _packed_in_slot(held, slot))
     delta = held[slot]
     if turned.dtype != torch.float16:
         return F.linear(turned, delta)
@@ -177,7 +177,11 @@ def _product(turned: Tensor, held: Tensor | Packed, slot: int) -> Tensor:
 
 
 def _in_slot(held: Tensor | Packed, slot: int) -> Tensor | Packed:
-    return held[slot] if isinstance(held, Tensor) else held._replace(words=held.words[slot], steps=held.steps[slot])
+    return held[slot] if isinstance(held, Tensor) else _packed_in_slot(held, slot)
+
+
+def _packed_in_slot(held: Packed, slot: int) -> Packed:
+    return held._replace(words=held.words[slot], steps=held.steps[slot])
 
 
 def _rows(delta: Tensor | Packed, part: slice, dtype: torch.dtype) -> Tensor:
@@ -204,7 +208,7 @@ def _fits_vendor(held: Packed) -> bool:
 def _vendor_product(turned: Tensor, held: Packed, slot: int) -> Tensor:
     rows = turned.reshape(-1, turned.shape[-1])
     if held.bits == 8:
-        y = torch.ops.aten._weight_int8pack_mm(rows, held.words[slot], held.steps[slot, 0].to(rows.dtype))
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, held.words[slot], held.steps[slot, 0].to(rows.dtype))
     else:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, *_vendor_layout(held, slot, rows.dtype))
     return y.view(*turned.shape[:-1], -1)
@@ -212,11 +216,13 @@ def _vendor_product(turned: Tensor, held: Packed, slot: int) -> Tensor:
 
 def _vendor_layout(held: Packed, slot: int, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
     """One slot in torch's own layout of 4 bits, which 2 bits take too: kept for as long as the packed tensor lives."""
-    kept = _vendor_layouts.setdefault(held.words, {})
+    if held.words not in _vendor_layouts:
+        _vendor_layouts[held.words] = {}
+    kept: dict[int, tuple[Tensor, int, Tensor]] = _vendor_layouts[held.words]
     if slot not in kept:
         middle = torch.arange(1 << held.bits, device="cpu") + (8 - (1 << (held.bits - 1)))
         # Theirs is (code − 8) · step + zero, with twice our step, and one step to the next odd number.
-        ones = held._replace(words=held.words[slot], steps=torch.ones_like(held.steps[slot]))
+        ones = _packed_in_slot(held, slot)._replace(steps=torch.ones_like(held.steps[slot]))
         numbers = ((unpack(ones) + (1 << held.bits) - 1) / 2).to(torch.int64)
         codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(middle[numbers].to(torch.int32), 1)
         steps = held.steps[slot].float()

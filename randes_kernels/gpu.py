@@ -13,7 +13,7 @@ from randes_kernels.kernels.route import route
 from randes_kernels.kernels.superpose import superpose_
 from randes_kernels.kernels.transform import sides_of, transform_arguments
 from randes_kernels.kernels.weight_side import weight_side
-from randes_kernels.packing import Packed
+from randes_kernels.packing import Packed, of_operands
 from randes_kernels.tiles import Plan, device_name, linear_plan
 
 __all__ = ["plan_of", "retrieve", "superpose_", "superposed_linear"]
@@ -50,8 +50,7 @@ def superposed_linear(
     sides = sides_of(transform, transposed)
     if transposed:
         weight, delta = weight.mT, delta.mT
-    # Not packed, D has no steps; the kernels then read none through that pointer.
-    held = Packed(delta, delta, 16, 0, x.shape[1]) if steps is None else Packed(delta, steps, *packing, x.shape[1])
+    held = of_operands(delta, steps, packing, x.shape[1])
     plan = plan_of(x, weight, held, ids, keys, permuted)
     if plan.path == "weight side":
         order = None

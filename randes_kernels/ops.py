@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from randes_kernels import cpu, reference
 from randes_kernels.format import SIGNS_PER_BLOCK, Transform
-from randes_kernels.packing import BITS, Packed, unpack
+from randes_kernels.packing import BITS, Packed, of_operands, unpack
 
 library = torch.library.Library("randes", "DEF")
 library.define(
@@ -264,7 +264,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         if steps is not None:  # a packed D runs forward alone
-            delta = unpack(Packed(delta, steps, *ctx.packing, weight.shape[1]), weight.dtype).contiguous()
+            delta = unpack(of_operands(delta, steps, ctx.packing, weight.shape[1]), weight.dtype).contiguous()
         # The layer is linear in x, so its own transpose is its backward pass.
         grad_x = torch.ops.randes.superposed_linear(
             grad, weight, None, None, delta, ids, keys, scale, slots, ctx.tensor, ctx.transform, not ctx.transposed

@@ -11,6 +11,7 @@ span holds columns i, i + 64 at 4 bits and i, i + 32, i + 64, i + 96 at 2, the f
 bytes unpacks into tiles of neighbouring columns, by one shift for all of them. Steps lie along N, as a tile reads them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,14 @@ class Packed(NamedTuple):
         return self._replace(words=self.words[..., part, :], steps=self.steps[..., part])
 
 
+def of_operands(delta: Tensor, steps: Tensor | None, packing: Sequence[int], columns: int) -> Packed:
+    """What an operator was given: ``packing`` is [bits, group], and empty where D is not packed and has no steps."""
+    if steps is None:
+        return Packed(delta, delta, 16, 0, columns)
+    bits, group = packing
+    return Packed(delta, steps, bits, group, columns)
+
+
 def check(bits: int, group: int = 64) -> None:
     """Raise ``ValueError`` for what ``pack`` cannot do."""
     if bits not in BITS:
@@ -70,8 +79,11 @@ def pack(delta: Tensor, bits: int, group: int = 64) -> Packed:
     check(bits, group)
     rows, columns = delta.flatten(0, -2), delta.shape[-1]
     one = _rows_of_eight if bits == 8 else _groups
-    parts = [one(chunk.float(), bits, group) for chunk in rows.split(max(1, CHUNK // max(1, columns)))]
+    parts = [one(chunk.float(), bits, group) for chunk in torch.split(rows, max(1, CHUNK // max(1, columns)))]
     words, steps = (torch.cat(made) for made in zip(*parts, strict=True))
+    if not torch.isfinite(steps).all():
+        peak = float(delta.abs().max())
+        raise ValueError(f"delta must lie within {1 << (bits - 1)} times the range of fp16's steps, got {peak:.3g}")
     words = words.view(*delta.shape[:-1], -1)
     steps = steps.view(*delta.shape[:-1], -1).mT.contiguous()
     return Packed(words, steps, bits, 0 if bits == 8 else group, columns)

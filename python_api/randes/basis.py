@@ -22,7 +22,7 @@ from torch import Tensor
 
 from randes import checkpoint
 from randes.checkpoint import Checkpoint, Tensors
-from randes_kernels import Transform, model_key, superposed_linear, tensor_id
+from randes_kernels import Packed, Transform, model_key, superposed_linear, tensor_id
 from randes_kernels.format import Stream, signs
 
 UNIT = 2.0**-14
@@ -85,7 +85,7 @@ def retrieved(turned_back: Tensor, basis: Tensor, held: Tensor, unit: float) -> 
 
 
 def corrections(
-    basis: Tensor, held: Tensor, delta: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int,
+    basis: Tensor, held: Tensor, delta: Tensor | Packed, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int,
     transform: Transform,
 ) -> Tensor:  # fmt: skip
     """``E_jᵀ`` of J models: (J, r, N) fp32, on the device of ``delta``.
@@ -94,8 +94,9 @@ def corrections(
     keys, scale, slots: (J,), as ``superposed_linear`` takes them.
     """
     models, rank, width = held.shape
-    ids = torch.arange(models, dtype=torch.int32, device=delta.device)
-    nothing = torch.zeros((), device=delta.device).expand(width, basis.shape[0])
-    rows = basis.mT.to(delta.device).repeat(models, 1)
-    loud = superposed_linear(rows, nothing, None, delta.float(), ids, keys, scale, slots, tensor, transform)
-    return held.to(delta.device) - loud.view(models, rank, width)
+    ids = torch.arange(models, dtype=torch.int32, device=keys.device)
+    nothing = torch.zeros((), device=keys.device).expand(width, basis.shape[0])
+    rows = basis.mT.to(keys.device).repeat(models, 1)
+    served = delta if isinstance(delta, Packed) else delta.float()
+    loud = superposed_linear(rows, nothing, None, served, ids, keys, scale, slots, tensor, transform)
+    return held.to(keys.device) - loud.view(models, rank, width)

@@ -134,6 +134,27 @@ def _change(store: Path, model: str, verb: str, change: Callable[[Superposition,
 
 
 @app.command()
+def pack(
+    store: Store,
+    out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
+    bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4 or 2.")] = 4,
+    group: Annotated[int, typer.Option(help="Columns that share a scale, at 4 and 2 bits.")] = 64,
+    coordinates: Annotated[int, typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4.")] = 8,
+) -> None:
+    """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
+    with _errors(), _progress() as begin:
+        check_new(out)
+        step = begin("packing", 3)
+        superposition = Superposition.load(store)
+        step()
+        superposition = superposition.pack(bits, group=group, coordinates=coordinates)
+        step()
+        superposition.save(out)
+        step()
+    _print_sizes(superposition)
+
+
+@app.command()
 def retrieve(
     store: Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
@@ -169,6 +190,8 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"{', deltas centred on their mean' if config.centre else ''}"
         f"{f', shared bases of rank {config.rank}' if config.rank else ''}"
     )
+    if (packing := superposition.packing) is not None:
+        _say(f"packed for serving in {packing.bits} bits, of the store with checksum {packing.master}")
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
         for tensor, described in tensors.items():

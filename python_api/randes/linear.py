@@ -10,42 +10,62 @@ from torch import Tensor, nn
 from randes import basis
 from randes.basis import UNIT
 from randes.errors import BaseMismatchError
-from randes.integers import STEP
+from randes.packed import Held, coordinates_of, values_of
 from randes.routing import Batch, Router
 from randes.superposition import Superposition
-from randes_kernels import superposed_linear, tensor_id
+from randes_kernels import Packed, superposed_linear, tensor_id
 
 FEW_MODELS = 16
 
 
 class DeltaPool(nn.Module):
-    """The superpositions that a layer reads, ``(S, N, K)`` of its dtype: one slot a group of models.
+    """The superpositions that a layer reads, ``(S, N, K)``: one slot a group of models, in its dtype or in few bits.
 
     A module of its own because layers that are shuffled share one, and must go on sharing it when they move.
     """
 
     values: Tensor
+    steps: Tensor | None
 
     def __init__(self, superposition: Superposition, tensor: str, dtype: torch.dtype) -> None:
         super().__init__()
         family = superposition.family(tensor)
-        held = [
-            (group, place)
-            for group, deltas in sorted(superposition.deltas.items())
+        held = {
+            (group, place): deltas[place]
+            for group, deltas in sorted(superposition.held.items())
             for place in family
             if place in deltas
-        ]
+        }
         self.slots = {where: slot for slot, where in enumerate(held)}
-        values = torch.empty((len(held), *superposition.base[tensor].shape), dtype=dtype)
-        for (group, place), slot in self.slots.items():
-            values[slot] = superposition.deltas[group][place].float() * STEP
         self.tensor = tensor
+        self.packing: tuple[int, int, int] | None = None
+        steps = None
+        if held and superposition.packing is not None:
+            packed = [value for value in held.values() if isinstance(value, Packed)]
+            values, steps = (torch.stack(parts) for parts in zip(*(value[:2] for value in packed), strict=True))
+            self.packing = packed[0][2:]
+        else:
+            values = torch.empty((len(held), *superposition.base[tensor].shape), dtype=dtype)
+            for slot, value in enumerate(held.values()):
+                numbers, unit = values_of(value)
+                values[slot] = numbers.float() * unit
         self.register_buffer("values", values, persistent=False)
+        self.register_buffer("steps", steps, persistent=False)
         self._check_finite()
 
+    @property
+    def delta(self) -> Held:
+        """As ``superposed_linear`` takes it."""
+        if self.packing is None:
+            return self.values
+        assert self.steps is not None
+        return Packed(self.values, self.steps, *self.packing)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeltaPool":
-        before = self.values.dtype
+        before, steps = self.values.dtype, self.steps
         super()._apply(fn, recurse)
+        if steps is not None and self.steps is not None and self.steps.dtype != steps.dtype:
+            self.steps = steps.to(self.steps.device)  # part of the packed form, whatever the layer becomes
         if self.values.dtype != before:
             self._check_finite()
         return self
@@ -165,9 +185,10 @@ class SuperposedLinear(nn.Linear):
             held = torch.zeros(len(members), shared.shape[1], self.out_features)
             for number, member in enumerate(members):
                 if tensor in member.coordinates:
-                    held[number] = member.coordinates[tensor].mT.float() * (member.alpha * member.units[tensor])
+                    own = coordinates_of(member.coordinates[tensor])
+                    held[number] = own.mT.float() * (member.alpha * member.units[tensor])
             corrections = basis.corrections(
-                shared, held, self.pool.values, self.keys, self.scale, self.slots, self.tensor, self.transform
+                shared, held, self.pool.delta, self.keys, self.scale, self.slots, self.tensor, self.transform
             ).to(self.weight.dtype)
             shared = shared.to(self.weight)
         self.register_buffer("shared_basis", shared, persistent=False)
@@ -224,8 +245,8 @@ class SuperposedLinear(nn.Linear):
 
     def _in_one_dtype(self, input: Tensor) -> tuple[Any, ...]:
         """x, weight, bias, delta and biases as they meet in the matmul: as they are, or cast by autocast."""
-        values = (input, self.weight, self.bias, self.pool.values, self.biases)
+        values = (input, self.weight, self.bias, self.pool.delta, self.biases)
         if not torch.is_autocast_enabled(input.device.type):
             return values
         dtype = torch.get_autocast_dtype(input.device.type)
-        return tuple(value if value is None else value.to(dtype) for value in values)
+        return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in values)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from randes_kernels import Packed
+
 
 @dataclass(frozen=True)
 class Member:
@@ -13,7 +15,7 @@ class Member:
     gains: root mean square of its delta, for each tensor that it changed and that is superposed.
     digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
     kept: its own other tensors, where they differ from the base's (``others="keep"``).
-    coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``.
+    coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``; or (r, N) packed.
     """
 
     group: int
@@ -22,7 +24,7 @@ class Member:
     digests: Mapping[str, str]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     units: Mapping[str, float] = field(default_factory=dict)
-    coordinates: Mapping[str, Tensor] = field(default_factory=dict)
+    coordinates: Mapping[str, Tensor | Packed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ class SuperposedModel(nn.Module):
             return [1]  # nothing is compiled there
         turned = layer.transform.granule > 0 or not layer.pool.slots
         n, k = weight.shape
+        bits = 16 if layer.pool.packing is None else layer.pool.packing[0]
         return rows_of_plans(
-            n, k, weight.dtype, models=len(self.router.names), turned=turned,
+            n, k, weight.dtype, models=len(self.router.names), turned=turned, bits=bits,
             device=device_name(weight.device.index or 0),
         )  # fmt: skip
 

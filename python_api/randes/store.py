@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,6 +29,7 @@ from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.integers import AVERAGE_STEP, STEP
 from randes.members import Member
+from randes.packed import STEPS, Held, Packing, flattened, gathered, record
 from randes.superposition import Superposition
 from randes_kernels import FORMAT_VERSION
 
@@ -93,12 +94,25 @@ def load(path: str | os.PathLike[str]) -> Superposition:
     superposition = Superposition(
         Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests, bases
     )
-    for name, record in manifest["models"].items():
+    packing = superposition.packing = Packing(**manifest["packed"]) if "packed" in manifest else None
+    for name, found in manifest["models"].items():
         kept = contents.pop(_model_file(superposition, name), {})
-        coordinates = {tensor: kept.pop(f"{tensor}{COORDINATES}") for tensor in record.get("units", {})}
-        superposition.members[name] = Member(**record, kept=kept, coordinates=coordinates)
+        own = {tensor: f"{tensor}{COORDINATES}" for tensor in found.get("units", {})}
+        flat = {tensor: kept.pop(held) for tensor, held in own.items()}
+        coordinates: Mapping[str, Held] = flat
+        if packing is not None and packing.coordinates < 16:
+            flat |= {f"{tensor}{STEPS}": kept.pop(f"{held}{STEPS}") for tensor, held in own.items()}
+            coordinates = gathered(flat, packing.coordinates, 64, {tensor: base[tensor].shape[0] for tensor in own})
+        superposition.members[name] = Member(**found, kept=kept, coordinates=coordinates)
     superposition.averages = contents.pop("average", {})
-    superposition.deltas = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    if packing is None:
+        superposition.deltas = groups
+    else:
+        width = {tensor: base[tensor].shape[1] for tensor in superposition.superposed}
+        superposition.few_bits = {
+            number: gathered(flat, packing.bits, packing.group, width) for number, flat in groups.items()
+        }
     superposition.stored = _stored(folder, manifest)
     return superposition
 
@@ -128,10 +142,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _contents(superposition: Superposition) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
     contents = {"base": superposition.base, "basis": superposition.bases}
-    contents |= {f"group-{group}": tensors for group, tensors in sorted(superposition.deltas.items())}
+    contents |= {f"group-{group}": flattened(deltas) for group, deltas in sorted(superposition.held.items())}
     for name in superposition.served:
         member = superposition.members[name]
-        held = {f"{tensor}{COORDINATES}": value for tensor, value in member.coordinates.items()}
+        held = flattened({f"{tensor}{COORDINATES}": value for tensor, value in member.coordinates.items()})
         contents[_model_file(superposition, name)] = {**member.kept, **held}
     contents["average"] = superposition.averages
     return {stem: tensors for stem, tensors in contents.items() if tensors}
@@ -155,8 +169,16 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
         "models": {name: _record(superposition.members[name]) for name in superposition.served},
         "files": files,
     }
+    if superposition.packing is not None:
+        manifest["packed"] = record(superposition.packing)
     manifest["checksum"] = _checksum(manifest)
     return manifest
+
+
+def checksum_of(superposition: Superposition) -> str:
+    """What the manifest of a store of this superposition says of itself."""
+    checksum: str = _manifest(superposition, _contents(superposition))["checksum"]
+    return checksum
 
 
 def _model_file(superposition: Superposition, name: str) -> str:

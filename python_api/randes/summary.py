@@ -9,6 +9,7 @@ from torch import Tensor
 
 from randes import checkpoint
 from randes.checkpoint import Checkpoint
+from randes.packed import ERROR, coordinates_of
 from randes.superposition import Superposition
 
 
@@ -59,19 +60,20 @@ def verify(superposition: Superposition, name: str, finetuned: Checkpoint) -> Ve
 
 
 def _predicted_error(superposition: Superposition, name: str) -> float:
-    """√(J−1) over the tensors, each with the J of the models that changed it: a delta scaled by α keeps an error
-    of 1−α of its own, and takes α of each neighbour's size."""
+    """√(J−1), and what packing adds, over the tensors, each with the J of the models that changed it: a delta scaled
+    by α keeps an error of 1−α of its own, and takes α of each neighbour's size."""
     member = superposition.members[name]
     group = {other: m for other, m in superposition.members.items() if m.group == member.group}
     sharing = Counter(superposition.place(other, tensor) for other, m in group.items() for tensor in m.gains)
-    error = size = 0.0
+    error, size, packing = 0.0, 0.0, superposition.packing
     for tensor, gain in member.gains.items():
         weight = gain**2 * superposition.base[tensor].numel()
         neighbours = sharing[superposition.place(name, tensor)] - 1
         own = weight
         if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
-            own += member.units[tensor] ** 2 * _squared_norm(member.coordinates[tensor].double())
-        error += (1 - member.alpha) ** 2 * own + member.alpha**2 * neighbours * weight
+            own += member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
+        rounding = 0.0 if packing is None else (neighbours + 1) * ERROR[packing.bits] ** 2
+        error += (1 - member.alpha) ** 2 * own + member.alpha**2 * (neighbours + rounding) * weight
         size += own
     return math.sqrt(error / size) if size else 0.0
 
@@ -93,6 +95,7 @@ def summary(superposition: Superposition) -> dict[str, Any]:
             for name, member in ((name, superposition.members[name]) for name in superposition.served)
         },
         "config": superposition.config.to_dict(),
+        "packed": None if superposition.packing is None else asdict(superposition.packing),
         "bytes": {**asdict(sizes), "total": sizes.total},
         "coverage": {
             "superposed": _described(superposition, superposition.superposed),

@@ -14,7 +14,8 @@ from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
 from randes.integers import AVERAGE_STEP, STEP, averaged, gain_and_peak, narrow, rate
 from randes.layers import families, shuffled
 from randes.members import Member, Sizes
-from randes_kernels import model_key, retrieve, superpose_, tensor_id
+from randes.packed import Held, Packing, coordinates_of, packed, values_of
+from randes_kernels import Packed, model_key, retrieve, superpose_, tensor_id
 
 BASE_NAME = "__base__"
 NOTHING_LEFT = 2.0**-40
@@ -42,6 +43,8 @@ class Superposition:
         self.base_digests = dict(base_digests or {name: checkpoint.digest(value) for name, value in base.items()})
         self.members: dict[str, Member] = {}
         self.deltas: dict[int, Tensors] = {}  # of each group: the integers by tensor, int16 where they fit
+        self.packing: Packing | None = None
+        self.few_bits: dict[int, dict[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
         self.averages: Tensors = {}  # int64 sums over the models, for others="average"
         self.device = torch.device("cpu")
@@ -106,6 +109,7 @@ class Superposition:
         Raises ``ValueError`` for a name that is taken or not allowed or a group that is full, and
         ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
         """
+        self._check_master()
         if not isinstance(name, str) or not name or name == BASE_NAME:
             raise ValueError(f"name must be a non-empty string other than {BASE_NAME!r}, got {name!r}")
         if name in self.members:
@@ -117,6 +121,22 @@ class Superposition:
     def add_base(self, base: Checkpoint) -> None:
         """Superpose the base itself, for ``randes.compress``: in the first group, beside its fine-tunes."""
         self._join(BASE_NAME, base, 0, 1.0)
+
+    def pack(self, bits: int = 4, *, group: int = 64, coordinates: int = 8) -> "Superposition":
+        """The same models with D in 8, 4 or 2 bits, for serving: nothing can be added to it or taken away.
+
+        group: columns of a matrix that share a scale, at 4 and 2 bits; a multiple of 64. At 8 bits a row has one.
+        coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4.
+        Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
+        """
+        return packed(self, bits, group, coordinates)
+
+    def _check_master(self) -> None:
+        if self.packing is not None:
+            raise ValueError(
+                "a packed superposition is for serving: nothing can be added or removed;"
+                " change the one that it was made of, and pack that again"
+            )
 
     def _join(self, name: str, finetuned: Checkpoint, group: int, alpha: float) -> None:
         self.check_base()
@@ -151,6 +171,7 @@ class Superposition:
         Raises ``UnknownModelError`` for an unknown name and ``CheckpointError`` for any other checkpoint.
         Nothing is changed then.
         """
+        self._check_master()
         member = self.member(name)
         if name == BASE_NAME:
             raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
@@ -177,14 +198,14 @@ class Superposition:
         retrieved = {tensor: self.other(name, tensor).clone() for tensor in self.base if tensor not in member.gains}
         for tensor, gain in member.gains.items():
             base = self.base[tensor].to(self.device)
-            delta = self.deltas[member.group][self.place(name, tensor)].to(self.device)
-            scale = gain * STEP
+            delta, unit = values_of(self.held[member.group][self.place(name, tensor)])
+            delta, scale = delta.to(self.device), gain * unit
             if tensor not in self.bases:
                 whole = retrieve(base, delta, member.alpha * scale, key, tensor_id(tensor), transform)
             else:
                 turned_back = retrieve(torch.zeros_like(base, dtype=torch.float32), delta, scale, key,
                                        tensor_id(tensor), transform)  # fmt: skip
-                held = member.coordinates[tensor].to(self.device), member.units[tensor]
+                held = coordinates_of(member.coordinates[tensor]).to(self.device), member.units[tensor]
                 own = basis.retrieved(turned_back, self.bases[tensor].to(self.device), *held)
                 whole = (base.float() + member.alpha * own).to(base.dtype)
             retrieved[tensor] = whole.cpu()
@@ -204,6 +225,11 @@ class Superposition:
         return store.load(path)
 
     # ---------------------------------------------------------------- what serving needs
+
+    @property
+    def held(self) -> Mapping[int, Mapping[str, Held]]:
+        """Of each group, its superpositions by tensor: integers, or what they were packed to."""
+        return self.deltas if self.packing is None else self.few_bits
 
     def key(self, name: str) -> int:
         """A model's Philox key."""
@@ -259,7 +285,7 @@ class Superposition:
         base = _bytes(self.base.values())
         return Sizes(
             base=base,
-            superposed=sum(_bytes(tensors.values()) for tensors in self.deltas.values()),
+            superposed=sum(_bytes(tensors.values()) for tensors in self.held.values()),
             kept=sum(_bytes(member.kept.values()) for member in self.members.values()) + _bytes(self.averages.values()),
             basis=_bytes(self.bases.values())
             + sum(_bytes(member.coordinates.values()) for member in self.members.values()),
@@ -305,13 +331,13 @@ class Superposition:
         return {name: held for name, (held, _) in found.items()}, {name: unit for name, (_, unit) in found.items()}
 
     def _difference(
-        self, tensors: Tensors, tensor: str, coordinates: Mapping[str, Tensor], units: Mapping[str, float]
+        self, tensors: Tensors, tensor: str, coordinates: Mapping[str, Held], units: Mapping[str, float]
     ) -> tuple[Tensor, Tensor]:
         """Two tensors whose difference is superposed: fine-tune and base; with a shared basis, the rest and zero."""
         if tensor not in coordinates:
             return tensors[tensor], self.base[tensor]
         delta = tensors[tensor].double() - self.base[tensor].double()
-        rest = basis.remainder(delta, self.bases[tensor], coordinates[tensor], units[tensor])
+        rest = basis.remainder(delta, self.bases[tensor], coordinates_of(coordinates[tensor]), units[tensor])
         return rest, torch.zeros_like(rest)
 
     def _own(self, tensors: Tensors, changed: set[str]) -> Tensors:
@@ -355,5 +381,5 @@ class Superposition:
         return [other for other, member in self.members.items() if member.group == group and other != name]
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _bytes(tensors: Iterable[Held]) -> int:
     return sum(tensor.nbytes for tensor in tensors)

@@ -90,7 +90,7 @@ def weight_side_kernel(
 ):  # fmt: skip
     PLANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
     WIDTH: tl.constexpr = BLOCK_K // PLANES
-    # bf16 has the range for a gain, and a fused multiply-add rounds once: a third less instructions than by way of fp32.
+    # bf16 has the range of a gain, and its fused multiply-add rounds once: a third less instructions than in fp32.
     dtype: tl.constexpr = weight.dtype if BULK else weight.dtype.element_ty
     FINE: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32
     # Bands of eight row tiles by all column tiles: what runs together shares its rows and its weights in L2.

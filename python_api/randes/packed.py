@@ -1,0 +1,107 @@
+"""A superposition in few bits: what servers load.
+
+The integers are the master: models are added to them and taken away. What is made of them here is for serving alone,
+and its store's manifest says so and names the master by its checksum. (Design, section 2.)
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from randes.checkpoint import Tensors
+from randes.integers import STEP
+from randes_kernels import Packed, pack, unpack
+
+if TYPE_CHECKING:
+    from randes.superposition import Superposition
+
+STEPS = "@steps"
+"""Follows a packed tensor's name in a file, for its steps."""
+ERROR = {8: 0.009, 4: 0.094, 2: 0.337}
+"""What packing adds to normal values, relative to their size, in groups of 64."""
+Held: TypeAlias = Tensor | Packed
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a superposition was packed.
+
+    bits: of an element of D, 8, 4 or 2. group: columns that share a step, of 4 and 2 bits.
+    coordinates: bits of a model's coordinates in the shared bases: 16 (as they were), 8 or 4.
+    master: checksum of the manifest of the superposition that this was made of.
+    """
+
+    bits: int
+    group: int
+    coordinates: int
+    master: str
+
+
+def packed(superposition: "Superposition", bits: int, group: int, coordinates: int) -> "Superposition":
+    """A superposition for serving alone: see ``Superposition.pack``."""
+    from randes import store
+    from randes.superposition import Superposition
+
+    if superposition.packing is not None:
+        raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
+    _one_of("bits", bits, (8, 4, 2))
+    _one_of("coordinates", coordinates, (16, 8, 4))
+    if not isinstance(group, int) or group < 64 or group % 64:
+        raise ValueError(f"group must be a multiple of 64 columns, got {group!r}")
+    made = Superposition(
+        superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
+        superposition.bases,
+    )  # fmt: skip
+    made.packing = Packing(bits, group, coordinates, store.checksum_of(superposition))
+    made.averages, made.device = superposition.averages, superposition.device
+    for number, deltas in superposition.deltas.items():
+        made.few_bits[number] = {name: pack(delta.float() * STEP, bits, group) for name, delta in deltas.items()}
+    for name, member in superposition.members.items():
+        if coordinates < 16:
+            # Their own integers, whatever those are worth: a step in fp16 has the range. A direction is a row.
+            own = {tensor: coordinates_of(held).mT for tensor, held in member.coordinates.items()}
+            member = replace(member, coordinates={t: pack(held.float(), coordinates) for t, held in own.items()})
+        made.members[name] = member
+    return made
+
+
+def values_of(delta: Held) -> tuple[Tensor, float]:
+    """A superposition's numbers, (N, K), and what one of them is worth, in units of a gain."""
+    return (unpack(delta), 1.0) if isinstance(delta, Packed) else (delta, STEP)
+
+
+def coordinates_of(held: Held) -> Tensor:
+    """A model's coordinates in a shared basis, (N, r), in steps of its unit."""
+    return unpack(held).mT if isinstance(held, Packed) else held
+
+
+def flattened(tensors: Mapping[str, Held]) -> Tensors:
+    """As a file holds them: words by name, and steps beside them."""
+    flat: Tensors = {}
+    for name, value in tensors.items():
+        if isinstance(value, Packed):
+            flat |= {name: value.words, f"{name}{STEPS}": value.steps}
+        else:
+            flat[name] = value
+    return flat
+
+
+def gathered(flat: Tensors, bits: int, group: int, columns: Mapping[str, int]) -> dict[str, Packed]:
+    """The packed tensors of a file again. columns: of each."""
+    return {
+        name: Packed(words, flat[f"{name}{STEPS}"], bits, 0 if bits == 8 else group, columns[name])
+        for name, words in flat.items()
+        if not name.endswith(STEPS)
+    }
+
+
+def record(packing: Packing) -> dict[str, Any]:
+    """For the manifest."""
+    return asdict(packing)
+
+
+def _one_of(name: str, value: object, allowed: tuple[int, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

@@ -1,0 +1,294 @@
+"""D in few bits: the packed form itself, and every path that reads it, against unpacking first."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from cases import TRANSFORMS, LinearCase, linear_case, retrieved_product, root_mean_square, run, two_eager_matmuls
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from randes_kernels import Packed, Transform, cpu, gpu, pack, superposed_linear, unpack
+from randes_kernels.tiles import Plan, Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BITS = (8, 4, 2)
+SHAPES = ((33, 45, 70), (3, 5, 7), (20, 48, 256))
+UNPERMUTED = [transform for transform in TRANSFORMS.values() if not transform.granule]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_case(bits: int, m: int, n: int, k: int, transform: Transform, group: int = 64, **options: Any) -> LinearCase:
+    """A layer of whole numbers over a random packed D whose steps are powers of two: every sum is exact."""
+    case = linear_case(m, n, k, transform, integers=True, **options)
+    seed = options.get("seed", 0)
+    made = pack(normal(len(case.delta), n, k, seed=seed), bits, group)
+    powers = torch.randint(-1, 2, made.steps.shape, generator=torch.Generator().manual_seed(seed))
+    return case._replace(delta=made._replace(steps=(2.0**powers).half()))
+
+
+def unpacked(case: LinearCase) -> LinearCase:
+    return case._replace(delta=unpack(case.delta))
+
+
+def operands(case: LinearCase) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """As the device functions take them: the case with the words in D's place, and what comes after ``transposed``."""
+    delta = case.delta
+    assert isinstance(delta, Packed)
+    return case._replace(delta=delta.words), (delta.steps.to(DEVICE), [delta.bits, delta.group])
+
+
+def launched(case: LinearCase, plan: Plan | None = None) -> Tensor:
+    words, packing = operands(case)
+    planned = mock.patch.object(gpu, "linear_plan", gpu.linear_plan if plan is None else lambda *_, **__: plan)
+    with planned:
+        moved = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in words]
+        return gpu.superposed_linear(*moved, False, *packing).cpu()
+
+
+# ---------------------------------------------------------------- the form
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_words_and_steps_are_laid_out_as_the_format_says(bits: int) -> None:
+    delta = normal(2, 5, 300)
+    made = pack(delta, bits)
+    levels = torch.empty(2, 5, 384)
+    for column in range(300 if bits == 8 else 384):
+        span, within = divmod(column, 128)
+        if bits == 8:
+            levels[..., column] = made.words[..., column].float()
+        else:
+            width = 16 * bits  # bytes of a span
+            byte = made.words[..., span * width + within % width].int()
+            number = byte >> (within // width * bits) & (2**bits - 1)
+            levels[..., column] = (2 * number - (2**bits - 1)).float()
+        step = made.steps[:, 0 if bits == 8 else column // 64].float()
+        levels[..., column] *= step
+    assert torch.equal(unpack(made), levels[..., :300])
+    assert made.words.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert made.steps.dtype == torch.float16
+    assert made.nbytes == 2 * 5 * (300 + 2 if bits == 8 else 3 * 16 * bits + 2 * 6)
+
+
+def test_the_packed_form_never_changes() -> None:
+    """Worked out by hand: values that are levels already, at either end and between."""
+    row = torch.tensor([[-15.0, -13, 15, 1, -1] + [7, -7] * 29 + [15.0]]) * 0.25
+    made = pack(row, 4)
+    assert made.steps.tolist() == [[0.25], [0.0]]  # the second group is padding
+    # Columns 0 and 64 in a byte; what is padding is as near to zero as a number can be, above it.
+    assert made.words[0, :6].tolist() == [8 << 4 | number for number in (0, 1, 15, 8, 7, 11)]
+    two = pack(torch.tensor([[-3.0, -1, 1, 3] * 16]), 2)
+    assert two.steps.tolist() == [[1.0], [0.0]]
+    assert two.words[0, :4].tolist() == [0b10100000, 0b10100101, 0b10101010, 0b10101111]
+    eight = pack(torch.tensor([[127.0, -64, 0, 1]]), 8)
+    assert eight.steps.tolist() == [[1.0]]
+    assert eight.words.tolist() == [[127, -64, 0, 1]]
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.009), (4, 0.0945), (2, 0.337)])
+def test_normal_values_lose_what_is_documented(bits: int, error: float) -> None:
+    delta = normal(64, 4096) * 2.6
+    found = root_mean_square(unpack(pack(delta, bits)) - delta) / root_mean_square(delta)
+    assert found == pytest.approx(error, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_a_step_is_within_two_percent_of_the_best(bits: int) -> None:
+    groups = normal(64, 64)
+    top = 2**bits - 1
+    best = torch.full((64,), torch.inf)
+    for step in torch.linspace(0.05, 2, 400):
+        numbers = torch.floor(groups * 0.5 / step).add(2 ** (bits - 1)).clamp(0, top)
+        best = torch.minimum(best, ((2 * numbers - top) * step - groups).square().sum(1))
+    found = (unpack(pack(groups, bits)) - groups).square().sum()
+    assert found.sqrt() < 1.02 * best.sum().sqrt()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_stay_zeros_and_a_quiet_group_is_as_good_as_a_loud_one(bits: int) -> None:
+    delta = normal(4, 256)
+    delta[1] = 0
+    delta[2, :64] = 0
+    delta[3] *= 1e-3
+    made = unpack(pack(delta, bits))
+    assert not made[1].any()
+    if bits < 8:
+        assert not made[2, :64].any()
+    assert root_mean_square(made[3] - delta[3]) < 0.4 * root_mean_square(delta[3])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_unpacking_in_another_dtype_and_a_part_of_the_rows(bits: int) -> None:
+    made = pack(normal(2, 40, 200), bits, 128)
+    whole = unpack(made)
+    assert torch.equal(unpack(made.rows(slice(8, 24))), whole[:, 8:24])
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        error = (unpack(made, dtype).double() - whole.double()).abs()
+        assert (error <= 2 * torch.finfo(dtype).eps * whole.double().abs()).all()
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match="bits must be 8, 4 or 2, got 3"):
+        pack(normal(4, 64), 3)
+    with pytest.raises(ValueError, match="group must be a multiple of 64 columns, got 32"):
+        pack(normal(4, 64), 4, 32)
+    with pytest.raises(ValueError, match=r"delta must lie within .* of fp16's steps, got 1e\+08"):
+        pack(torch.full((4, 64), 1e8), 4)
+
+
+# ---------------------------------------------------------------- the kernels, in Triton's interpreter
+
+
+@settings(
+    derandomize=True, deadline=None, max_examples=40, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+@given(st.data())
+def test_kernels_equal_the_specification(data: st.DataObject) -> None:
+    draw = data.draw
+    bits, dtype = draw(st.sampled_from(BITS)), draw(st.sampled_from([torch.float32, torch.float16]))
+    side = draw(st.sampled_from(["activation side", "weight side"]))
+    transform = draw(st.sampled_from(list(TRANSFORMS.values()) if side.startswith("act") else UNPERMUTED))
+    runs = draw(st.integers(1, 12))
+    bias = draw(st.booleans())
+    case = packed_case(
+        bits, runs * draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 300)), transform,
+        draw(st.sampled_from([64, 128, 192])), runs=runs, models=draw(st.integers(1, 9)), slots=draw(st.integers(1, 3)),
+        dtype=dtype, bias=bias, own_biases=bias and draw(st.booleans()), seed=draw(st.integers(0, 2**32)),
+    )  # fmt: skip
+    tile = Tile(16, 32, 128 if bits < 8 else 32, warps=4, stages=2)
+    if side == "weight side":
+        described = case.weight.shape[1] % 8 == 0 and draw(st.booleans())
+        plan = Plan(side, tile, grouped=draw(st.booleans()), bulk=described and (bits < 8 or case.x.shape[1] % 16 == 0))
+    else:
+        plan = Plan(side, tile, parts=draw(st.sampled_from([1, 2])), turn_first=draw(st.booleans()))
+    assert torch.equal(launched(case, plan), retrieved_product(unpacked(case)).to(dtype))
+
+
+@pytest.mark.parametrize(("m", "bits"), [(3, 8), (3, 4), (20, 2), (20, 8), (130, 4)])
+def test_the_plans_that_launches_choose_are_right(m: int, bits: int) -> None:
+    case = packed_case(bits, m, 40, 140, Transform(), runs=3 if m == 3 else 5, dtype=torch.float16)
+    assert torch.equal(launched(case), retrieved_product(unpacked(case)).half())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_unknown_id_is_nan_and_its_neighbours_are_not(bits: int) -> None:
+    case = packed_case(bits, 4, 40, 256, Transform())
+    ids = torch.tensor([0, 99, -1, 1], dtype=torch.int32)
+    y = launched(case._replace(ids=ids))
+    assert y[1].isnan().all()
+    known = retrieved_product(unpacked(case._replace(ids=torch.tensor([0, -1, -1, 1], dtype=torch.int32))))
+    assert torch.equal(y[[0, 2, 3]], known[[0, 2, 3]].float())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_err_no_more_than_eager_torch(dtype: torch.dtype, bits: int) -> None:
+    case = linear_case(24, 48, 300, dtype=dtype)
+    held = pack(case.delta, bits)
+    exact = retrieved_product(case._replace(delta=unpack(held)))
+    eager = two_eager_matmuls(case._replace(delta=unpack(held).to(dtype)))
+    error = root_mean_square(launched(case._replace(delta=held)) - exact)
+    assert error <= 1.1 * root_mean_square(eager - exact) + torch.finfo(dtype).eps * root_mean_square(exact) / 4
+
+
+# ---------------------------------------------------------------- the CPU
+
+
+@pytest.fixture(params=["measured crossovers", "weight side", "slices"])
+def _every_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "measured crossovers":
+        monkeypatch.setattr(cpu, "SLICE_BYTES", 1)
+        monkeypatch.setattr(cpu, "FEW_ROWS", dict.fromkeys(BITS, 0))
+    if request.param == "weight side":
+        monkeypatch.setattr(cpu, "weight_side_rows", lambda dtype, transform: 1)
+
+
+@pytest.mark.usefixtures("_every_path")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_cpu_equals_the_specification(bits: int, transform: Transform) -> None:
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.float64):
+            case = packed_case(bits, *shape, transform, dtype=dtype)
+            assert torch.equal(run(case), retrieved_product(unpacked(case)).to(dtype))
+
+
+@pytest.mark.usefixtures("_every_path")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_cpu_errs_no_more_than_eager_torch(bits: int, dtype: torch.dtype) -> None:
+    for m in (3, 24):
+        case = linear_case(m, 64, 512, dtype=dtype, runs=3)
+        held = pack(case.delta, bits)
+        exact = retrieved_product(case._replace(delta=unpack(held)))
+        eager = two_eager_matmuls(case._replace(delta=unpack(held).to(dtype)))
+        error = root_mean_square(run(case._replace(delta=held)) - exact)
+        assert error <= 1.2 * root_mean_square(eager - exact) + torch.finfo(dtype).eps * root_mean_square(exact) / 2
+
+
+def test_a_kept_layout_is_made_once_and_goes_with_its_tensor() -> None:
+    case = linear_case(8, 64, 512, dtype=torch.bfloat16)
+    before = len(cpu._vendor_layouts)
+    held = pack(case.delta, 4)
+    first = run(case._replace(delta=held))
+    assert len(cpu._vendor_layouts) == before + 1
+    assert torch.equal(run(case._replace(delta=held)), first)
+    del held
+    assert len(cpu._vendor_layouts) == before
+
+
+# ---------------------------------------------------------------- the operator
+
+
+def test_the_operator_is_registered_whole() -> None:
+    case, packing = operands(packed_case(4, 6, 16, 128, Transform(), runs=3))
+    call = (*case[:-1], list(map(int, case[-1])), False, *packing)
+    grad = [value.clone().requires_grad_() for value in (case[0], case[1])]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.randes.superposed_linear, (*grad, *call[2:]), test_utils=checks)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gradients_are_those_of_the_unpacked(bits: int) -> None:
+    case = packed_case(bits, 6, 16, 70, Transform(granule=1), runs=3)
+    grads = []
+    for layer in (case, unpacked(case)):
+        leaves = [value.clone().requires_grad_() for value in (case.x, case.weight, case.bias)]
+        x, weight, bias = leaves
+        run(layer._replace(x=x, weight=weight, bias=bias)).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for packed, plain in zip(*grads, strict=True):
+        assert torch.equal(packed, plain)
+
+
+def test_one_compilation_serves_any_mix_of_a_packed_layer() -> None:
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, (models, slots, runs, length) in enumerate(((3, 2, 4, 3), (5, 3, 2, 6), (16, 2, 7, 5))):
+            case = packed_case(4, runs * length, 5, 300, Transform(), models=models, slots=slots, runs=runs, seed=seed)
+            assert torch.equal(compiled(case), retrieved_product(unpacked(case)).float())
+    torch._dynamo.reset()
+
+
+def test_packed_operands_that_do_not_fit_are_refused() -> None:
+    x, weight, bias, biases, delta, *rest = packed_case(4, 6, 16, 128, Transform())
+    assert isinstance(delta, Packed)
+
+    def call(wrong: Packed) -> None:
+        superposed_linear(x, weight, bias, wrong, *rest, biases=biases)
+
+    with pytest.raises(ValueError, match=r"delta must be packed by randes_kernels\.pack"):
+        call(delta._replace(bits=3))
+    with pytest.raises(ValueError, match=r"delta must be packed .* with K = 128, got K = 64"):
+        call(delta._replace(columns=64))
+    with pytest.raises(ValueError, match=r"delta.words must be \(2, 16, 64\) torch.uint8, got \(2, 16, 32\)"):
+        call(delta._replace(words=delta.words[..., :32].contiguous()))
+    with pytest.raises(ValueError, match=r"delta.steps must be \(2, 2, 16\) torch.float16, got"):
+        call(delta._replace(steps=delta.steps.float()))
