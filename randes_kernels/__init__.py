@@ -9,7 +9,8 @@
     cpu, gpu     what an operator runs on each device
     ops          the operators, registered once
 
-Imports flow one way: format ← reference, primitives ← kernels ← gpu, cpu, slices ← ops. Nothing here imports ``randes``.
+Imports flow one way: format ← reference, primitives ← kernels ← gpu, cpu, slices ← ops.
+Nothing here imports ``randes``.
 """
 
 from randes_kernels.format import FORMAT_VERSION, Transform, model_key, tensor_id

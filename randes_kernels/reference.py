@@ -1,7 +1,7 @@
 """What the kernels compute, in plain torch: the specification, to be read aloud.
 
-For proofs alone: a CPU runs ``slices`` and ``cpu``, which take slices that stay in its cache. ``superposed_linear`` builds
-each row's weight, the one thing the library never does. (Design, section 1.)
+For proofs alone: a CPU runs ``slices`` and ``cpu``, which take slices that stay in its cache. ``superposed_linear``
+builds each row's weight, the one thing the library never does. (Design, section 1.)
 """
 
 import torch

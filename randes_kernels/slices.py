@@ -54,7 +54,7 @@ def squares(value: Tensor, other: Tensor) -> list[float]:
     One sum a row, whatever the number of rows at a time and of threads: added without rounding they are one number.
     """
     sums: list[float] = []
-    for start, end in spans(*value.shape, SLICE_ELEMENTS):
+    for start, end in spans(len(value), value.shape[1], SLICE_ELEMENTS):
         difference = value[start:end].to(torch.float64, copy=True)
         difference.sub_(other[start:end].double())
         sums += difference.mul_(difference).sum(1).tolist()
@@ -73,7 +73,7 @@ def superpose_rows_(
     factor = -rate if subtract else rate
     short = accumulator.dtype == torch.int16
     columns = None if turn.columns is None else turn.columns * factor
-    for start, end in spans(*accumulator.shape, SLICE_ELEMENTS):
+    for start, end in spans(len(accumulator), accumulator.shape[1], SLICE_ELEMENTS):
         steps = finetuned[start:end].float()
         steps = steps.sub_(base[start:end].float()) if steps.dtype != finetuned.dtype else steps - base[start:end]
         steps.mul_(factor if columns is None else columns)
@@ -103,7 +103,7 @@ def retrieve_rows(base: Tensor, delta: Tensor, scale: float, turn: Turn, *, firs
     exact = torch.promote_types(base.dtype, torch.float32)
     retrieved = torch.empty(base.shape, dtype=base.dtype, device="cpu")
     columns = None if turn.columns is None else turn.columns.to(exact) * scale
-    for start, end in spans(*base.shape, SLICE_ELEMENTS):
+    for start, end in spans(len(base), base.shape[1], SLICE_ELEMENTS):
         held = delta[start:end] if turn.target is None else delta[start:end, turn.target]
         turned_back = torch.empty(held.shape, dtype=exact, device="cpu").copy_(held)
         turned_back.mul_(scale if columns is None else columns)

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+BASE_NAME = "__base__"
+"""The base's own name, where deltas are centred on their mean and it is superposed like any other."""
+
 
 @dataclass(frozen=True)
 class Member:
