@@ -116,15 +116,26 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int
         if header.dtype not in _ORDER:
             raise CheckpointError(f"{name} must be of a dtype that safetensors has, got {header.dtype}")
     names = sorted(described, key=lambda name: (_ORDER[described[name].dtype][0], name))
+
+    def chunks() -> Iterator[memoryview]:
+        yield memoryview(_header(described, names))
+        with ahead(part for name in names for part in parts(tensors, name)) as made:
+            for part in made:
+                yield raw(part)
+                step(part.nbytes)
+
+    write_whole(path, chunks())
+
+
+def write_whole(path: Path, chunks: Iterable[memoryview]) -> None:
+    """Write a file beside ``path``, flush it to disk, and rename it. Raises ``OSError`` where the disk is full."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            _write(handle, memoryview(_header(described, names)))
-            with ahead(part for name in names for part in parts(tensors, name)) as made:
-                for part in made:
-                    _write(handle, raw(part))
-                    step(part.nbytes)
+            for data in chunks:
+                while len(data):
+                    data = data[os.write(handle, data) :]
         finally:
             os.close(handle)
         replace(beside, path)
@@ -158,11 +169,6 @@ def _header(described: Mapping[str, Tensor], names: Iterable[str]) -> bytes:
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write(handle: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(handle, data) :]
 
 
 def _check_whole(path: Path) -> None:

@@ -27,7 +27,7 @@ from randes import checkpoint
 from randes.checkpoint import Tensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
-from randes.files import replace, write_file
+from randes.files import write_file, write_whole
 from randes.integers import AVERAGE_STEP, STEP
 from randes.members import Member
 from randes.stored import Layers, StoredTensors, known_digests, open_file
@@ -65,12 +65,16 @@ def save(superposition: Superposition, path: str | os.PathLike[str], *, progress
             for name, stem in files
             if (state := _state(folder / name)) is None or known.get(folder / name) != state
         }
+        new = [folder / name for name in changed if _state(folder / name) is None]
         step = progress("writing", sum(map(size, changed.values())))
-        for name, tensors in changed.items():
-            write_file(folder / name, tensors, step=step)
-        beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-        beside.write_text(_text(manifest), encoding="utf-8")
-        replace(beside, folder / MANIFEST)
+        try:
+            for name, tensors in changed.items():
+                write_file(folder / name, tensors, step=step)
+        except OSError:
+            for file in new:  # a full disk is full enough, and no manifest names them
+                file.unlink(missing_ok=True)
+            raise
+        write_whole(folder / MANIFEST, [memoryview(_text(manifest).encode())])
         superposition.stored = _stored(folder, manifest)
         _reopen(superposition, folder, manifest)
         for file in folder.iterdir():
