@@ -3,9 +3,10 @@
     python bench/streaming.py                     # 1 GB of bf16 base and 8 fine-tunes in shards; writes a row for each
     python bench/streaming.py --bytes 3e8 --models 4 --folder /data
 
-Each row: bytes read and written, seconds and peak memory of randes in a process of its own, and seconds of reading the same
-input files and writing as many bytes as randes did, flushed to disk. The files leave the page cache before
-each, so both read from the disk. Rows go to bench/results/cpu/streaming.json.
+Each row: bytes read and written, seconds, processor seconds and peak memory of randes in a process of its own, and
+seconds of reading the same input files and writing as many bytes as randes did, flushed to disk. The files leave the page
+cache before each, so both read from the disk. Medians of several runs in turn, with the load of the machine beside them:
+other processes slow randes, which computes, more than the copy. Rows go to bench/results/cpu/streaming.json.
 """
 
 import argparse
@@ -30,17 +31,23 @@ REPEATS = 3
 
 WORKER = """
 import json, resource, sys, time
+from pathlib import Path
 import randes
 from randes.files import write_file
 kind, base, models, store, out = json.loads(sys.argv[1])
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, start = peak(), time.perf_counter()
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+def processor():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the imports'
+before, used, start = status("VmRSS"), processor(), time.perf_counter()
 if kind == "compress":
     randes.compress(base, models).save(store)
 else:
-    write_file(__import__("pathlib").Path(out), randes.Superposition.load(store, check=False).retrieved("m0"))
-print(json.dumps({"seconds": time.perf_counter() - start, "memory": peak() - before}))
+    write_file(Path(out), randes.Superposition.load(store, check=False).retrieved("m0"))
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "processor": processor() - used, "memory": status("VmHWM") - before}))
 """
 
 
@@ -103,7 +110,7 @@ def measure(kind: str, folder: Path, models: int, note: dict[str, object]) -> di
     names = [f"m{number}" for number in range(models)]
     request = [kind, str(folder / "base"), {name: str(folder / name) for name in names}, str(store), str(out)]
     sources = files(folder / "base", *(folder / name for name in names)) if kind == "compress" else files(store)
-    read, ours, plain, peaks = sum(file.stat().st_size for file in sources), [], [], []
+    read, runs, plain = sum(file.stat().st_size for file in sources), [], []
     for _ in range(REPEATS):
         if kind == "compress":
             shutil.rmtree(store, ignore_errors=True)

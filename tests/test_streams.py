@@ -7,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,8 +84,6 @@ def test_parts_make_the_tensor_and_its_digest(shape: tuple[int, ...], tmp_path: 
     assert stored_there["t"].shape == shape
     assert torch.cat([part.flatten() for part in parts(stored_there, "t")]).tolist() == value.flatten().tolist()
     assert digests(stored_there) == {"t": checkpoint.digest(value), "u": checkpoint.digest(torch.zeros(3))}
-    assert all(part.numel() <= 2 * max(300, value.numel() // max(len(value), 1)) for part in parts({"t": value}, "t")
-               ) or value.dim() == 0  # fmt: skip
 
 
 def test_a_tensor_is_the_same_object_while_somebody_holds_it(tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_a_checkpoint_is_read_once_to_compress_and_progress_counts_its_bytes(tmp
     monkeypatch.setattr(files.File, "_fill", counted)
     stages: dict[str, list[int]] = {}
 
-    def progress(stage: str, nbytes: int) -> "list[int].append":  # type: ignore[valid-type]
+    def progress(stage: str, nbytes: int) -> Callable[[int], None]:
         stages[stage] = [nbytes]
         return stages[stage].append
 
@@ -247,25 +246,21 @@ def test_what_fails_at_any_reading_is_undone(loaded: bool, others: randes.config
 def test_what_cannot_be_undone_is_used_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     base = net()
     sup = randes.Superposition.create(base)
-    monkeypatch.setattr(randes.superposing, "own", lambda *_: (_ for _ in ()).throw(OSError("gone")))
-    sup.add("m0", finetune(base, 0) if False else {n: v for n, v in base.state_dict().items()})
-    tuned = finetune(base, 1).state_dict()
-    sup.config = randes.Config(others="base")
-    sup.add("m1", tuned)
-    monkeypatch.undo()
-    calls = iter([False] * 3 + [True] * 100)
-    real = randes.superposing._superpose
+    sup.add("m1", finetune(base, 1))
+    works, left = randes.superposing._superpose, 3
 
-    def failing(*arguments: object, **options: object) -> None:
-        if next(calls):
+    def fails(*arguments: Any, **options: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
             raise OSError("the disk has gone")
-        real(*arguments, **options)  # type: ignore[arg-type]
+        works(*arguments, **options)
 
-    monkeypatch.setattr(randes.superposing, "_superpose", failing)
+    monkeypatch.setattr(randes.superposing, "_superpose", fails)
     with pytest.raises(randes.RandesError, match="must be loaded again: 'm2' is in part of it"):
         sup.add("m2", finetune(base, 2))
     monkeypatch.undo()
-    with pytest.raises(randes.RandesError, match="must be loaded again"):
+    with pytest.raises(randes.RandesError, match="must be loaded again: 'm2' is in part of it"):
         sup.retrieve("m1")
 
 
@@ -282,55 +277,57 @@ from randes.summary import verify
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-folder, what = Path(sys.argv[1]), sys.argv[2]
-files = {file.name: file for file in folder.iterdir()}
-base, models = files.pop("base"), {name: path for name, path in files.items() if name.startswith("m")}
+folder = Path(sys.argv[1])
+files = {name: folder / name for name in ("m0", "m1", "m2", "m3")}
+base, store = folder / "base", folder / "store"
+
+def change(how):
+    sup = randes.Superposition.load(store, check=False)
+    getattr(sup, how)("late", files["m0"])
+    sup.save(store)
+
+def retrieve():
+    write_file(folder / "out.safetensors", randes.Superposition.load(store, check=False).retrieved("m1"))
+
 warm = torch.zeros(64, 64)
 randes.compress({"a.weight": warm}, {"m": {"a.weight": warm + torch.eye(64)}}).retrieve("m")
-Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is a new one
-before = status("VmRSS")
-store = folder / "store"
-if what == "compress":
-    randes.compress(base, models).save(store)
-elif what == "add":
-    sup = randes.Superposition.load(store, check=False)
-    sup.add("late", models["m0"])
-    sup.save(store)
-elif what == "remove":
-    sup = randes.Superposition.load(store, check=False)
-    sup.remove("late", models["m0"])
-    sup.save(store)
-elif what == "retrieve":
-    write_file(folder / "out.safetensors", randes.Superposition.load(store, check=False).retrieved("m1"))
-elif what == "verify":
-    verify(randes.Superposition.load(store), "m1", models["m1"])
-print(status("VmHWM") - before)
+found = {}
+for what, work in {
+    "retrieve": retrieve,
+    "verify": lambda: verify(randes.Superposition.load(store), "m1", files["m1"]),
+    "add": lambda: change("add"),
+    "remove": lambda: change("remove"),
+    "compress": lambda: randes.compress(base, files).save(folder / "again"),
+}.items():
+    Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is a new one
+    before = status("VmRSS")
+    work()
+    found[what] = status("VmHWM") - before
+print(json.dumps(found))
 """
+TENSOR = 8 << 20
+SLACK = 24 << 20
+"""Parts that are read ahead and computed with, in several threads, and what an allocator keeps of them."""
 
 
 def test_memory_is_what_is_written_and_two_tensors(tmp_path: Path) -> None:
-    """12 tensors of 8 MiB, 5 models: 576 MiB are read. The bounds in MiB: a group's integers are 96."""
-    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for number, model in enumerate(("base", "m0", "m1", "m2", "m3", "m4")):
-        (tmp_path / model).mkdir()
-        weight_map = {}
+    """12 tensors of 8 MiB and 4 models: 480 MiB are read. Of what is written, a group's integers are held: 96 MiB."""
+    noise = torch.randn(TENSOR // 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    paths = {}
+    for number, model in enumerate(("base", "m0", "m1", "m2", "m3")):
+        paths[model] = tmp_path / model
+        paths[model].mkdir()
         for shard in range(4):
-            file = f"model-{shard}.safetensors"
             names = [f"layers.{3 * shard + place}.weight" for place in range(3)]
             tensors = {name: (noise * (1 + number / 50)).view(2048, 2048) for name in names}
             tensors[f"layers.{3 * shard}.norm.bias"] = torch.full((2048,), float(number))
-            checkpoint.write_file(tmp_path / model / file, tensors)
-            weight_map |= dict.fromkeys(tensors, file)
-        (tmp_path / model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    tensor, group = 8 << 20, 12 * (8 << 20)
-    bounds = {"compress": group, "add": group, "remove": group, "retrieve": 0, "verify": 0}
-    found = {}
-    for what, written in bounds.items():
-        run = subprocess.run(
-            [sys.executable, "-c", MEASURED, str(tmp_path), what], capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        found[what] = (int(run.stdout) - written) / tensor
-    # Beside what is written: two tensors, and a few MiB that threads and their first work take.
-    assert all(extra < 2 + 2 for extra in found.values()), found
+            checkpoint.write_file(paths[model] / f"model-{shard}.safetensors", tensors)
+    randes.compress(paths.pop("base"), paths).save(tmp_path / "store")
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    found, group = json.loads(run.stdout), 12 * TENSOR
+    held = {"retrieve": 0, "verify": 0, "add": group, "remove": group, "compress": group}
+    over = {what: (nbytes - held[what]) / TENSOR for what, nbytes in found.items()}
+    assert found.keys() == held.keys()
+    assert all(tensors < 2 + SLACK / TENSOR for tensors in over.values()), over
