@@ -6,11 +6,12 @@
     primitives   signs and permutations as Triton functions
     kernels/     one fused kernel and its launcher a file
     tiles        which tile a launch uses
+    slices       superposing and retrieving on a CPU, some rows at a time
     cpu, gpu     what an operator runs on each device
     ops          the operators, registered once
 
-Imports flow one way: format ← packing, reference, primitives ← kernels ← gpu, cpu ← ops. Nothing here imports
-``randes``.
+Imports flow one way: format ← packing, reference, primitives ← kernels ← gpu, cpu, slices ← ops.
+Nothing here imports ``randes``.
 """
 
 from randes_kernels.format import FORMAT_VERSION, Transform, model_key, tensor_id

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from randes_kernels import cpu, reference
+from randes_kernels import cpu, slices
 from randes_kernels.format import SIGNS_PER_BLOCK, Transform
 from randes_kernels.packing import BITS, Packed, of_operands, unpack
 
@@ -228,8 +228,8 @@ def _on_gpu(name: str) -> Callable[..., Any]:
 
 for _name, _kernel, _place in (
     ("superposed_linear", cpu.superposed_linear, 10),
-    ("superpose_", reference.superpose_, 6),
-    ("retrieve", reference.retrieve, 5),
+    ("superpose_", slices.superpose_, 6),
+    ("retrieve", slices.retrieve, 5),
 ):
     library.impl(_name, _with_transform(_kernel, _place), "CPU")
     library.impl(_name, _with_transform(_on_gpu(_name), _place), "CUDA")

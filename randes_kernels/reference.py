@@ -1,7 +1,7 @@
 """What the kernels compute, in plain torch: the specification, to be read aloud.
 
-``superpose_`` and ``retrieve`` are also what runs on a CPU. ``superposed_linear`` is for proofs alone: it builds
-each row's weight, the one thing the library never does. (Design, section 1.)
+For proofs alone: a CPU runs ``slices`` and ``cpu``, which take slices that stay in its cache. ``superposed_linear``
+builds each row's weight, the one thing the library never does. (Design, section 1.)
 """
 
 import torch

@@ -1,5 +1,6 @@
 """Reading checkpoints: what is read is what was written, nothing is unpickled, and what does not fit is refused."""
 
+import json
 import math
 import os
 import pickle
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 
 import randes
 from randes import CheckpointError, checkpoint
+from randes.files import DTYPES
+from randes.streams import raw
 
 
 def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
@@ -29,8 +32,79 @@ def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
 def test_a_folder_is_read_as_all_of_its_shards(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert {name: value.tolist() for name, value in checkpoint.read(tmp_path).items()} == {"a": [0, 0], "b": [1, 1, 1]}
+
+
+def sharded(folder: Path, tensors: dict[str, torch.Tensor], index: str, shards: int = 3) -> Path:
+    """A checkpoint as Transformers and Diffusers save it."""
+    folder.mkdir()
+    stem, names = index.removesuffix(".safetensors.index.json"), sorted(tensors)
+    weight_map = {}
+    for number in range(shards):
+        own, file = names[number::shards], f"{stem}-{number + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(own, file)
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_an_index_says_which_shards_are_read(stem: str, tmp_path: Path) -> None:
+    tensors, index = net().state_dict(), f"{stem}.safetensors.index.json"
+    folder = sharded(tmp_path / "model", tensors, index)
+    save_file(tensors, folder / "consolidated.safetensors")  # the same again, as some publish it
+    for path in (folder, folder / index):
+        found = checkpoint.read(path)
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    (folder / "other.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="must hold one index"):
+        checkpoint.read(folder)
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    index = "model.safetensors.index.json"
+    folder = sharded(tmp_path / "model", net().state_dict(), index)
+    whole = json.loads((folder / index).read_text())["weight_map"]
+    shard = "model-00001-of-00003.safetensors"
+    first = next(name for name, file in whole.items() if file == shard)
+    for weight_map, message in (
+        (whole | {first: "absent.safetensors"}, "names absent.safetensors, which is not a file beside it"),
+        (whole | {first: "../model/" + shard}, "which is not a file beside it"),
+        (whole | {"absent.weight": shard}, f"names absent.weight in {shard}, which does not hold that"),
+        (
+            {name: file for name, file in whole.items() if name != first},
+            f"must name every tensor .* {first} in {shard}",
+        ),
+        (["a"], "must be an index with a weight_map"),
+        (None, "must be an index with a weight_map"),
+        ({}, "must hold tensors, got none"),
+    ):
+        text = "[" if weight_map is None else json.dumps({"weight_map": weight_map})
+        (folder / index).write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read(folder)
+
+
+def test_files_are_what_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {f'ü "{dtype}\n': torch.arange(6).view(2, 3).to(dtype) for dtype in DTYPES.values()}
+    tensors |= {"b": torch.zeros(0, 3), "a": torch.tensor(1.5), "z.weight": torch.randn(70, 30)}
+    save_file(tensors, tmp_path / "theirs")
+    checkpoint.write_file(tmp_path / "ours", tensors)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    found = checkpoint.read_file(tmp_path / "theirs")
+    assert all(bytes(raw(found[name])) == bytes(raw(value)) for name, value in tensors.items())
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sharded(tmp_path / "model", net().state_dict(), "model.safetensors.index.json")
+    tensors = checkpoint.read(folder)
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("the file was read"))
+    checkpoint.check_fits(tensors, net().state_dict())
+    assert "head.bias" in tensors
+    assert "absent" not in tensors
+    with pytest.raises(KeyError):
+        tensors["absent"]
 
 
 def test_shards_that_disagree_about_a_tensor_are_refused(tmp_path: Path) -> None:

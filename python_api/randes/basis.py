@@ -15,13 +15,12 @@ one machine has superposed another can take away.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from randes import checkpoint
-from randes.checkpoint import Checkpoint, Tensors
+from randes.checkpoint import Tensors, check_finite
 from randes_kernels import Packed, Transform, model_key, superposed_linear, tensor_id
 from randes_kernels.format import Stream, signs
 
@@ -33,41 +32,51 @@ PASSES = 3
 
 
 def loudest(
-    models: Mapping[str, Checkpoint], base: Tensors, superposed: Iterable[str], rank: int, seed: int
-) -> Tensors:
+    models: Mapping[str, Tensors], base: Tensors, superposed: Iterable[str], rank: int, seed: int,
+    step: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor]:  # fmt: skip
     """``U`` of every tensor, (K, r) int16 of ``UNIT``: the top eigenvectors of ``Σ_j δ_jᵀδ_j / ‖δ_j‖²``.
 
-    r is ``rank``, or half of a narrower side. By subspace iteration: a few passes over the models, one model in
-    memory at a time, from signs that the seed makes.
+    r is ``rank``, or half of a narrower side. By subspace iteration: a few passes over the models, a tensor at a time
+    and one model's in memory, from signs that the seed makes.
+    models: by name, each with the base's names and shapes. step: called with the bytes read.
+    Raises ``CheckpointError`` for a delta that is not finite.
     """
     key = model_key(seed, "")
-    found = {}
-    for name in superposed:
-        rows, columns = base[name].shape
-        width = min(rank, min(rows, columns) // 2) + SPARE
-        start = signs(key, tensor_id(name), Stream.COLUMN_SIGNS, columns * width).view(columns, width)
-        found[name] = torch.linalg.qr(start.float())[0]
+    return {name: _loudest_of(name, models, base, rank, key, step) for name in superposed}
+
+
+def _loudest_of(
+    name: str, models: Mapping[str, Tensors], base: Tensors, rank: int, key: int, step: Callable[[int], None]
+) -> Tensor:
+    original = base[name]
+    rows, columns = original.shape
+    kept = min(rank, min(rows, columns) // 2)
+    start = signs(key, tensor_id(name), Stream.COLUMN_SIGNS, columns * (kept + SPARE)).view(columns, kept + SPARE)
+    found = torch.linalg.qr(start.float())[0]
     for last in [False] * (PASSES - 1) + [True]:
-        images = {name: torch.zeros_like(directions) for name, directions in found.items()}
+        image = torch.zeros_like(found)
         for model in sorted(models):
-            tensors = checkpoint.read(models[model])
-            checkpoint.check_fits(tensors, base)
-            for name, directions in found.items():
-                delta = tensors[name].float() - base[name].float()
-                size = delta.square().sum()
-                if size > 0:
-                    images[name] += delta.mT @ (delta @ directions) / size
-        for name, image in images.items():
-            # Within the span of the last pass's directions, the loudest ones: eigenvectors of a small matrix.
-            small = torch.linalg.eigh(found[name].mT @ image)[1].flip(1)
-            kept = found[name].shape[1] - SPARE
-            found[name] = found[name] @ small[:, :kept] if last else torch.linalg.qr(image)[0]
-    return {name: torch.round(u / UNIT).to(torch.int16) for name, u in found.items()}
+            delta = models[model][name].float() - original.float()
+            size = delta.square().sum()
+            if not torch.isfinite(size):
+                check_finite(name, models[model][name])
+            if size > 0:
+                image += delta.mT @ (delta @ found) / size
+            step(original.nbytes)
+        # Within the span of the last pass's directions, the loudest ones: eigenvectors of a small matrix.
+        small = torch.linalg.eigh(found.mT @ image)[1].flip(1)
+        found = found @ small[:, :kept] if last else torch.linalg.qr(image)[0]
+    return torch.round(found / UNIT).to(torch.int16)
 
 
 def coordinates(delta: Tensor, basis: Tensor) -> tuple[Tensor, float]:
     """``B`` of a delta (N, K) fp64: (N, r) int16, and the power of two that its integers are worth."""
-    exact = delta @ (basis.double() * UNIT)
+    return rounded(delta @ (basis.double() * UNIT))
+
+
+def rounded(exact: Tensor) -> tuple[Tensor, float]:
+    """``coordinates`` of a delta that was multiplied with ``U`` already, a run of rows at a time: (N, r) fp64."""
     peak = float(exact.abs().max())
     unit = 2.0 ** math.ceil(math.log2(peak / (2**15 - 1))) if peak > 0 else 1.0
     return torch.round(exact / unit).to(torch.int16), unit
@@ -88,7 +97,7 @@ def corrections(
     basis: Tensor, held: Tensor, delta: Tensor | Packed, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int,
     transform: Transform,
 ) -> Tensor:  # fmt: skip
-    """``E_jᵀ`` of J models: (J, r, N) fp32, on the device of ``delta``.
+    """``E_jᵀ`` of J models: (J, r, N) fp32, on the device of ``keys``.
 
     basis: (K, r) fp32, U. held: (J, r, N) fp32, α_j B_jᵀ. delta: (S, N, K), the superpositions as they are served.
     keys, scale, slots: (J,), as ``superposed_linear`` takes them.

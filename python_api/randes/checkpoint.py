@@ -1,36 +1,48 @@
-"""Reading, checking and writing one model's tensors. Nothing here unpickles."""
+"""Where one model's tensors come from, and whether they fit the base. Nothing here unpickles."""
 
+import json
+import math
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from randes.adapters import ADAPTER_CONFIG, read_adapter
 from randes.errors import CheckpointError
+from randes.files import File, write_file
+from randes.stored import StoredTensors, open_file
+from randes.streams import LazyTensors, digests, headers
+
+__all__ = ["Checkpoint", "Tensors", "digest", "read", "read_file", "write_file"]
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-"""A model, a state dict, or a path: a safetensors file, or a folder of them."""
+"""A model, a state dict, or a path: a safetensors file, a folder of shards, their index, or a LoRA adapter's folder."""
 
-Tensors: TypeAlias = dict[str, Tensor]
+Tensors: TypeAlias = Mapping[str, Tensor]
+INDEX = ".safetensors.index.json"
+"""What the name of an index ends with: ``model…`` from Transformers, ``diffusion_pytorch_model…`` from Diffusers."""
 
 
-def read(source: Checkpoint) -> Tensors:
+def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensors:
     """The tensors of a checkpoint by name, detached, on the CPU; not copied where they are there already.
 
+    Those of a path are read when they are asked for (``StoredTensors``), their names, shapes and dtypes at once.
+    base: what a LoRA adapter's update is of; without it an adapter is no checkpoint.
     Raises ``CheckpointError`` for a pickle, a file that is not whole, or no tensors at all.
     """
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        return read_adapter(path, base) if (path / ADAPTER_CONFIG).exists() else _open_path(path)
+    if isinstance(source, LazyTensors):
+        return source
     if isinstance(source, nn.Module):
         tensors = dict(source.state_dict())
     elif isinstance(source, Mapping):
         tensors = dict(source)
-    elif isinstance(source, str | os.PathLike):
-        tensors = _read_path(Path(source))
     else:
         raise CheckpointError(f"a checkpoint must be an nn.Module, a state dict or a path, got {type(source).__name__}")
     for name, value in tensors.items():
@@ -41,82 +53,67 @@ def read(source: Checkpoint) -> Tensors:
     return {name: value.detach().cpu() for name, value in tensors.items()}
 
 
-def _read_path(path: Path) -> Tensors:
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path} holds no *.safetensors file")
-    elif path.exists():
-        files = [path]
-    else:
-        raise CheckpointError(f"{path} does not exist")
-    tensors: Tensors = {}
-    for file in files:
-        held = read_file(file)
-        if twice := sorted(tensors.keys() & held.keys()):
-            raise CheckpointError(f"{path} must hold each tensor once, got {twice[0]} in {file.name} and before")
-        tensors |= held
+def _open_path(path: Path) -> StoredTensors:
+    if path.name.endswith(INDEX):
+        return _indexed(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        return _some_tensors(path, open_file(path))
+    indexes = sorted(path.glob(f"*{INDEX}"))
+    if len(indexes) > 1:
+        names = ", ".join(index.name for index in indexes)
+        raise CheckpointError(f"{path} must hold one index, got {names}; give the path of the one that is meant")
+    if indexes:
+        return _indexed(indexes[0])
+    where: dict[str, tuple[File, str]] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no *.safetensors file")
+    for file in map(File, files):
+        if twice := sorted(where.keys() & file.headers.keys()):
+            raise CheckpointError(f"{path} must hold each tensor once, got {twice[0]} in {file.path.name} and before")
+        where |= {name: (file, name) for name in file.headers}
+    return _some_tensors(path, StoredTensors(where))
+
+
+def _indexed(index: Path) -> StoredTensors:
+    """The shards that an index names, as Transformers and Diffusers write it."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        by_file: dict[str, set[str]] = {}
+        for name, file in shards.items():
+            by_file.setdefault(file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} must be an index with a weight_map, got {error!r}") from error
+    where: dict[str, tuple[File, str]] = {}
+    for file_name, names in sorted(by_file.items()):
+        path = index.parent / file_name
+        if Path(file_name).name != file_name or not path.is_file():
+            raise CheckpointError(f"{index} names {file_name}, which is not a file beside it")
+        file = File(path)
+        if absent := names - file.headers.keys():
+            raise CheckpointError(f"{index} names {_some(absent)} in {file_name}, which does not hold that")
+        if extra := file.headers.keys() - names:
+            raise CheckpointError(f"{index} must name every tensor of its shards, got {_some(extra)} in {file_name}")
+        where |= {name: (file, name) for name in sorted(names)}
+    return _some_tensors(index, StoredTensors(where))
+
+
+def _some_tensors(path: Path, tensors: StoredTensors) -> StoredTensors:
+    if not tensors:
+        raise CheckpointError(f"{path} must hold tensors, got none")
     return tensors
 
 
 def read_file(path: Path) -> Tensors:
     """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        # Only now: a safetensors file may begin with a pickle's first bytes, a pickle is never a safetensors file.
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start[:1] == b"\x80" or start == b"PK":
-            raise CheckpointError(
-                f"{path} is a pickle, which can run code when it is opened; save it as safetensors"
-                " (safetensors.torch.save_file(model.state_dict(), path))"
-            ) from error
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file beside ``path``, flush it to disk, and rename it: all of it, or nothing."""
-    seen: set[int] = set()
-    separate: Tensors = {}
-    for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        # Tied tensors share storage, which the file format does not; each name gets its own copy.
-        storage = value.untyped_storage()
-        whole = storage.nbytes() == value.nbytes and storage.data_ptr() not in seen
-        separate[name] = value if whole else value.clone()
-        seen.add(storage.data_ptr())
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(separate, beside)
-        replace(beside, path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} could not be written: {error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            beside.unlink()
-
-
-def replace(beside: Path, path: Path) -> None:
-    """Rename ``beside`` to ``path`` so that a crash at any moment leaves the old file or the new one."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    return dict(open_file(path))
 
 
 def digest(tensor: Tensor) -> str:
     """32 hexadecimal digits of BLAKE2b over a tensor's dtype, shape and bytes."""
-    state = blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
-    flat = tensor.detach().cpu().contiguous().flatten()
-    if flat.numel():
-        state.update(flat.view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    return digests({"": tensor})[""]
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
@@ -126,27 +123,32 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 
 
 def check_fits(tensors: Tensors, base: Tensors) -> None:
-    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes, and finite values."""
-    if not tensors.keys() & base.keys():
-        raise CheckpointError(f"no tensor matches the base; it has {_some(base)}, the checkpoint {_some(tensors)}")
-    if missing := base.keys() - tensors.keys():
+    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes. Reads no values."""
+    found, expected = headers(tensors), headers(base)
+    if not found.keys() & expected.keys():
+        raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
+    if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{len(missing)} tensors of the base are missing from the checkpoint: {_some(missing)}")
-    if extra := tensors.keys() - base.keys():
+    if extra := found.keys() - expected.keys():
         raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
-    for name, own in base.items():
-        value = tensors[name]
+    for name, own in expected.items():
+        value = found[name]
         if value.shape != own.shape or value.dtype != own.dtype:
             raise CheckpointError(
                 f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)} {value.dtype}"
             )
-    check_finite(tensors)
 
 
-def check_finite(tensors: Tensors) -> None:
-    """Raise ``CheckpointError`` for NaN or infinity."""
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{name} must be finite, got NaN or infinity")
+def check_finite(name: str, part: Tensor) -> None:
+    """Raise ``CheckpointError`` for NaN or infinity in a part of the tensor of this name."""
+    if not part.is_floating_point() or (part.itemsize > 1 and math.isfinite(part.sum(dtype=_summed(part.dtype)))):
+        return  # five times as fast as looking at each: a sum is finite only of what is
+    if not torch.isfinite(part).all():
+        raise CheckpointError(f"{name} must be finite, got NaN or infinity")
+
+
+def _summed(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _some(names: Mapping[str, object] | set[str]) -> str:

@@ -10,14 +10,25 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
-from randes import checkpoint
 from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
+from randes.files import write_file
 from randes.store import MANIFEST, check_new
+from randes.streams import Progress as Begin
+from randes.streams import size
 from randes.summary import summary
 from randes.summary import verify as verify_model
 from randes.superposition import Superposition
@@ -31,7 +42,13 @@ app = typer.Typer(
 console = Console()
 
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
-NamedModel = Annotated[str, typer.Argument(metavar="NAME=PATH", help="A model and its checkpoint (safetensors).")]
+NamedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME=PATH",
+        help="A model and its checkpoint: safetensors, a folder of shards, their index, or a LoRA adapter's folder.",
+    ),
+]
 
 
 @contextmanager
@@ -45,8 +62,24 @@ def _errors() -> Iterator[None]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
-    """A bar for each stage of long work, on standard error."""
+def _progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar for each stage of long work, on standard error: bytes, speed and the time that is left."""
+    columns = (
+        TextColumn("{task.description:<14}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def begin(stage: str, nbytes: int) -> Callable[[int], None]:
+            task = bars.add_task(stage, total=nbytes)
+            return lambda done: bars.advance(task, done)
+
+        yield begin
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """The same for work that is counted in steps."""
     columns = TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
@@ -66,8 +99,13 @@ def _name_and_path(text: str) -> tuple[str, Path]:
 
 @app.command()
 def compress(
-    base: Annotated[Path, typer.Option(help="The base model's checkpoint (safetensors).")],
-    model: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A fine-tune; may be given many times.")],
+    base: Annotated[
+        Path, typer.Option(help="The base model's checkpoint: safetensors, a folder of shards or their index.")
+    ],
+    model: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=PATH", help="A fine-tune, or a LoRA adapter's folder; may be given many times."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
     signs: Annotated[str, typer.Option(help="both, columns or none.")] = "both",
     permute: Annotated[int, typer.Option(help="Granule of the column permutation; 0 for none.")] = 0,
@@ -98,8 +136,8 @@ def compress(
                 raise ValueError(f"--model must name each fine-tune once, got {name!r} twice")
             models[name] = path
         check_new(out)
-        superposition = make(base, models, config, step=begin("superposing", len(models)))
-        superposition.save(out)
+        superposition = make(base, models, config, progress=begin)
+        superposition.save(out, progress=begin)
     _print_sizes(superposition)
 
 
@@ -111,25 +149,23 @@ def add(
     alpha: Annotated[float, typer.Option(help="What its deltas are scaled by.")] = 1.0,
 ) -> None:
     """Add a fine-tune to a store."""
-    _change(store, model, "adding", lambda held, name, path: held.add(name, path, group=group, alpha=alpha))
+    _change(
+        store, model, lambda held, name, path, begin: held.add(name, path, group=group, alpha=alpha, progress=begin)
+    )
 
 
 @app.command()
 def remove(store: Store, model: NamedModel) -> None:
     """Take a fine-tune out of a store, exactly; its checkpoint is needed for that."""
-    _change(store, model, "removing", lambda held, name, path: held.remove(name, path))
+    _change(store, model, lambda held, name, path, begin: held.remove(name, path, progress=begin))
 
 
-def _change(store: Path, model: str, verb: str, change: Callable[[Superposition, str, Path], None]) -> None:
+def _change(store: Path, model: str, change: Callable[[Superposition, str, Path, Begin], None]) -> None:
     with _errors(), _progress() as begin:
         name, path = _name_and_path(model)
-        step = begin(verb, 3)
-        superposition = Superposition.load(store)
-        step()
-        change(superposition, name, path)
-        step()
-        superposition.save(store)
-        step()
+        superposition = Superposition.load(store, check=False)
+        change(superposition, name, path, begin)
+        superposition.save(store, progress=begin)
     _print_sizes(superposition)
 
 
@@ -144,13 +180,10 @@ def pack(
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with _errors(), _progress() as begin:
         check_new(out)
-        step = begin("packing", 3)
-        superposition = Superposition.load(store)
-        step()
-        superposition = superposition.pack(bits, group=group, coordinates=coordinates)
-        step()
-        superposition.save(out)
-        step()
+        superposition = Superposition.load(store, progress=begin)
+        step = begin("packing", superposition.sizes.superposed)
+        superposition = superposition.pack(bits, group=group, coordinates=coordinates, step=step)
+        superposition.save(out, progress=begin)
     _print_sizes(superposition)
 
 
@@ -162,24 +195,23 @@ def retrieve(
 ) -> None:
     """Write one model as a plain checkpoint again."""
     with _errors(), _progress() as begin:
-        step = begin("retrieving", 2)
-        tensors = Superposition.load(store).retrieve(name)
-        step()
-        checkpoint.write_file(out, tensors)
-        step()
+        tensors = Superposition.load(store, check=False).retrieved(name, progress=begin)
+        write_file(out, tensors, step=begin("retrieving", size(tensors)))
     _say(f"{out}: {len(tensors)} tensors of {name}")
 
 
 @app.command()
 def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False) -> None:
     """Show models, transform, sizes and coverage of a store, after checking every byte of it."""
-    with _errors():
-        superposition = Superposition.load(store)
+    with _errors(), _progress() as begin:
+        superposition = Superposition.load(store, progress=begin)
     found = summary(superposition)
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
-    table = Table("model", "group", "α", "superposed tensors", "kept tensors", "kept bytes", title=escape(str(store)))
+    table = Table(
+        "model", "group", "α", "tuned α", "superposed tensors", "kept tensors", "kept bytes", title=escape(str(store))
+    )
     for name, model in found["models"].items():
         table.add_row(escape(name), *map(str, model.values()))
     console.print(table)
@@ -204,9 +236,9 @@ def verify(
     store: Store, model: NamedModel, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
 ) -> None:
     """Compare a model, as retrieved, with the checkpoint that was added: weight error, not accuracy."""
-    with _errors():
+    with _errors(), _progress() as begin:
         name, path = _name_and_path(model)
-        found = verify_model(Superposition.load(store), name, path)
+        found = verify_model(Superposition.load(store, check=False), name, path, progress=begin)
     if as_json:
         print(json.dumps(vars(found), indent=1))
         return
@@ -236,7 +268,7 @@ def demo(
     except ModuleNotFoundError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error.name} is missing: python -m pip install 'randes[demo]'")
         raise typer.Exit(2) from error
-    with _errors(), _progress() as begin:
+    with _errors(), _steps() as begin:
         finetunes = run.finetune(models, seed=seed, matrices_only=matrices_only, progress=begin)
         outcome = run.evaluate(finetunes, group_size=group_size, progress=begin)
         run.save_checkpoints(out, finetunes, outcome)

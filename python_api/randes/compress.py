@@ -4,11 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from randes import checkpoint
-from randes.basis import loudest
+from randes import checkpoint, superposing
+from randes.basis import PASSES, loudest
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
+from randes.members import BASE_NAME
+from randes.stored import Layers, StoredTensors
+from randes.streams import Progress, headers, parts, runs, silent, size
+from randes.superposing import Joining
 from randes.superposition import Superposition
 
 
@@ -17,9 +22,12 @@ def compress(
     models: Mapping[str, Checkpoint],
     config: Config | None = None,
     *,
-    step: Callable[[], None] = lambda: None,
+    progress: Progress = silent,
 ) -> Superposition:
     """Superpose all of ``models``, fine-tunes of ``base`` by name.
+
+    Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
+    there are. A base that is a path stays on the disk.
 
     With ``config.centre`` the stored base is ``W0 + mean δ``, the mean of the fine-tunes, in the superposed matrices.
     Deltas measured from it are smaller by what they have in common, and so is the interference. ``W0`` itself
@@ -30,38 +38,59 @@ def compress(
     at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model.
     (``basis.py``; design, section 2.)
 
-    step: called after each model, for a progress bar.
+    progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
+    of bytes each time that some were read.
     Raises ``ValueError`` for no models, and whatever ``Superposition.create`` and ``add`` raise.
     """
     config = config or Config()
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
-    superposition = Superposition.create(base, replace(config, centre=False, rank=0))
+    superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     original, superposed = superposition.base, superposition.superposed
-    if config.centre or config.rank:
-        stored = _centred(original, models, superposed) if config.centre else original
-        bases = loudest(models, stored, superposed, config.rank, config.seed) if config.rank else {}
-        superposition = Superposition(config, stored, superposed, bases=bases)
+    sources = {name: checkpoint.read(model, original) for name, model in models.items()}
+    for tensors in sources.values():
+        checkpoint.check_fits(tensors, original)
+    matrices = sum(headers(original)[tensor].nbytes for tensor in superposed)
+    stored = original
     if config.centre:
-        superposition.add_base(original)
-    for name, finetuned in models.items():
-        superposition.add(name, finetuned)
-        step()
+        stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
+    if config.rank:
+        step = progress("shared bases", matrices * len(sources) * PASSES)
+        bases = loudest(sources, stored, superposed, config.rank, config.seed, step)
+    if config.centre or config.rank:
+        superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {})
+    joining = [Joining(BASE_NAME, 0, 1.0, original)] if config.centre else []
+    for number, (name, tensors) in enumerate(sources.items()):
+        superposition.check_name(name)
+        joining.append(Joining(name, number // config.group_size, 1.0, tensors))
+    step = progress("superposing", size(original) * len(joining))
+    superposing.join_all(superposition, joining, step)
     return superposition
 
 
-def _centred(base: Tensors, models: Mapping[str, Checkpoint], superposed: tuple[str, ...]) -> Tensors:
+def _centred(
+    base: Tensors, models: Mapping[str, Tensors], superposed: tuple[str, ...], step: Callable[[int], None]
+) -> Tensors:
     """The base with the mean of the models in place of each superposed matrix.
 
     Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
     """
-    sums = {tensor: torch.zeros(base[tensor].shape, dtype=torch.float64) for tensor in superposed}
-    for name in sorted(models):
-        tensors = checkpoint.read(models[name])
-        checkpoint.check_fits(tensors, base)
-        for tensor, total in sums.items():
-            total += tensors[tensor].double() - base[tensor].double()
-    means = {
-        tensor: (base[tensor].double() + total / len(models)).to(base[tensor].dtype) for tensor, total in sums.items()
-    }
+    means = {tensor: _mean(tensor, base, [models[name] for name in sorted(models)], step) for tensor in superposed}
+    if isinstance(base, StoredTensors):
+        return Layers(means, base.renamed({name: name for name in base if name not in means}))
     return {**base, **means}
+
+
+def _mean(tensor: str, base: Tensors, models: list[Tensors], step: Callable[[int], None]) -> Tensor:
+    header = headers(base)[tensor]
+    mean = torch.empty(header.shape, dtype=header.dtype, device="cpu")
+    own = zip(runs(header), parts(base, tensor), *(parts(model, tensor) for model in models), strict=True)
+    for (start, end), original, *tuned in own:
+        exact = original.double()
+        total = torch.zeros_like(exact)
+        for part in tuned:
+            checkpoint.check_finite(tensor, part)
+            total += part.double() - exact
+            step(part.nbytes)
+        mean[start:end] = (exact + total / len(models)).to(header.dtype)
+    return mean

@@ -4,12 +4,11 @@ Float sums do not survive add-then-remove; integer sums do, in any order.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from randes.checkpoint import Tensors
 from randes.errors import CheckpointError
 
 STEP = 2.0**-9
@@ -19,18 +18,32 @@ AVERAGE_STEP = 2.0**-32
 """The same for the sums behind ``others="average"``, in units of the tensors themselves."""
 
 
-def gain_and_peak(tensor: str, finetuned: Tensor, base: Tensor) -> tuple[float, float]:
-    """Root mean square of a delta, computed in fp64 and kept as fp32; and its largest magnitude.
+def gain_of(tensor: str, sums: Iterable[float], count: int, group_size: int, peak: Callable[[], float]) -> float:
+    """Root mean square of a delta, computed in fp64 and kept as fp32.
 
-    Raises ``CheckpointError`` for a delta that fp32 cannot hold. ``tensor`` is its name.
+    tensor: its name. sums: the squares of its ``count`` entries, summed row by row; added without rounding, they give
+    the same gain whatever the number of threads. peak: finds its largest magnitude, where that could be too large.
+    Raises ``CheckpointError`` for a delta that is not finite, or that fp32 or ``group_size`` sums in int32 cannot hold.
     """
-    delta = finetuned.double() - base.double()
-    # Sums of single rows, added without rounding: the same gain whatever the number of threads.
-    mean_square = math.fsum((delta * delta).sum(1).tolist()) / delta.numel()
-    gain, peak = float32(math.sqrt(mean_square)), float(delta.abs().max())
-    if peak > 0 and not (0 < gain < math.inf and math.isfinite(float32(peak)) and math.isfinite(rate(gain))):
-        raise CheckpointError(f"{tensor} must have a delta within the range of fp32, got at most {peak:.3g}")
-    return gain, peak
+    total = math.fsum(sums)
+    if not math.isfinite(total):
+        raise CheckpointError(f"{tensor} must be finite, got NaN or infinity")
+    if total == 0:
+        return 0.0
+    gain = float32(math.sqrt(total / count))
+    # No entry is larger than the root of the sum, which is hardly ever too large itself.
+    if not _fits(gain, math.sqrt(total), group_size):
+        largest = peak()
+        if not (0 < gain < math.inf and math.isfinite(float32(largest)) and math.isfinite(rate(gain))):
+            raise CheckpointError(f"{tensor} must have a delta within the range of fp32, got at most {largest:.3g}")
+        if not _fits(gain, largest, group_size):
+            raise CheckpointError(f"{tensor} has a delta {largest / gain:.3g} times its own size: too far for int32")
+    return gain
+
+
+def _fits(gain: float, peak: float, group_size: int) -> bool:
+    in_range = 0 < gain < math.inf and math.isfinite(float32(peak)) and math.isfinite(rate(gain))
+    return in_range and peak / gain / STEP * (group_size + 1) < 2**31
 
 
 def rate(gain: float) -> float:
@@ -40,24 +53,25 @@ def rate(gain: float) -> float:
 
 def narrow(wide: Tensor) -> Tensor:
     """int16 where the values fit, int32 where they do not: a function of the values alone."""
+    if wide.dtype == torch.int16:
+        return wide
     limits = torch.iinfo(torch.int16)
     low, high = torch.aminmax(wide)
     return wide.to(torch.int16) if limits.min <= low and high <= limits.max else wide
 
 
-def averaged(sums: Tensors, tensors: Tensors, names: Iterable[str], *, subtract: bool) -> Tensors:
-    """The sums behind the averages with one model's ``tensors`` added or taken away: int64 of ``AVERAGE_STEP``."""
-    changed = {}
-    for name in names:
-        if not tensors[name].is_floating_point():
-            continue
-        value = tensors[name].double()
-        if value.numel() and value.abs().max() >= 2**20:
-            raise CheckpointError(f"{name} must be below 2**20 to be averaged, got {value.abs().max():.3g}")
-        steps = torch.round(value / AVERAGE_STEP).to(torch.int64)
-        held = sums.get(name, torch.zeros_like(steps))
-        changed[name] = held - steps if subtract else held + steps
-    return changed
+def check_average(name: str, part: Tensor) -> None:
+    """Raise ``CheckpointError`` where a tensor is too large for the sums behind the averages."""
+    if part.is_floating_point() and part.numel() and (peak := float(part.abs().max())) >= 2**20:
+        raise CheckpointError(f"{name} must be below 2**20 to be averaged, got {peak:.3g}")
+
+
+def averaged(held: Tensor | None, value: Tensor, *, subtract: bool) -> Tensor:
+    """The sum behind an average with one model's tensor added or taken away: int64 of ``AVERAGE_STEP``."""
+    steps = value.to(torch.float64, copy=True).div_(AVERAGE_STEP).round_().to(torch.int64)
+    if subtract:
+        steps.neg_()
+    return steps if held is None else steps.add_(held)
 
 
 def float32(value: float) -> float:

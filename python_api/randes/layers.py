@@ -1,13 +1,14 @@
 """Same-named layers: which tensors differ in a layer's number alone, and how a model shuffles them."""
 
 import re
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from randes_kernels.format import Stream, permutation, tensor_id
 
 
-def families(tensors: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, list[str]]:
+def families(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, list[str]]:
     """The names by family: of one shape, equal but for their first number. In order of that number.
 
     ``layers.3.attention.q.weight`` is of the family ``layers.*.attention.q.weight (64, 64)``; a name without

@@ -166,7 +166,7 @@ class SuperposedLinear(nn.Linear):
             self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
             for model, member in zip(names, members, strict=True)
         ]
-        scale = [member.alpha * member.gains.get(tensor, 0.0) for member in members]
+        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
         self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
@@ -186,7 +186,7 @@ class SuperposedLinear(nn.Linear):
             for number, member in enumerate(members):
                 if tensor in member.coordinates:
                     own = coordinates_of(member.coordinates[tensor])
-                    held[number] = own.mT.float() * (member.alpha * member.units[tensor])
+                    held[number] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
             corrections = basis.corrections(
                 shared, held, self.pool.delta, self.keys, self.scale, self.slots, self.tensor, self.transform
             ).to(self.weight.dtype)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from randes_kernels import Packed
 
+BASE_NAME = "__base__"
+"""The base's own name, where deltas are centred on their mean and it is superposed like any other."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -16,6 +19,7 @@ class Member:
     digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
     kept: its own other tensors, where they differ from the base's (``others="keep"``).
     coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``; or (r, N) packed.
+    alphas: what a tensor's delta is scaled by where that was tuned (``Superposition.tune``); else ``alpha``.
     """
 
     group: int
@@ -25,6 +29,11 @@ class Member:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     units: Mapping[str, float] = field(default_factory=dict)
     coordinates: Mapping[str, Tensor | Packed] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def alpha_of(self, tensor: str) -> float:
+        """What the delta of one tensor is scaled by."""
+        return self.alphas.get(tensor, self.alpha)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ The integers are the master: models are added to them and taken away. What is ma
 and its store's manifest says so and names the master by its checksum. (Design, section 2.)
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
-from randes.checkpoint import Tensors
 from randes.integers import STEP
+from randes.streams import LazyTensors
 from randes_kernels import Packed, pack, unpack
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ class Packing:
     master: str
 
 
-def packed(superposition: "Superposition", bits: int, group: int, coordinates: int) -> "Superposition":
+def packed(
+    superposition: "Superposition", bits: int, group: int, coordinates: int, step: Callable[[int], None]
+) -> "Superposition":
     """A superposition for serving alone: see ``Superposition.pack``."""
     from randes import store
     from randes.superposition import Superposition
@@ -57,7 +59,11 @@ def packed(superposition: "Superposition", bits: int, group: int, coordinates: i
     made.packing = Packing(bits, group, coordinates, store.checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for number, deltas in superposition.deltas.items():
-        made.few_bits[number] = {name: pack(delta.float() * STEP, bits, group) for name, delta in deltas.items()}
+        made.few_bits[number] = {}
+        for name in deltas:
+            delta = deltas[name]
+            made.few_bits[number][name] = pack(delta.float() * STEP, bits, group)
+            step(delta.nbytes)
     for name, member in superposition.members.items():
         if coordinates < 16:
             # Their own integers, whatever those are worth: a step in fp16 has the range. A direction is a row.
@@ -77,9 +83,11 @@ def coordinates_of(held: Held) -> Tensor:
     return unpack(held).mT if isinstance(held, Packed) else held
 
 
-def flattened(tensors: Mapping[str, Held]) -> Tensors:
-    """As a file holds them: words by name, and steps beside them."""
-    flat: Tensors = {}
+def flattened(tensors: Mapping[str, Held]) -> Mapping[str, Tensor]:
+    """As a file holds them: words by name, and steps beside them. What is not packed stays where it lies."""
+    if isinstance(tensors, LazyTensors):
+        return tensors
+    flat: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if isinstance(value, Packed):
             flat |= {name: value.words, f"{name}{STEPS}": value.steps}
@@ -88,18 +96,13 @@ def flattened(tensors: Mapping[str, Held]) -> Tensors:
     return flat
 
 
-def gathered(flat: Tensors, bits: int, group: int, columns: Mapping[str, int]) -> dict[str, Packed]:
+def gathered(flat: Mapping[str, Tensor], bits: int, group: int, columns: Mapping[str, int]) -> dict[str, Packed]:
     """The packed tensors of a file again. columns: of each."""
     return {
         name: Packed(words, flat[f"{name}{STEPS}"], bits, 0 if bits == 8 else group, columns[name])
         for name, words in flat.items()
         if not name.endswith(STEPS)
     }
-
-
-def record(packing: Packing) -> dict[str, Any]:
-    """For the manifest."""
-    return asdict(packing)
 
 
 def _one_of(name: str, value: object, allowed: tuple[int, ...]) -> None:

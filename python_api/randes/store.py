@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,12 @@ from randes import checkpoint
 from randes.checkpoint import Tensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
+from randes.files import write_file, write_whole
 from randes.integers import AVERAGE_STEP, STEP
 from randes.members import Member
-from randes.packed import STEPS, Held, Packing, flattened, gathered, record
+from randes.packed import STEPS, Held, Packing, flattened, gathered
+from randes.stored import Layers, StoredTensors, known_digests, open_file
+from randes.streams import Progress, silent, size
 from randes.superposition import Superposition
 from randes_kernels import FORMAT_VERSION
 
@@ -42,10 +45,11 @@ _OURS = re.compile(
 )
 
 
-def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
+def save(superposition: Superposition, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
     """Write the store at ``path``: a folder that is new, empty, or the store that this came from or went to last.
 
-    Raises ``StoreError`` for any other folder, and for a store that was changed since.
+    progress: told of each stage and its bytes. Raises ``StoreError`` for any other folder, and for a store that was
+    changed since; ``OSError`` where the disk does not take it. The store is the old one then.
     """
     folder = Path(path)
     superposition.check_base()
@@ -56,65 +60,96 @@ def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
     with _alone(folder):
         check_destination(superposition, folder, manifest)
         known = superposition.stored.files if isinstance(superposition.stored, Stored) else {}
-        for name, stem in zip(manifest["files"], sorted(contents), strict=True):
-            if (state := _state(folder / name)) is None or known.get(folder / name) != state:
-                checkpoint.write_file(folder / name, dict(sorted(contents[stem].items())))
-        beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-        beside.write_text(_text(manifest), encoding="utf-8")
-        checkpoint.replace(beside, folder / MANIFEST)
+        files = zip(manifest["files"], sorted(contents), strict=True)
+        changed = {
+            name: contents[stem]
+            for name, stem in files
+            if (state := _state(folder / name)) is None or known.get(folder / name) != state
+        }
+        new = [folder / name for name in changed if _state(folder / name) is None]
+        step = progress("writing", sum(map(size, changed.values())))
+        try:
+            for name, tensors in changed.items():
+                write_file(folder / name, tensors, step=step)
+        except OSError:
+            for file in new:  # a full disk is full enough, and no manifest names them
+                file.unlink(missing_ok=True)
+            raise
+        write_whole(folder / MANIFEST, [memoryview(_text(manifest).encode())])
         superposition.stored = _stored(folder, manifest)
+        _reopen(superposition, folder, manifest)
         for file in folder.iterdir():
             if _OURS.fullmatch(file.name) and file.name not in manifest["files"]:
                 file.unlink()
 
 
-def load(path: str | os.PathLike[str]) -> Superposition:
-    """Read a store, checking every tensor against the manifest and the manifest against itself.
+def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> Superposition:
+    """Open a store, checking every tensor against the manifest and the manifest against itself.
 
+    check: False to check each file's tensors when they are first used. progress: told of each stage and its bytes.
     Raises ``StoreError`` for anything missing, torn, truncated, altered, or of another version.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    contents: dict[str, Tensors] = {}
-    digests_of: dict[str, dict[str, str]] = {}
-    for name, digests in manifest["files"].items():
-        try:
-            tensors = checkpoint.read_file(folder / name)
-        except (CheckpointError, OSError) as error:
-            raise StoreError(f"{folder} is not whole: {error}") from error
-        if tensors.keys() != digests.keys():
-            raise StoreError(f"{folder / name} must hold {sorted(digests)}, got {sorted(tensors)}")
-        for tensor, value in tensors.items():
-            if checkpoint.digest(value) != digests[tensor]:
-                raise StoreError(f"{folder / name} was altered: the checksum of {tensor} does not match the manifest")
-        stem = name.rsplit("-", 1)[0]
-        contents[stem], digests_of[stem] = tensors, digests
-    base, base_digests = contents.pop("base"), digests_of["base"]
-    bases = contents.pop("basis", {})
-    superposition = Superposition(
-        Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests, bases
-    )
+    contents: dict[str, StoredTensors] = {
+        name.rsplit("-", 1)[0]: _open(folder, name, digests) for name, digests in manifest["files"].items()
+    }
+    if check:
+        step = progress("checking", sum(map(size, contents.values())))
+        for tensors in contents.values():
+            tensors.check(step)
+    base = contents.pop("base")
+    assert base.known is not None
+    bases: Tensors = contents.pop("basis", {})
+    superposition = Superposition(Config.from_dict(manifest["config"]), base, manifest["superposed"], base.known, bases)
     packing = superposition.packing = Packing(**manifest["packed"]) if "packed" in manifest else None
-    for name, found in manifest["models"].items():
-        kept = contents.pop(_model_file(superposition, name), {})
-        own = {tensor: f"{tensor}{COORDINATES}" for tensor in found.get("units", {})}
-        flat = {tensor: kept.pop(held) for tensor, held in own.items()}
-        coordinates: Mapping[str, Held] = flat
+    for name, record in manifest["models"].items():
+        own = contents.pop(_model_file(superposition, name), StoredTensors({}))
+        held = {tensor: f"{tensor}{COORDINATES}" for tensor in record.get("units", {})}
+        coordinates: Mapping[str, Held] = own.renamed(held)
         if packing is not None and packing.coordinates < 16:
-            flat |= {f"{tensor}{STEPS}": kept.pop(f"{held}{STEPS}") for tensor, held in own.items()}
-            coordinates = gathered(flat, packing.coordinates, 64, {tensor: base[tensor].shape[0] for tensor in own})
-        superposition.members[name] = Member(**found, kept=kept, coordinates=coordinates)
-    superposition.averages = contents.pop("average", {})
+            held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
+            rows = {tensor: base.headers[tensor].shape[0] for tensor in record.get("units", {})}
+            coordinates = gathered(own.renamed(held), packing.coordinates, 64, rows)
+        kept = {tensor: tensor for tensor in own if tensor not in held.values()}
+        superposition.members[name] = Member(**record, kept=own.renamed(kept), coordinates=coordinates)
+    superposition.averages = Layers({}, contents.pop("average")) if "average" in contents else {}
     groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
     if packing is None:
-        superposition.deltas = groups
+        superposition.deltas = {number: Layers({}, tensors) for number, tensors in groups.items()}
     else:
-        width = {tensor: base[tensor].shape[1] for tensor in superposition.superposed}
+        columns = {tensor: base.headers[tensor].shape[1] for tensor in superposition.superposed}
         superposition.few_bits = {
-            number: gathered(flat, packing.bits, packing.group, width) for number, flat in groups.items()
+            number: gathered(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
     superposition.stored = _stored(folder, manifest)
     return superposition
+
+
+def _open(folder: Path, name: str, digests: dict[str, str]) -> StoredTensors:
+    try:
+        tensors = open_file(folder / name)
+    except (CheckpointError, OSError) as error:
+        raise StoreError(f"{folder} is not whole: {error}") from error
+    if tensors.keys() != digests.keys():
+        raise StoreError(f"{folder / name} must hold {sorted(digests)}, got {sorted(tensors)}")
+    return tensors.held_to(digests, _altered)
+
+
+def _altered(path: Path, tensor: str) -> StoreError:
+    return StoreError(f"{path} was altered: the checksum of {tensor} does not match the manifest")
+
+
+def _reopen(superposition: Superposition, folder: Path, manifest: dict[str, Any]) -> None:
+    """Read what came from a store from its new files, so that the old ones' space and what was held come free."""
+    for name, digests in manifest["files"].items():
+        stem = name.rsplit("-", 1)[0]
+        if stem.startswith("group-"):
+            group = int(stem.split("-")[1])
+            if isinstance(held := superposition.deltas.get(group), Layers) and held.held:
+                superposition.deltas[group] = Layers({}, _open(folder, name, digests))
+        elif stem == "average" and isinstance(superposition.averages, Layers):
+            superposition.averages = Layers({}, _open(folder, name, digests))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -141,12 +176,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _contents(superposition: Superposition) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
-    contents = {"base": superposition.base, "basis": superposition.bases}
-    contents |= {f"group-{group}": flattened(deltas) for group, deltas in sorted(superposition.held.items())}
+    contents: dict[str, Tensors] = {"base": superposition.base, "basis": superposition.bases}
+    contents |= {f"group-{group}": flattened(held) for group, held in sorted(superposition.held.items())}
     for name in superposition.served:
         member = superposition.members[name]
-        held = flattened({f"{tensor}{COORDINATES}": value for tensor, value in member.coordinates.items()})
-        contents[_model_file(superposition, name)] = {**member.kept, **held}
+        own, coordinates = member.kept, member.coordinates
+        if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors):
+            own = Layers({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
+        else:
+            own = {**own, **flattened({f"{tensor}{COORDINATES}": value for tensor, value in coordinates.items()})}
+        contents[_model_file(superposition, name)] = own
     contents["average"] = superposition.averages
     return {stem: tensors for stem, tensors in contents.items() if tensors}
 
@@ -155,8 +194,7 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
     files = {}
     for stem, tensors in sorted(contents.items()):
         # The base's have just been checked against its bytes.
-        known = superposition.base_digests if tensors is superposition.base else None
-        digests = known or {name: checkpoint.digest(value) for name, value in tensors.items()}
+        digests = superposition.base_digests if tensors is superposition.base else known_digests(tensors)
         files[f"{stem}-{checkpoint.combined_digest(digests)}.safetensors"] = dict(sorted(digests.items()))
     manifest = {
         "format": "randes",
@@ -170,7 +208,7 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
         "files": files,
     }
     if superposition.packing is not None:
-        manifest["packed"] = record(superposition.packing)
+        manifest["packed"] = asdict(superposition.packing)
     manifest["checksum"] = _checksum(manifest)
     return manifest
 
@@ -193,7 +231,8 @@ def _record(member: Member) -> dict[str, Any]:
         "gains": dict(sorted(member.gains.items())),
         "digests": dict(sorted(member.digests.items())),
     }
-    return record | ({"units": dict(sorted(member.units.items()))} if member.units else {})
+    later = {"units": dict(sorted(member.units.items())), "alphas": dict(sorted(member.alphas.items()))}
+    return record | {name: value for name, value in later.items() if value}
 
 
 def _text(manifest: dict[str, Any]) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from randes import checkpoint
 from randes.checkpoint import Checkpoint
 from randes.packed import ERROR, coordinates_of
+from randes.streams import Progress, ahead, digests, headers, parts, silent, size
 from randes.superposition import Superposition
+from randes_kernels.slices import squares as row_squares
 
 
 @dataclass(frozen=True)
@@ -32,29 +33,37 @@ class Verification:
     tensors: dict[str, float]
 
 
-def verify(superposition: Superposition, name: str, finetuned: Checkpoint) -> Verification:
+def verify(
+    superposition: Superposition, name: str, finetuned: Checkpoint, *, progress: Progress = silent
+) -> Verification:
     """Compare a model, as retrieved, with the checkpoint that was added under its name.
 
+    progress: told of each stage and its bytes, for a progress bar.
     Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
     """
-    original = superposition.read_added(name, finetuned)
-    member = superposition.members[name]
-    retrieved = superposition.retrieve(name)
-    squares = {
-        tensor: (
-            _squared_norm(retrieved[tensor].double() - original[tensor].double()),
-            _squared_norm(original[tensor].double() - superposition.base[tensor].double()),
-        )
-        for tensor in member.gains
-    }
-    error, size = (sum(part) for part in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
+    member = superposition.member(name)
+    retrieved = superposition.retrieved(name, progress=progress)
+    step = progress("verifying", 2 * size(superposition.base))
+    original = superposition.read_added(name, finetuned, step=step)
+    squares: dict[str, tuple[float, float]] = {}
+    for tensor in member.gains:
+        own = (parts(tensors, tensor) for tensors in (retrieved, original, superposition.base))
+        errors, sizes = [], []
+        with ahead(zip(*own, strict=True)) as values:
+            for found, tuned, base in values:
+                errors += row_squares(found, tuned)
+                sizes += row_squares(tuned, base)
+                step(tuned.nbytes)
+        squares[tensor] = math.fsum(errors), math.fsum(sizes)
+    error, total = (sum(part) for part in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
+    kept = digests(retrieved, headers(member.kept), step=step)
     group = sum(other.group == member.group for other in superposition.members.values())
     return Verification(
         model=name,
         models_in_group=group,
-        relative_error=math.sqrt(error / size),
+        relative_error=math.sqrt(error / total),
         predicted_error=_predicted_error(superposition, name),
-        kept_exact=all(checkpoint.digest(retrieved[tensor]) == member.digests[tensor] for tensor in member.kept),
+        kept_exact=all(found == member.digests[tensor] for tensor, found in kept.items()),
         tensors={tensor: math.sqrt(error / size) for tensor, (error, size) in squares.items()},
     )
 
@@ -67,13 +76,14 @@ def _predicted_error(superposition: Superposition, name: str) -> float:
     sharing = Counter(superposition.place(other, tensor) for other, m in group.items() for tensor in m.gains)
     error, size, packing = 0.0, 0.0, superposition.packing
     for tensor, gain in member.gains.items():
-        weight = gain**2 * superposition.base[tensor].numel()
+        weight = gain**2 * headers(superposition.base)[tensor].numel()
         neighbours = sharing[superposition.place(name, tensor)] - 1
         own = weight
         if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
             own += member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
         rounding = 0.0 if packing is None else (neighbours + 1) * ERROR[packing.bits] ** 2
-        error += (1 - member.alpha) ** 2 * own + member.alpha**2 * (neighbours + rounding) * weight
+        alpha = member.alpha_of(tensor)
+        error += (1 - alpha) ** 2 * own + alpha**2 * (neighbours + rounding) * weight
         size += own
     return math.sqrt(error / size) if size else 0.0
 
@@ -88,9 +98,10 @@ def summary(superposition: Superposition) -> dict[str, Any]:
             name: {
                 "group": member.group,
                 "alpha": member.alpha,
+                "tuned_tensors": len(member.alphas),
                 "superposed_tensors": len(member.gains),
                 "kept_tensors": len(member.kept),
-                "kept_bytes": sum(value.nbytes for value in member.kept.values()),
+                "kept_bytes": size(member.kept),
             }
             for name, member in ((name, superposition.members[name]) for name in superposition.served)
         },
@@ -107,7 +118,7 @@ def summary(superposition: Superposition) -> dict[str, Any]:
 
 def _described(superposition: Superposition, names: tuple[str, ...] | list[str]) -> dict[str, str]:
     """Shape and dtype of each tensor."""
-    tensors = {name: superposition.base[name] for name in names}
+    tensors = {name: headers(superposition.base)[name] for name in names}
     return {name: f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
 
 

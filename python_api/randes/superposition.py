@@ -2,32 +2,38 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from randes import basis, checkpoint
+from randes import checkpoint, superposing
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
-from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
-from randes.integers import AVERAGE_STEP, STEP, averaged, gain_and_peak, narrow, rate
+from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
+from randes.integers import AVERAGE_STEP
 from randes.layers import families, shuffled
-from randes.members import Member, Sizes
-from randes.packed import Held, Packing, coordinates_of, packed, values_of
-from randes_kernels import Packed, model_key, retrieve, superpose_, tensor_id
+from randes.members import BASE_NAME, Member, Sizes
+from randes.packed import Held, Packing, packed
+from randes.retrieved import Retrieved
+from randes.stored import Layers, StoredTensors, check, unchecked
+from randes.streams import Progress, digests, headers, silent, size
+from randes.superposing import Joining
+from randes.tune import Tuned, tune
+from randes_kernels import Packed, model_key
 
-BASE_NAME = "__base__"
-NOTHING_LEFT = 2.0**-40
-"""The gain of a delta that lies wholly in the shared basis; the rest of it is zero."""
+__all__ = ["BASE_NAME", "Superposition"]
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Superposition:
     """One base and the superposed deltas of its fine-tunes, as integers. Make one with ``create`` or ``load``.
 
-    The base's tensors are shared with what it was created from, not copied. Training them on in place is noticed
-    at the next use, and refused with ``BaseMismatchError``.
+    The base's tensors are shared with what it was created from, not copied: a path's stay on the disk and are read when
+    they are needed. Training them on in place, or writing to the files, is noticed at the next use, and refused with
+    ``BaseMismatchError``.
 
     device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
     """
@@ -40,21 +46,25 @@ class Superposition:
         self.config = config
         self.base = base
         self.superposed = tuple(sorted(superposed))
-        self.base_digests = dict(base_digests or {name: checkpoint.digest(value) for name, value in base.items()})
+        self.base_digests = dict(base_digests or digests(base))
         self.members: dict[str, Member] = {}
-        self.deltas: dict[int, Tensors] = {}  # of each group: the integers by tensor, int16 where they fit
+        # Of each group: the integers by tensor, int16 where they fit.
+        self.deltas: dict[int, MutableMapping[str, Tensor]] = {}
         self.packing: Packing | None = None
         self.few_bits: dict[int, dict[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
-        self.averages: Tensors = {}  # int64 sums over the models, for others="average"
+        self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average"
         self.device = torch.device("cpu")
+        self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
-        self._families = families(base, self.superposed)
+        self._families = families(headers(base), self.superposed)
         self._family_of = {name: family for family, names in self._families.items() for name in names}
 
     @classmethod
-    def create(cls, base: Checkpoint, config: Config | None = None) -> "Superposition":
+    def create(cls, base: Checkpoint, config: Config | None = None, *, progress: Progress = silent) -> "Superposition":
         """An empty superposition over ``base``: an nn.Module, a state dict, or a path to safetensors.
+
+        progress: told of each stage and its bytes, for a progress bar.
 
         Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
         whose columns ``config.segments`` does not divide; ``ValueError`` for
@@ -65,10 +75,9 @@ class Superposition:
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
         tensors = checkpoint.read(base)
-        checkpoint.check_finite(tensors)
         superposed = [
             name
-            for name, value in tensors.items()
+            for name, value in headers(tensors).items()
             if value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
         ]
         if not superposed:
@@ -77,10 +86,13 @@ class Superposition:
                 f" matching {config.include} and not {config.exclude}; got none in {len(tensors)} tensors"
             )
         for name in superposed:
-            if tensors[name].shape[1] % config.segments:
-                columns = tensors[name].shape[1]
+            if (columns := headers(tensors)[name].shape[1]) % config.segments:
                 raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
-        return cls(config, tensors, superposed)
+        step = progress("reading base", size(tensors))
+        found = digests(tensors, look=checkpoint.check_finite, step=step)
+        if isinstance(tensors, StoredTensors):
+            tensors.expect(found, _changed)
+        return cls(config, tensors, superposed, found)
 
     # ---------------------------------------------------------------- models
 
@@ -101,128 +113,102 @@ class Superposition:
             raise UnknownModelError(f"no model is called {name!r}; there are: {known}")
         return self.members[name]
 
-    def add(self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0) -> None:
+    def add(
+        self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0,
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
         """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding.
 
+        finetuned: a model, a state dict, or a path, which is read tensor by tensor: safetensors, or a LoRA adapter.
         group: the superposition it joins; by default the first that has room.
         alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
+        progress: told of each stage and its bytes, for a progress bar.
         Raises ``ValueError`` for a name that is taken or not allowed or a group that is full, and
         ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
         """
-        self._check_master()
-        if not isinstance(name, str) or not name or name == BASE_NAME:
-            raise ValueError(f"name must be a non-empty string other than {BASE_NAME!r}, got {name!r}")
-        if name in self.members:
-            raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
+        self.check_master()
+        self.check_name(name)
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha}")
-        self._join(name, finetuned, self._place(group), alpha)
+        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned))
+        self.check(model.group, progress=progress)
+        step = progress("adding", 2 * size(self.base))
+        superposing.join(self, model, step)
 
-    def add_base(self, base: Checkpoint) -> None:
-        """Superpose the base itself, for ``randes.compress``: in the first group, beside its fine-tunes."""
-        self._join(BASE_NAME, base, 0, 1.0)
-
-    def pack(self, bits: int = 4, *, group: int = 64, coordinates: int = 8) -> "Superposition":
-        """The same models with D in 8, 4 or 2 bits, for serving: nothing can be added to it or taken away.
-
-        group: columns of a matrix that share a scale, at 4 and 2 bits; a multiple of 64. At 8 bits a row has one.
-        coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4.
-        Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
-        """
-        return packed(self, bits, group, coordinates)
-
-    def _check_master(self) -> None:
-        if self.packing is not None:
-            raise ValueError(
-                "a packed superposition is for serving: nothing can be added or removed;"
-                " change the one that it was made of, and pack that again"
-            )
-
-    def _join(self, name: str, finetuned: Checkpoint, group: int, alpha: float) -> None:
-        self.check_base()
-        tensors = checkpoint.read(finetuned)
-        checkpoint.check_fits(tensors, self.base)
-        digests = {tensor: checkpoint.digest(value) for tensor, value in tensors.items()}
-        changed = {tensor for tensor in tensors if digests[tensor] != self.base_digests[tensor]}
-        changed_matrices = sorted(changed & set(self.superposed))
-        coordinates, units = self._coordinates(tensors, changed_matrices)
-        gains = {}
-        for tensor in changed_matrices:
-            gain, peak = gain_and_peak(tensor, *self._difference(tensors, tensor, coordinates, units))
-            if gain == 0 and not (tensor in coordinates and coordinates[tensor].any()):
-                continue  # −0.0 for 0.0: other bytes, the same weight
-            gain = gain or NOTHING_LEFT
-            if peak / gain / STEP * (self.config.group_size + 1) >= 2**31:
-                raise CheckpointError(f"{tensor} has a delta {peak / gain:.3g} times its own size: too far for int32")
-            gains[tensor] = gain
-        coordinates = {tensor: held for tensor, held in coordinates.items() if tensor in gains}
-        units = {tensor: unit for tensor, unit in units.items() if tensor in gains}
-        member = Member(group, float(alpha), gains, digests, self._own(tensors, changed), units, coordinates)
-        deltas = self._with(name, member, tensors, subtract=False)
-        averages = self.averages if name == BASE_NAME else self._averaged(tensors, subtract=False)
-
-        self.members[name], self.averages = member, averages
-        self.deltas[group] = deltas
-
-    def remove(self, name: str, finetuned: Checkpoint) -> None:
+    def remove(self, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> None:
         """Take a model away again, exactly: the bytes are those from before it was added.
 
         finetuned: the checkpoint that was added (its delta has to be known to be subtracted).
         Raises ``UnknownModelError`` for an unknown name and ``CheckpointError`` for any other checkpoint.
         Nothing is changed then.
         """
-        self._check_master()
+        self.check_master()
         member = self.member(name)
         if name == BASE_NAME:
             raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
-        self.check_base()
-        tensors = self.read_added(name, finetuned)
-        deltas = self._with(name, member, tensors, subtract=True)
-        averages = self._averaged(tensors, subtract=True)
+        self.check(member.group, progress=progress)
+        step = progress("removing", 2 * size(self.base))
+        superposing.leave(self, name, self.read_added(name, finetuned, step=step), step)
 
-        del self.members[name]
-        self.averages = averages if self.names else {}
-        self.deltas[member.group] = deltas
-        if not deltas:
-            del self.deltas[member.group]
+    def pack(
+        self, bits: int = 4, *, group: int = 64, coordinates: int = 8, step: Callable[[int], None] = lambda _: None
+    ) -> "Superposition":
+        """The same models with D in 8, 4 or 2 bits, for serving: nothing can be added to it or taken away.
 
-    def retrieve(self, name: str) -> Tensors:
+        group: columns of a matrix that share a scale, at 4 and 2 bits; a multiple of 64. At 8 bits a row has one.
+        coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4.
+        step: called with the bytes of integers that were packed, for a progress bar.
+        Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
+        """
+        return packed(self, bits, group, coordinates, step)
+
+    def tune(
+        self, module: nn.Module, batches: Mapping[str, Sequence[Any]], loss: Callable[[nn.Module, Any], Tensor],
+        *, steps: int = 40, rate: float = 0.02, held_out: float = 0.25, step: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tuned]:  # fmt: skip
+        """Fit α of each superposed matrix of each model in ``batches`` on a loss, by Adam; its deltas stay as they are.
+
+        module: the base's module, whose tensors are replaced for each call and not changed.
+        batches: for each model, batches of its own data; the last ``held_out`` share of them checks the fit, which is
+            kept only where their mean loss falls. loss: called with the module and a batch; a scalar.
+        steps: updates a model. rate: of α at each. step: called after each update, for a progress bar.
+        Returns each model's loss on its held-out batches before and after. One model in memory at a time, whole.
+        Raises ``UnknownModelError`` for a name, and ``ValueError`` for too few batches. (Design, section 2.)
+        """
+        return tune(self, module, batches, loss, steps=steps, rate=rate, held_out=held_out, step=step)
+
+    def retrieve(self, name: str) -> dict[str, Tensor]:
         """A model's tensors again, as a state dict: the one place where a whole retrieved weight exists.
 
         Kept tensors are exact; superposed ones carry the other models of the group as noise.
         Raises ``UnknownModelError``.
         """
-        member = self.member(name)
-        self.check_base()
-        key, transform = self.key(name), self.config.transform
-        retrieved = {tensor: self.other(name, tensor).clone() for tensor in self.base if tensor not in member.gains}
-        for tensor, gain in member.gains.items():
-            base = self.base[tensor].to(self.device)
-            delta, unit = values_of(self.held[member.group][self.place(name, tensor)])
-            delta, scale = delta.to(self.device), gain * unit
-            if tensor not in self.bases:
-                whole = retrieve(base, delta, member.alpha * scale, key, tensor_id(tensor), transform)
-            else:
-                turned_back = retrieve(torch.zeros_like(base, dtype=torch.float32), delta, scale, key,
-                                       tensor_id(tensor), transform)  # fmt: skip
-                held = coordinates_of(member.coordinates[tensor]).to(self.device), member.units[tensor]
-                own = basis.retrieved(turned_back, self.bases[tensor].to(self.device), *held)
-                whole = (base.float() + member.alpha * own).to(base.dtype)
-            retrieved[tensor] = whole.cpu()
-        return retrieved
+        retrieved = self.retrieved(name)
+        return {tensor: retrieved.read(tensor) for tensor in retrieved}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def retrieved(self, name: str, *, progress: Progress = silent) -> Retrieved:
+        """The same as a mapping that makes each tensor when it is asked for, for models larger than memory.
+
+        ``randes.checkpoint.write_file`` writes it without holding more than a part of a tensor.
+        """
+        self.check(self.member(name).group, name, progress=progress)
+        return Retrieved(self, name)
+
+    def save(self, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
         """Write a store: a folder of safetensors and one manifest. See ``randes.store``."""
         from randes import store
 
-        store.save(self, path)
+        store.save(self, path, progress=progress)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Superposition":
-        """Read a store and check every byte of it. Raises ``StoreError``."""
+    def load(cls, path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> "Superposition":
+        """Open a store and check every byte of it. Its tensors stay on the disk until they are needed.
+
+        check: False to check only what is used, when it is. Raises ``StoreError``.
+        """
         from randes import store
 
-        return store.load(path)
+        return store.load(path, check=check, progress=progress)
 
     # ---------------------------------------------------------------- what serving needs
 
@@ -255,15 +241,21 @@ class Superposition:
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
         return base
 
-    def read_added(self, name: str, finetuned: Checkpoint) -> Tensors:
-        """The tensors of the checkpoint that was added as ``name``.
+    def read(self, finetuned: Checkpoint) -> Tensors:
+        """The tensors of a fine-tune, which fit the base. Raises ``CheckpointError``."""
+        tensors = checkpoint.read(finetuned, None if self.config.centre else self.base)
+        checkpoint.check_fits(tensors, self.base)
+        return tensors
+
+    def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
+        """The tensors of the checkpoint that was added as ``name``. step: called with the bytes read.
 
         Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
         """
         member = self.member(name)
-        tensors = checkpoint.read(finetuned)
-        checkpoint.check_fits(tensors, self.base)
-        other = [tensor for tensor, value in tensors.items() if checkpoint.digest(value) != member.digests[tensor]]
+        tensors = self.read(finetuned)
+        found = digests(tensors, look=checkpoint.check_finite, step=step)
+        other = [tensor for tensor in tensors if found[tensor] != member.digests[tensor]]
         if other:
             raise CheckpointError(
                 f"this is not the checkpoint that was added as {name!r}: {len(other)} of {len(tensors)} tensors differ,"
@@ -282,13 +274,12 @@ class Superposition:
     @property
     def sizes(self) -> Sizes:
         """Bytes by what they are for."""
-        base = _bytes(self.base.values())
+        base = size(self.base)
         return Sizes(
             base=base,
-            superposed=sum(_bytes(tensors.values()) for tensors in self.held.values()),
-            kept=sum(_bytes(member.kept.values()) for member in self.members.values()) + _bytes(self.averages.values()),
-            basis=_bytes(self.bases.values())
-            + sum(_bytes(member.coordinates.values()) for member in self.members.values()),
+            superposed=sum(map(size, self.held.values())),
+            kept=sum(size(member.kept) for member in self.members.values()) + size(self.averages),
+            basis=size(self.bases) + sum(size(member.coordinates) for member in self.members.values()),
             separate_models=base * len(self.names),
         )
 
@@ -297,11 +288,33 @@ class Superposition:
         """Bytes of all tensors: base, superposed deltas, and what is kept per model."""
         return self.sizes.total
 
-    def check_base(self) -> None:
-        """Raise ``BaseMismatchError`` where the base was changed in place since this superposition was made of it."""
-        for name, value in self.base.items():
-            if checkpoint.digest(value) != self.base_digests[name]:
+    def check_base(self, *, step: Callable[[int], None] = lambda _: None) -> None:
+        """Raise ``BaseMismatchError`` where the base was changed since this superposition was made of it.
+
+        What lies in files is read again only if those were written to; what is in memory is hashed each time.
+        """
+        if self.torn:
+            raise RandesError(f"the superposition must be loaded again: {self.torn}")
+        check(self.base, step)
+        held = self.base.held if isinstance(self.base, Layers) else self.base
+        if isinstance(held, StoredTensors):
+            return
+        for name, found in digests(held, step=step).items():
+            if found != self.base_digests[name]:
                 raise BaseMismatchError(f"{name} of the base was changed after the superposition was created of it")
+
+    def check(self, group: int, name: str | None = None, *, progress: Progress = silent) -> None:
+        """Raise where the base, a group's integers or a model's own tensors are not what they were."""
+        used: list[Mapping[str, Held]] = [self.held.get(group, {}), self.averages, self.bases]
+        if name is not None:
+            used += [self.members[name].kept, self.members[name].coordinates]
+        if nbytes := sum(map(unchecked, [self.base, *used])):
+            step = progress("checking", nbytes)
+        else:
+            step = silent("", 0)
+        self.check_base(step=step)
+        for tensors in used:
+            check(tensors, step)
 
     # ---------------------------------------------------------------- inside
 
@@ -309,7 +322,22 @@ class Superposition:
         """Whether any model's own tensor is not the base's."""
         return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
 
-    def _place(self, group: int | None) -> int:
+    def check_master(self) -> None:
+        """Raise ``ValueError`` for what is packed for serving: the integers it was made of are what can be changed."""
+        if self.packing is not None:
+            raise ValueError(
+                "a packed superposition is for serving: nothing can be added or removed;"
+                " change the one that it was made of, and pack that again"
+            )
+
+    def check_name(self, name: str) -> None:
+        """Raise ``ValueError`` for a name that a new model cannot have."""
+        if not isinstance(name, str) or not name or name == BASE_NAME:
+            raise ValueError(f"name must be a non-empty string other than {BASE_NAME!r}, got {name!r}")
+        if name in self.members:
+            raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
+
+    def place_for(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
         taken = [self.members[name].group for name in self.names]
         if group is None:
@@ -321,65 +349,6 @@ class Superposition:
             raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
         return group
 
-    def _coordinates(self, tensors: Tensors, changed: list[str]) -> tuple[Tensors, dict[str, float]]:
-        """A model's deltas in the shared bases, and what their integers are worth."""
-        found = {
-            tensor: basis.coordinates(tensors[tensor].double() - self.base[tensor].double(), self.bases[tensor])
-            for tensor in changed
-            if tensor in self.bases
-        }
-        return {name: held for name, (held, _) in found.items()}, {name: unit for name, (_, unit) in found.items()}
 
-    def _difference(
-        self, tensors: Tensors, tensor: str, coordinates: Mapping[str, Held], units: Mapping[str, float]
-    ) -> tuple[Tensor, Tensor]:
-        """Two tensors whose difference is superposed: fine-tune and base; with a shared basis, the rest and zero."""
-        if tensor not in coordinates:
-            return tensors[tensor], self.base[tensor]
-        delta = tensors[tensor].double() - self.base[tensor].double()
-        rest = basis.remainder(delta, self.bases[tensor], coordinates_of(coordinates[tensor]), units[tensor])
-        return rest, torch.zeros_like(rest)
-
-    def _own(self, tensors: Tensors, changed: set[str]) -> Tensors:
-        if self.config.others != "keep":
-            return {}
-        return {tensor: tensors[tensor].clone() for tensor in sorted(changed - set(self.superposed))}
-
-    def _with(self, name: str, member: Member, tensors: Tensors, *, subtract: bool) -> Tensors:
-        """The group's integers with the model added or taken away; the held ones are left as they are."""
-        deltas = dict(self.deltas.get(member.group, {}))
-        key, transform = self.key(name), self.config.transform
-        for tensor, gain in member.gains.items():
-            place = self.place(name, tensor)
-            held = deltas.get(place)
-            if held is None:
-                wide = torch.zeros(self.base[tensor].shape, dtype=torch.int32, device=self.device)
-            else:
-                wide = held.to(self.device, torch.int32, copy=True)
-            pair = self._difference(tensors, tensor, member.coordinates, member.units)
-            finetuned, base = (value.to(self.device) for value in pair)
-            superpose_(wide, finetuned, base, rate(gain), key, tensor_id(tensor), transform, subtract=subtract)
-            deltas[place] = narrow(wide).cpu()
-        if subtract:
-            places = {
-                self.place(other, tensor) for other in self._neighbours(name) for tensor in self.members[other].gains
-            }
-            for place in deltas.keys() - places:
-                if deltas.pop(place).any():
-                    raise CheckpointError(
-                        f"{place} does not come back to zero without {name!r}: its integers were altered"
-                    )
-        return deltas
-
-    def _averaged(self, tensors: Tensors, *, subtract: bool) -> Tensors:
-        if self.config.others != "average":
-            return {}
-        return averaged(self.averages, tensors, self.base.keys() - set(self.superposed), subtract=subtract)
-
-    def _neighbours(self, name: str) -> list[str]:
-        group = self.members[name].group
-        return [other for other, member in self.members.items() if member.group == group and other != name]
-
-
-def _bytes(tensors: Iterable[Held]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _changed(path: Path, tensor: str) -> BaseMismatchError:
+    return BaseMismatchError(f"{tensor} of the base was changed after the superposition was created of it, in {path}")

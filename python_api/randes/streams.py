@@ -1,0 +1,219 @@
+"""Tensors that are read or made a part at a time, so that models larger than memory pass through it.
+
+A tensor's part is a run of its first dimension, ``PART_ELEMENTS`` or so: the same runs for every tensor of one shape,
+whatever its dtype. Threads read, and hash, the next parts while one is computed with.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import blake2b
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Generic, TypeAlias, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from randes_kernels import Packed
+from randes_kernels.slices import spans
+
+PART_ELEMENTS = 1 << 18
+"""512 KiB in bf16. Longer ones cost up to a fifth less processor time, and leave many times their size in memory: freed
+blocks that the allocator keeps for each thread."""
+AHEAD = 4
+"""Parts that are read while another is computed with."""
+HASHING = min(8, os.cpu_count() or 1)
+"""Threads that read and hash whole files: BLAKE2b takes 1.3 ns a byte, more than a disk does."""
+SMALL = 1 << 20
+"""Bytes that are hashed before threads would have begun."""
+
+Progress: TypeAlias = Callable[[str, int], Callable[[int], None]]
+"""Told of each stage of long work and its bytes; answers with what is called with the bytes done since."""
+T = TypeVar("T")
+
+
+def silent(stage: str, nbytes: int) -> Callable[[int], None]:
+    """A ``Progress`` that tells nobody."""
+    return lambda _: None
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name that are not in memory: whoever asks for one gets it read, or made, then.
+
+    While somebody holds a tensor, asking again gives the same one.
+    """
+
+    def __init__(self, headers: Mapping[str, Tensor]) -> None:
+        self._headers = headers
+        self._held: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    @property
+    def headers(self) -> Mapping[str, Tensor]:
+        """Shape and dtype of each, as tensors without data."""
+        return self._headers
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """One tensor, a run of its first dimension after the other."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, the caller's own."""
+        header = self.headers[name]
+        whole = torch.empty(header.shape, dtype=header.dtype, device="cpu")
+        for (start, end), part in zip(runs(header), self.parts(name), strict=True):
+            (whole[start:end] if whole.dim() else whole).copy_(part)
+        return whole
+
+    def __getitem__(self, name: str) -> Tensor:
+        if (held := self._held.get(name)) is None:
+            held = self._held[name] = self.read(name)
+        return held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
+        return dict, (dict(self),)  # a copy is of the tensors: open files are nobody else's
+
+
+def headers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Shapes and dtypes by name: the tensors themselves, or stand-ins without data for those that would be read."""
+    return tensors.headers if isinstance(tensors, LazyTensors) else tensors
+
+
+def size(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> int:
+    """Bytes of all the tensors together."""
+    held = tensors.headers if isinstance(tensors, LazyTensors) else tensors
+    return sum(value.nbytes for value in held.values())
+
+
+def runs(header: Tensor) -> list[tuple[int, int]]:
+    """The runs of the first dimension that a tensor comes in; one for a scalar."""
+    if header.dim() == 0 or header.numel() == 0:
+        return [(0, len(header) if header.dim() else 1)]
+    return spans(len(header), header.numel() // len(header), PART_ELEMENTS)
+
+
+def parts(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """One tensor, a run of its first dimension after the other; views of it where it is in memory."""
+    if isinstance(tensors, LazyTensors):
+        yield from tensors.parts(name)
+        return
+    value = tensors[name]
+    for start, end in runs(value):
+        yield value[start:end] if value.dim() else value
+
+
+class _Failed:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class ahead(Iterator[T], Generic[T]):  # noqa: N801 (used as the functions of itertools are)
+    """The same values in the same order, made by a thread that is ``AHEAD`` values ahead at most.
+
+    To be closed, or used in a ``with``: that ends the thread.
+    """
+
+    def __init__(self, values: Iterable[T]) -> None:
+        self._queue: Queue[T | _Failed] = Queue(AHEAD)
+        self._stopped = Event()
+        self._thread = Thread(target=self._run, args=(iter(values),), daemon=True)
+        self._thread.start()
+
+    def _run(self, values: Iterator[T]) -> None:
+        try:
+            for value in values:
+                self._put(value)
+                if self._stopped.is_set():
+                    return
+            self._put(_Failed(StopIteration()))
+        except BaseException as error:
+            self._put(_Failed(error))
+        finally:
+            if hasattr(values, "close"):
+                values.close()
+
+    def _put(self, value: T | _Failed) -> None:
+        while not self._stopped.is_set():
+            with suppress(Full):
+                self._queue.put(value, timeout=0.1)
+                return
+
+    def __next__(self) -> T:
+        value = self._queue.get()
+        if isinstance(value, _Failed):
+            self._queue.put(value)  # whoever asks again gets the same answer
+            raise value.error
+        return value
+
+    def close(self) -> None:
+        self._stopped.set()
+        with suppress(Empty):
+            while True:
+                self._queue.get_nowait()
+        self._thread.join()
+
+    def __enter__(self) -> "ahead[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Digest:
+    """BLAKE2b over a tensor's dtype, shape and bytes, a part at a time."""
+
+    def __init__(self, header: Tensor) -> None:
+        self._state = blake2b(f"{header.dtype} {tuple(header.shape)} ".encode(), digest_size=16)
+
+    def update(self, part: Tensor) -> None:
+        self._state.update(raw(part))
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits."""
+        return self._state.hexdigest()
+
+
+def raw(part: Tensor) -> memoryview:
+    """A tensor's bytes; without a copy where they lie one after the other."""
+    flat = part.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")  # type: ignore[arg-type]
+
+
+def digests(
+    tensors: Mapping[str, Tensor], names: Iterable[str] | None = None, *,
+    look: Callable[[str, Tensor], None] = lambda *_: None, step: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:  # fmt: skip
+    """The digest of each tensor, or of those named, from several threads.
+
+    look: called with a tensor's name and each of its parts on the way, to raise what it finds.
+    step: called with the bytes of each part.
+    """
+
+    def one(name: str) -> str:
+        digest = Digest(headers(tensors)[name])
+        for part in parts(tensors, name):
+            look(name, part)
+            digest.update(part)
+            step(part.nbytes)
+        return digest.hexdigest()
+
+    names = list(headers(tensors) if names is None else names)
+    if sum(headers(tensors)[name].nbytes for name in names) < SMALL:
+        return {name: one(name) for name in names}
+    with ThreadPoolExecutor(HASHING) as threads:
+        try:
+            return dict(zip(names, threads.map(one, names), strict=True))
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,312 @@
+"""How models join a superposition and leave it: a tensor at a time, and all of it or nothing.
+
+One model that joins is measured first, which finds everything that can be wrong with it, and superposed then, in a
+second reading. Each tensor's integers are replaced as a whole, so what an error interrupts is undone exactly by the
+opposite. Models that make a new superposition join it together, each tensor read once for both: nobody has seen it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from randes import basis
+from randes.adapters import AdapterTensors
+from randes.checkpoint import check_finite
+from randes.errors import CheckpointError, RandesError
+from randes.integers import averaged, check_average, gain_of, narrow, rate
+from randes.members import BASE_NAME, Member
+from randes.packed import coordinates_of
+from randes.stored import own
+from randes.streams import Digest, ahead, headers, parts, runs
+from randes_kernels import slices, superpose_, tensor_id
+
+if TYPE_CHECKING:
+    from randes.superposition import Superposition
+
+NOTHING_LEFT = 2.0**-40
+"""The gain of a delta that lies wholly in the shared basis; the rest of it is zero."""
+Pairs = list[tuple[Tensor, Tensor]]
+"""One tensor of a model and of the base, part by part."""
+
+
+@dataclass
+class Joining:
+    """A model on its way in: where its tensors come from, and what was found of them so far (as in ``Member``)."""
+
+    name: str
+    group: int
+    alpha: float
+    tensors: Mapping[str, Tensor]
+    gains: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, float] = field(default_factory=dict)
+    coordinates: dict[str, Tensor] = field(default_factory=dict)
+
+    def member(self) -> Member:
+        return Member(self.group, self.alpha, self.gains, self.digests, self.kept, self.units, self.coordinates)
+
+
+def join(sup: Superposition, model: Joining, step: Callable[[int], None]) -> None:
+    """Superpose one more model. Nothing is changed by what raises."""
+    with _Reading(sup, [model], step) as reading:
+        for tensor in reading:
+            for _, incoming in reading.models():
+                _measure(sup, model, tensor, incoming, hold=tensor in sup.bases)
+    change(sup, model, step)
+    sup.members[model.name] = model.member()
+
+
+def leave(sup: Superposition, name: str, tensors: Mapping[str, Tensor], step: Callable[[int], None]) -> None:
+    """Take a model away, whose ``tensors`` were found to be those that joined. Nothing is changed by what raises."""
+    held = sup.members[name]
+    model = Joining(name, held.group, held.alpha, tensors, dict(held.gains))
+    model.units, model.coordinates = (
+        dict(held.units),
+        {t: coordinates_of(held.coordinates[t]) for t in held.coordinates},
+    )
+    change(sup, model, step, subtract=True, check=partial(check_comes_back, sup, name))
+    del sup.members[name]
+    tidy(sup, held.group)
+
+
+def join_all(sup: Superposition, models: list[Joining], step: Callable[[int], None]) -> None:
+    """Superpose the models of a new superposition, which what raises leaves unfinished."""
+    with _Reading(sup, models, step) as reading:
+        for tensor in reading:
+            for model, incoming in reading.models():
+                pairs = _measure(sup, model, tensor, incoming, hold=True)
+                _superpose(sup, model, tensor, pairs, subtract=False, in_place=True)
+                del pairs  # before the next tensor comes
+                if _is_averaged(sup, model, tensor):
+                    _average(sup, model, tensor, subtract=False)
+    for model in models:
+        sup.members[model.name] = model.member()
+
+
+def change(
+    sup: Superposition, model: Joining, step: Callable[[int], None], *, subtract: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Add a measured model's integers, or take them away. What raises, ``check`` at the end included, undoes it."""
+
+    def one(tensor: str, subtract: bool) -> None:
+        if _is_averaged(sup, model, tensor):
+            _average(sup, model, tensor, subtract=subtract)
+        else:
+            with ahead(zip(parts(model.tensors, tensor), parts(sup.base, tensor), strict=True)) as pairs:
+                _superpose(sup, model, tensor, pairs, subtract=subtract)
+
+    done: list[str] = []
+    try:
+        for tensor in headers(sup.base):
+            if tensor in model.gains or _is_averaged(sup, model, tensor):
+                one(tensor, subtract)
+                done.append(tensor)
+                step(headers(sup.base)[tensor].nbytes)
+        check()
+    except BaseException:
+        try:
+            for tensor in done:
+                one(tensor, not subtract)
+            tidy(sup, model.group)
+        except BaseException as error:
+            sup.torn = f"{model.name!r} is in part of it, and could not be read to take it out again"
+            raise RandesError(f"the superposition must be loaded again: {sup.torn}") from error
+        raise
+
+
+class _Reading:
+    """Tensor after tensor: the base's, held for all models, and then each model's by parts, read and hashed ahead."""
+
+    def __init__(self, sup: Superposition, models: list[Joining], step: Callable[[int], None]) -> None:
+        self._sup, self._models, self._step = sup, models, step
+        self._threads = ThreadPoolExecutor(1)
+        self._values = ahead(self._read())
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._values.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[str]:
+        for tensor, header in headers(self._sup.base).items():
+            self._tensor, self._header = tensor, header
+            readers = [model for model in self._models if self._reads(model, tensor)]
+            self._base = []  # before the next one comes
+            self._base += [next(self._values)[0] for _ in runs(header)] if readers else []
+            yield tensor
+
+    def models(self) -> Iterator[tuple[Joining, Iterator[tuple[Tensor, Future[str], Tensor]]]]:
+        """The models that have to be read, each with its parts, the base's, and the digest so far."""
+        for model in self._models:
+            if self._reads(model, self._tensor):
+                yield model, ((*next(self._values), base) for base in self._base)
+            else:
+                model.digests[self._tensor] = self._sup.base_digests[self._tensor]
+
+    def _reads(self, model: Joining, tensor: str) -> bool:
+        """Whether a model's tensor may differ from the base's."""
+        adapter = model.tensors
+        return not (
+            isinstance(adapter, AdapterTensors) and adapter.base is self._sup.base and tensor not in adapter.touched
+        )
+
+    def _read(self) -> Iterator[tuple[Tensor, Future[str]]]:
+        nothing: Future[str] = Future()
+        for tensor, header in headers(self._sup.base).items():
+            readers = [model for model in self._models if self._reads(model, tensor)]
+            if readers:
+                for part in parts(self._sup.base, tensor):
+                    yield part, nothing
+            for model in readers:
+                digest = Digest(header)
+                for part in parts(model.tensors, tensor):
+                    yield part, self._threads.submit(partial(_hashed, digest, part))
+                    self._step(part.nbytes)
+
+
+def _hashed(digest: Digest, part: Tensor) -> str:
+    digest.update(part)
+    return digest.hexdigest()
+
+
+def _measure(
+    sup: Superposition, model: Joining, tensor: str, incoming: Iterable[tuple[Tensor, Future[str], Tensor]], *,
+    hold: bool,
+) -> Pairs:  # fmt: skip
+    """Everything about one tensor of a model that joins; its parts, if they are to be held.
+
+    Raises ``CheckpointError`` for what cannot be superposed.
+    """
+    superposed = tensor in sup.superposed
+    pairs: Pairs = []
+    sums: list[float] = []
+    for part, hashed, base in incoming:
+        if not superposed:
+            check_finite(tensor, part)
+            if sup.config.others == "average":
+                check_average(tensor, part)
+        elif tensor not in sup.bases:
+            sums += slices.squares(part, base)
+        if hold and superposed:
+            pairs.append((part, base))
+        digest = hashed.result()
+    model.digests[tensor] = digest
+    if digest == sup.base_digests[tensor]:
+        return []
+    if not superposed:
+        if sup.config.others == "keep":
+            model.kept[tensor] = own(model.tensors, tensor)
+        return []
+    if tensor in sup.bases:
+        for part, _ in pairs:
+            check_finite(tensor, part)
+        u = sup.bases[tensor].double() * basis.UNIT
+        inside = torch.cat([(part.double() - base.double()) @ u for part, base in pairs])
+        model.coordinates[tensor], model.units[tensor] = basis.rounded(inside)
+        sums = [total for pair in _differences(sup, model, tensor, pairs) for total in slices.squares(*pair)]
+
+    def peak() -> float:
+        again = pairs or zip(parts(model.tensors, tensor), parts(sup.base, tensor), strict=True)
+        differences = _differences(sup, model, tensor, again)
+        return max(float((part.double() - base.double()).abs().max()) for part, base in differences)
+
+    gain = gain_of(tensor, sums, headers(sup.base)[tensor].numel(), sup.config.group_size, peak)
+    if gain == 0 and not (tensor in model.coordinates and model.coordinates[tensor].any()):
+        # −0.0 for 0.0: other bytes, the same weight.
+        model.coordinates.pop(tensor, None)
+        model.units.pop(tensor, None)
+        return []
+    model.gains[tensor] = gain or NOTHING_LEFT
+    return pairs
+
+
+def _differences(
+    sup: Superposition, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts whose differences are superposed: fine-tune and base; with a shared basis, what it leaves and zero."""
+    first = 0
+    for part, base in pairs:
+        if tensor in model.coordinates:
+            held = model.coordinates[tensor][first : first + len(part)]
+            rest = basis.remainder(part.double() - base.double(), sup.bases[tensor], held, model.units[tensor])
+            first += len(part)
+            part, base = rest, torch.zeros_like(rest)
+        yield part, base
+
+
+def _superpose(
+    sup: Superposition, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]], *, subtract: bool,
+    in_place: bool = False,
+) -> None:  # fmt: skip
+    """Add one tensor's turned delta to its group's integers, or take it away, once all of it is done."""
+    if tensor not in model.gains:
+        return
+    key, place, steps = sup.key(model.name), sup.place(model.name, tensor), rate(model.gains[tensor])
+    group = sup.deltas.setdefault(model.group, {})
+    shape = headers(sup.base)[tensor].shape
+    if place not in group:
+        held = torch.zeros(shape, dtype=torch.int16, device="cpu")
+    else:
+        held = group[place] if in_place else own(group, place)
+    pairs = _differences(sup, model, tensor, pairs)
+    if sup.device.type != "cpu":
+        finetuned, base = (torch.cat(side).to(sup.device) for side in zip(*pairs, strict=True))
+        wide = held.to(sup.device, torch.int32)
+        superpose_(wide, finetuned, base, steps, key, tensor_id(tensor), sup.config.transform, subtract=subtract)
+        group[place] = narrow(wide).cpu()
+        return
+    turn = slices.turn(key, tensor_id(tensor), shape, sup.config.transform)
+    add = partial(slices.superpose_rows_, rate=steps, turn=turn, subtract=subtract)
+    first = 0
+    for part, base in pairs:
+        end = first + len(part)
+        done = add(held[first:end], part, base, first=first)
+        if done < len(part):  # int16 does not hold it
+            held = held.to(torch.int32)
+            add(held[first + done : end], part[done:], base[done:], first=first + done)
+        first = end
+    group[place] = narrow(held)
+
+
+def _is_averaged(sup: Superposition, model: Joining, tensor: str) -> bool:
+    averaging = sup.config.others == "average" and model.name != BASE_NAME and tensor not in sup.superposed
+    return averaging and headers(sup.base)[tensor].is_floating_point()
+
+
+def _average(sup: Superposition, model: Joining, tensor: str, *, subtract: bool) -> None:
+    held = sup.averages.get(tensor)
+    sup.averages[tensor] = averaged(held, model.tensors[tensor], subtract=subtract)
+
+
+def check_comes_back(sup: Superposition, name: str) -> None:
+    """Raise ``CheckpointError`` unless what a model alone had a delta in is zero once it was taken away."""
+    for place in sorted(_unused(sup, sup.members[name].group, without=name)):
+        if any(part.any() for part in parts(sup.deltas[sup.members[name].group], place)):
+            raise CheckpointError(f"{place} does not come back to zero without {name!r}: its integers were altered")
+
+
+def tidy(sup: Superposition, group: int) -> None:
+    """Drop what no model has anything in any more."""
+    for place in _unused(sup, group):
+        del sup.deltas[group][place]
+    if group in sup.deltas and not sup.deltas[group]:
+        del sup.deltas[group]
+    if not sup.names:
+        sup.averages = {}
+
+
+def _unused(sup: Superposition, group: int, without: str | None = None) -> set[str]:
+    members = {name: member for name, member in sup.members.items() if member.group == group and name != without}
+    used = {sup.place(name, tensor) for name, member in members.items() for tensor in member.gains}
+    return headers(sup.deltas.get(group, {})).keys() - used
