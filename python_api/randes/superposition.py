@@ -308,10 +308,8 @@ class Superposition:
         used: list[Mapping[str, Held]] = [self.held.get(group, {}), self.averages, self.bases]
         if name is not None:
             used += [self.members[name].kept, self.members[name].coordinates]
-        if nbytes := sum(map(unchecked, [self.base, *used])):
-            step = progress("checking", nbytes)
-        else:
-            step = silent("", 0)
+        nbytes = sum(map(unchecked, [self.base, *used]))
+        step = (progress if nbytes else silent)("checking", nbytes)
         self.check_base(step=step)
         for tensors in used:
             check(tensors, step)
