@@ -1,7 +1,7 @@
 """Reading, checking and writing one model's tensors. Nothing here unpickles."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -125,8 +125,11 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def check_fits(tensors: Tensors, base: Tensors) -> None:
-    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes, and finite values."""
+def check_fits(tensors: Tensors, base: Tensors, free: Set[str] = frozenset()) -> None:
+    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes, and finite values.
+
+    free: names of tensors whose shapes may differ.
+    """
     if not tensors.keys() & base.keys():
         raise CheckpointError(f"no tensor matches the base; it has {_some(base)}, the checkpoint {_some(tensors)}")
     if missing := base.keys() - tensors.keys():
@@ -135,7 +138,7 @@ def check_fits(tensors: Tensors, base: Tensors) -> None:
         raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
     for name, own in base.items():
         value = tensors[name]
-        if value.shape != own.shape or value.dtype != own.dtype:
+        if (value.shape != own.shape and name not in free) or value.dtype != own.dtype:
             raise CheckpointError(
                 f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)} {value.dtype}"
             )

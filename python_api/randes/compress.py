@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from randes import checkpoint
 from randes.basis import loudest
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
@@ -39,26 +38,26 @@ def compress(
     superposition = Superposition.create(base, replace(config, centre=False, rank=0))
     original, superposed = superposition.base, superposition.superposed
     if config.centre or config.rank:
-        stored = _centred(original, models, superposed) if config.centre else original
-        bases = loudest(models, stored, superposed, config.rank, config.seed) if config.rank else {}
-        superposition = Superposition(config, stored, superposed, bases=bases)
+        stored = _centred(superposition, models) if config.centre else original
+        bases = loudest(models, stored, superposed, config.rank, config.seed, superposition.read) if config.rank else {}
+        superposition = Superposition(config, stored, superposed, bases=bases, layout=superposition.layout)
     if config.centre:
-        superposition.add_base(original)
+        superposition.add_base(superposition.layout.join(original))
     for name, finetuned in models.items():
         superposition.add(name, finetuned)
         step()
     return superposition
 
 
-def _centred(base: Tensors, models: Mapping[str, Checkpoint], superposed: tuple[str, ...]) -> Tensors:
+def _centred(superposition: Superposition, models: Mapping[str, Checkpoint]) -> Tensors:
     """The base with the mean of the models in place of each superposed matrix.
 
     Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
     """
-    sums = {tensor: torch.zeros(base[tensor].shape, dtype=torch.float64) for tensor in superposed}
+    base = superposition.base
+    sums = {tensor: torch.zeros(base[tensor].shape, dtype=torch.float64) for tensor in superposition.superposed}
     for name in sorted(models):
-        tensors = checkpoint.read(models[name])
-        checkpoint.check_fits(tensors, base)
+        tensors = superposition.read(models[name])
         for tensor, total in sums.items():
             total += tensors[tensor].double() - base[tensor].double()
     means = {

@@ -1,9 +1,12 @@
 """Layers around the superposed ones whose tensors differ between models: each row gets its own model's.
 
 ``SuperposedLinear`` routes its bias itself. Norms, embeddings and linear layers that are not superposed are
-routed here, by the class of the layer. Any other layer is run once for each model of a mixed batch, on its rows.
+routed here, by the kind of the layer. Any other layer is run once for each model of a mixed batch, on its rows.
 """
 
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +16,15 @@ from torch import Tensor, nn
 from randes.routing import Router
 from randes.superposition import BASE_NAME, Superposition
 
+FEW_ELEMENTS = 1 << 16
+"""Of a linear layer's weight that are gathered for each row; a larger one is multiplied model by model, uncopied."""
+
 
 class KeptTable(nn.Module):
-    """One tensor as each model has it: the rows of those that differ from the base, and who has which."""
+    """One tensor as each model has it: the rows of those that differ from the base, and who has which.
+
+    Where models differ in its shape (heads of other numbers of classes), ``values`` is empty and each has its own.
+    """
 
     values: Tensor
     rows: Tensor
@@ -32,22 +41,33 @@ class KeptTable(nn.Module):
                 rows.append(0)  # the average is one for all
             else:
                 rows.append(len(values))
-                values.append(own)
-        self.register_buffer("values", torch.stack(values).to(like.device, like.dtype), persistent=False)
+                values.append(own.to(like.device, like.dtype))
+        self.ragged = any(value.shape != like.shape for value in values)
+        for number, value in enumerate(values if self.ragged else []):
+            self.register_buffer(f"value_{number}", value, persistent=False)
+        self.register_buffer("values", torch.empty(0) if self.ragged else torch.stack(values), persistent=False)
         self.register_buffer("rows", torch.tensor(rows, dtype=torch.int32, device=like.device), persistent=False)
+        self.numbers = tuple(rows)
 
     def row_of(self, ids: Tensor) -> Tensor:
         """For each id the row of ``values`` that is its own, −1 for the base's."""
         return torch.where(ids >= 0, self.rows[ids.clamp(min=0)], -1)
 
-    def select(self, ids: Tensor, base: Tensor) -> Tensor:
-        """For each of B ids its model's tensor: (B, *shape)."""
+    def select(self, ids: Tensor, base: Tensor, *place: int) -> Tensor:
+        """For each of B ids its model's tensor, or what is at ``place`` in it: (B, *shape)."""
         row = self.row_of(ids)
-        own = self.values[row.clamp(min=0)]
+        own, base = self.values[(row.clamp(min=0), *place)], base[place]
         return torch.where((row >= 0).view(-1, *[1] * base.dim()), own, base)
 
+    def of(self, model: int, base: Tensor) -> Tensor:
+        """One model's tensor, not copied."""
+        row = -1 if model < 0 else self.numbers[model]
+        if row < 0:
+            return base
+        return getattr(self, f"value_{row}") if self.ragged else self.values[row]
 
-class _Routed(nn.Module):
+
+class Routed(nn.Module):
     """Mixed into a layer's class: what its tables hold counts instead of its own tensors.
 
     Read from outside, and by layers that are not routed row by row, a kept tensor is that of the batch's one model.
@@ -56,17 +76,21 @@ class _Routed(nn.Module):
     _router: Router
     _tables: nn.ModuleDict  # of KeptTable
 
-    def _table(self, name: str) -> KeptTable:
-        table = self._tables[_key(name)]
-        assert isinstance(table, KeptTable)
+    def _table(self, name: str) -> KeptTable | None:
+        table = self._tables[_key(name)] if _key(name) in self._tables else None
+        assert table is None or isinstance(table, KeptTable)
         return table
 
-    def _own(self, name: str, ids: Tensor) -> Tensor | None:
-        """The parameter ``name`` for each id, (B, *shape); None where the layer has none."""
-        base = self._parameters[name]
+    def _own(self, name: str, ids: Tensor, *place: int) -> Tensor | None:
+        """The parameter ``name`` for each id, or what is at ``place`` in it, (B, *shape); None where there is none."""
+        base, table = self._parameters[name], self._table(name)
         if base is None:
             return None
-        return self._table(name).select(ids, base) if _key(name) in self._tables else base.expand(len(ids), *base.shape)
+        if table is None:
+            return base[place].expand(len(ids), *base[place].shape)
+        if len(ids) == 1 and not torch.compiler.is_compiling():
+            return table.of(self._router.batch().number, base)[place][None]
+        return table.select(ids, base, *place)
 
     def _spread(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """The input with a row for each row of the batch, and the batch's ids: None where it is the base's alone."""
@@ -74,15 +98,20 @@ class _Routed(nn.Module):
         return batch.spread(input), None if batch.runs_base else batch.on(input.device)
 
     def _kept(self, name: str) -> Tensor:
-        batch = self._router.batch()
+        batch, table = self._router.batch(), self._table(name)
         base = self._parameters.get(name, self._buffers.get(name))
         assert base is not None
+        assert table is not None
+        if batch.by_row:
+            return table.select(batch.on(base.device), base)[:, None]
         if batch.mixed:
             raise ValueError(
                 f"{name} of a {type(self).__name__} is kept per model, and cannot be read for rows of several models"
                 ' at once: run one model at a time, or superpose with others="base"'
             )
-        return self._table(name).select(batch.on(base.device), base)[0]
+        if torch.compiler.is_compiling():
+            return table.select(batch.on(base.device), base)[0]
+        return table.of(batch.number, base)
 
     def extra_repr(self) -> str:
         """The base's: a layer is printed where no model is chosen."""
@@ -90,14 +119,18 @@ class _Routed(nn.Module):
             return super().extra_repr()
 
 
-class RoutedLinear(_Routed, nn.Linear):
-    """A small linear layer, a class head say, with each model's own weight and bias."""
+class RoutedLinear(Routed, nn.Linear):
+    """A linear layer that is not superposed, a class head say, with each model's own weight and bias."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., K) → (..., N)"""
+    def forward(self, input: Tensor) -> Any:
+        """(..., K) → (..., N); a list with an output for each row where their models differ in N."""
         input, ids = self._spread(input)
         if ids is None:
             return super().forward(input)
+        large = self._parameters["weight"].numel() > FEW_ELEMENTS  # type: ignore[union-attr]
+        ragged = any(table is not None and table.ragged for table in map(self._table, ("weight", "bias")))
+        if len(ids) > 1 and (ragged or (large and not torch.compiler.is_compiling())):
+            return _by_model(self._router, super().forward, (input,), {}, ragged=ragged)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
         assert weight is not None
         if len(ids) == 1:
@@ -107,7 +140,7 @@ class RoutedLinear(_Routed, nn.Linear):
         return y.view(*input.shape[:-1], self.out_features)
 
 
-class RoutedLayerNorm(_Routed, nn.LayerNorm):
+class RoutedLayerNorm(Routed, nn.LayerNorm):
     """A layer norm with each model's own weight and bias."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -123,7 +156,7 @@ class RoutedLayerNorm(_Routed, nn.LayerNorm):
         return _scaled_by_row(plain, weight, bias).to(input.dtype)
 
 
-class RoutedRMSNorm(_Routed, nn.RMSNorm):
+class RoutedRMSNorm(Routed, nn.RMSNorm):
     """An RMS norm with each model's own weight."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -152,18 +185,35 @@ def _exact(input: Tensor) -> Tensor:
     return input.to(torch.promote_types(input.dtype, torch.float32))
 
 
-class RoutedEmbedding(_Routed, nn.Embedding):
+class RoutedNorm(Routed):
+    """A library's own norm of one weight, which its forward multiplies by element: Transformers' RMS norms."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K), the same out: the norm's own forward, with its weight as (B, 1, K)."""
+        input, ids = self._spread(input)
+        if ids is None or len(ids) == 1:
+            y: Tensor = super().forward(input)
+            return y
+        rows = input.reshape(len(ids), -1, input.shape[-1])
+        with self._router.during(replace(self._router.batch(), by_row=True)):
+            y = super().forward(rows)
+        if y.shape != rows.shape:
+            raise ValueError(f"a {type(self).__name__} must multiply by its weight, got {tuple(y.shape)} out of it")
+        return y.view(input.shape)
+
+
+class RoutedEmbedding(Routed, nn.Embedding):
     """An embedding with each model's own table; no table is copied, each token looks in its model's."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., D)"""
         input, ids = self._spread(input)
-        weight = self._parameters["weight"]
+        weight, table = self._parameters["weight"], self._table("weight")
         assert weight is not None
+        assert table is not None
         base = F.embedding(input, weight)
         if ids is None:
             return base
-        table = self._table("weight")
         row = table.row_of(ids).repeat_interleave(input.shape[0] // len(ids) if input.shape[0] else 0)
         row = row.view(-1, *[1] * (input.dim() - 1))
         flat = table.values.flatten(0, 1)
@@ -171,42 +221,85 @@ class RoutedEmbedding(_Routed, nn.Embedding):
         return torch.where((row >= 0)[..., None], own, base)
 
 
-ROUTED: dict[type[nn.Module], type[_Routed]] = {
+class RoutedByModel(Routed):
+    """Any other layer: run once for each model of a mixed batch, on its rows alone.
+
+    It must take tensors with the batch first, and nothing that remembers a call (a cache), and return one tensor or a
+    tuple of them. Others serve one model at a time.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        if not self._router.batch().mixed or not _can_be_split(self, (*args, *kwargs.values())):
+            return super().forward(*args, **kwargs)
+        return _by_model(self._router, super().forward, args, kwargs)
+
+
+def _can_be_split(layer: nn.Module, values: tuple[Any, ...]) -> bool:
+    plain = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
+    whole = hasattr(layer, "config") and hasattr(layer, "get_input_embeddings")  # its outputs may compare rows (CLIP's)
+    return not whole and any(isinstance(v, Tensor) for v in values) and all(isinstance(v, plain) for v in values)
+
+
+def _by_model(
+    router: Router, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, ragged: bool = False
+) -> Any:
+    """``function`` of each model's rows; its outputs in the rows' order, or as a list of them where they are ragged."""
+    batch = router.batch()
+    ids = batch.ids.tolist()
+    runs: dict[int, Tensor] = {}
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            runs[id(value)] = torch.unflatten(batch.spread(value), 0, (len(ids), -1))
+    lengths = {run.shape[1] for run in runs.values()}
+    parts: list[tuple[Tensor, ...]] = []
+    places: list[int] = []
+    single = True
+    for model in sorted(set(ids)):
+        chosen = [place for place, other in enumerate(ids) if other == model]
+
+        def part(value: Any, chosen: list[int] = chosen) -> Any:
+            return runs[id(value)][chosen].flatten(0, 1) if isinstance(value, Tensor) else value
+
+        with router.during(batch.of_one(model)):
+            y = function(*map(part, args), **{name: part(value) for name, value in kwargs.items()})
+        single = isinstance(y, Tensor)
+        outputs = (y,) if single else y
+        if not isinstance(outputs, tuple) or not all(
+            isinstance(out, Tensor) and out.dim() and out.shape[0] / len(chosen) in lengths for out in outputs
+        ):
+            raise ValueError(
+                f"a {type(getattr(function, '__self__', function)).__name__} with tensors kept per model must return"
+                " tensors with the batch first to serve a mixed batch"
+            )
+        parts.append(tuple(torch.unflatten(out, 0, (len(chosen), -1)) for out in outputs))
+        places += chosen
+    order = torch.tensor(places).argsort()
+    if ragged:
+        rows = [row for (part,) in parts for row in part]
+        return [rows[place] for place in order.tolist()]
+    joined = tuple(torch.cat(outputs)[order.to(outputs[0].device)].flatten(0, 1) for outputs in zip(*parts, strict=True))
+    return joined[0] if single else joined
+
+
+class RoutedBias(Routed):
+    """Self-attention that makes a bias of relative positions, one for all rows of a model (T5's)."""
+
+    def compute_bias(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(1, heads, queries, keys) of one model, (B, ...) of a mixed batch."""
+        batch = self._router.batch()
+        biases: dict[int, Tensor] = {}
+        for model in sorted(set(batch.ids.tolist())):
+            with self._router.during(batch.of_one(model)):
+                biases[model] = super().compute_bias(*args, **kwargs)  # type: ignore[misc]
+        return torch.cat([biases[model] for model in batch.ids.tolist()])
+
+
+ROUTED: dict[type[nn.Module], type[Routed]] = {
     nn.Linear: RoutedLinear,
     nn.LayerNorm: RoutedLayerNorm,
     nn.RMSNorm: RoutedRMSNorm,
-    nn.Embedding: RoutedEmbedding,
 }
-
-
-class _RoutedByModel(_Routed):
-    """Any other layer of one input and one output: run once for each model of a mixed batch, on its rows alone."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward. In a mixed batch it must take one tensor, and return one, with the batch first."""
-        batch = self._router.batch()
-        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not batch.mixed or len(inputs) != 1:
-            return super().forward(*args, **kwargs)
-        ids = batch.ids.tolist()
-        runs = torch.unflatten(batch.spread(inputs[0]), 0, (len(ids), -1))
-        parts: list[Tensor] = []
-        places: list[int] = []
-        for model in sorted(set(ids)):
-            chosen = [place for place, other in enumerate(ids) if other == model]
-            part = runs[chosen].flatten(0, 1)
-            one = [part if value is inputs[0] else value for value in args]
-            named = {name: part if value is inputs[0] else value for name, value in kwargs.items()}
-            with self._router.during(batch.of_one(model)):
-                y = super().forward(*one, **named)
-            if not isinstance(y, Tensor) or y.shape[:1] != part.shape[:1]:
-                raise ValueError(
-                    f"a {type(self).__name__} with tensors kept per model must return one tensor with the batch first"
-                    f" to serve a mixed batch, got {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__}"
-                )
-            parts.append(torch.unflatten(y, 0, (len(chosen), -1)))
-            places += chosen
-        return torch.cat(parts)[torch.tensor(places).argsort().to(runs.device)].flatten(0, 1)
 
 
 def _key(name: str) -> str:
@@ -217,12 +310,36 @@ def _kept_property(name: str) -> property:
     return property(lambda self: self._kept(name))
 
 
-def route_layer(layer: nn.Module, tables: dict[str, KeptTable], router: Router) -> None:
-    """Make ``layer``, in place, use each row's own model's tensors."""
-    plain = type(layer)
-    by_row = ROUTED.get(plain) if getattr(layer, "max_norm", None) is None else None  # max_norm rewrites the table
-    bases = (_RoutedByModel, plain) if by_row is None else (by_row,)
-    layer.__class__ = type(f"Routed{plain.__name__}", bases, {name: _kept_property(name) for name in tables})
-    assert isinstance(layer, _Routed)
+def _kind_of(layer: nn.Module, tables: dict[str, KeptTable]) -> type[Routed]:
+    if type(layer) in ROUTED:
+        return ROUTED[type(layer)]
+    if isinstance(layer, nn.Embedding) and layer.max_norm is None and calls_super(layer):  # max_norm rewrites the table
+        return RoutedEmbedding
+    own = dict(layer.named_parameters(recurse=False))
+    named_norm = type(layer).__name__.endswith("Norm") and not type(layer).__module__.startswith("torch.")
+    if named_norm and own.keys() == tables.keys() == {"weight"} and own["weight"].dim() == 1:
+        return RoutedNorm
+    return RoutedByModel
+
+
+def calls_super(layer: nn.Module) -> bool:
+    """Whether an embedding looks its tokens up as ``nn.Embedding`` does, whatever it does before and after."""
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return type(layer) is nn.Embedding or "__class__" in getattr(code, "co_freevars", ())
+
+
+def route_layer(
+    layer: nn.Module, tables: dict[str, KeptTable], router: Router, kind: type[Routed] | None = None
+) -> None:
+    """Make ``layer``, in place, use each row's own model's tensors. kind: how, where it is not only kept tensors."""
+    plain, kind = type(layer), kind or _kind_of(layer, tables)
+    bases: tuple[type, ...] = (kind, plain)
+    if issubclass(kind, plain):
+        bases = (kind,)
+    elif issubclass(kind, nn.Embedding):
+        bases = (plain, kind)  # its own forward, around the routed look-up
+    way = "Superposed" if kind.__name__.startswith("Superposed") else "Routed"
+    layer.__class__ = type(f"{way}{plain.__name__}", bases, {name: _kept_property(name) for name in tables})
+    assert isinstance(layer, Routed)
     layer._router = router
     layer._tables = nn.ModuleDict({_key(name): table for name, table in tables.items()})

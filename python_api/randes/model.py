@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randes.checkpoint import digest
-from randes.errors import BaseMismatchError
-from randes.kept import KeptTable, route_layer
-from randes.linear import DeltaPool, SuperposedLinear, check_is_base, tensor_of
+from randes.inside import Layer, check_layers, layers_of, route_containers, take_centre, take_over
+from randes.kept import KeptTable
+from randes.linear import DeltaPool, SuperposedLinear
 from randes.routing import Batch, Router
 from randes.superposition import BASE_NAME, Superposition
 from randes_kernels.tiles import device_name, rows_of_plans
@@ -33,19 +32,18 @@ class SuperposedModel(nn.Module):
 
     def __init__(self, base_module: nn.Module, superposition: Superposition) -> None:
         super().__init__()
-        _check_base(base_module, superposition)
-        layers = _superposed_layers(base_module, superposition)
+        layers = layers_of(base_module, superposition)
+        check_layers(base_module, layers, superposition)
         pools = _pools(layers, superposition)
-        tables = _kept_tables(base_module, layers, superposition)
+        tables = _kept_tables(layers, superposition)
         # Nothing fails from here on: the model is changed whole or not at all.
         self.router = Router(superposition.served)
         self.base_model = base_module
         if superposition.config.centre:
-            _take_centre(layers, superposition)
-        for name, linear in layers.items():
-            SuperposedLinear.take_over(linear, superposition, name, self.router, pools[name])
-        for name, own in tables.items():
-            route_layer(base_module.get_submodule(name), own, self.router)
+            take_centre(layers, superposition)
+        for layer in layers:
+            take_over(layer, superposition, self.router, pools, tables)
+        route_containers(base_module, self.router)
 
     @property
     def names(self) -> list[str]:
@@ -128,85 +126,26 @@ class SuperposedModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
 
-def _check_base(module: nn.Module, superposition: Superposition) -> None:
-    superposition.check_base()
-    own = dict(module.state_dict())
-    if own.keys() != superposition.base.keys():
-        odd = sorted(own.keys() ^ superposition.base.keys())
-        raise BaseMismatchError(
-            f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
-        )
-    added = superposition.members.get(BASE_NAME)
-    for name, value in own.items():
-        if added is not None and digest(value) == added.digests[name]:
-            continue  # as it was before deltas were centred on their mean
-        check_is_base(superposition, name, value)
-
-
-def _take_centre(layers: dict[str, nn.Linear], superposition: Superposition) -> None:
-    """The mean of the fine-tunes in place of the base: what deltas are measured from.
-
-    As parameters of their own: the base's tensors may be tied to others that are not superposed, and are the caller's.
-    """
-    for name, layer in layers.items():
-        centre = superposition.base[tensor_of(name, "weight")].to(layer.weight)
-        layer.weight = nn.Parameter(centre.clone(), requires_grad=layer.weight.requires_grad)
-
-
-def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[str, nn.Linear]:
-    """The linear layers whose weights are superposed, by name: all of them, or an error."""
-    modules = dict(module.named_modules())
-    for name, layer in modules.items():
-        # These read the weights of the layers inside them without calling those.
-        if isinstance(layer, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            raise ValueError(
-                f"{name or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
-                " instead, and would silently answer as the base"
-            )
-    layers = {}
-    for tensor in superposition.superposed:
-        name = tensor.rpartition(".")[0]
-        layer = modules.get(name)
-        if layer is not None and "forward" in vars(layer):
-            raise ValueError(f"{name}.forward was replaced on the layer itself, and would silently answer as the base")
-        if isinstance(layer, SuperposedLinear):
-            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
-        if type(layer) is not nn.Linear or tensor.rpartition(".")[2] != "weight":
-            raise ValueError(
-                f"{tensor} is superposed, but belongs to a {type(layer).__name__}, not an nn.Linear;"
-                " exclude it when the superposition is created"
-            )
-        layers[name] = layer
-    return layers
-
-
-def _pools(layers: dict[str, nn.Linear], superposition: Superposition) -> dict[str, DeltaPool]:
-    """The superpositions that each layer reads; layers that are shuffled share one."""
+def _pools(layers: Sequence[Layer], superposition: Superposition) -> dict[str, DeltaPool]:
+    """The superpositions of each matrix; layers that are shuffled or tied share one."""
     by_family: dict[str, DeltaPool] = {}
     pools = {}
-    for name, linear in layers.items():
-        tensor = tensor_of(name, "weight")
-        first = superposition.family(tensor)[0]
-        if first not in by_family:
-            by_family[first] = DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
-        pools[name] = by_family[first]
+    for layer in layers:
+        for name, view in layer.views.items():
+            weight = getattr(layer.module, name)
+            for matrix in view.parts:
+                first = superposition.family(matrix)[0]
+                if first not in by_family:
+                    by_family[first] = DeltaPool(superposition, matrix, weight.dtype).to(weight.device)
+                pools[matrix] = by_family[first]
     return pools
 
 
-def _kept_tables(
-    module: nn.Module, layers: dict[str, nn.Linear], superposition: Superposition
-) -> dict[str, dict[str, KeptTable]]:
-    """Of every layer that is not superposed its models' own tensors. Raises ``ValueError`` for a shared layer."""
-    tables: dict[str, dict[str, KeptTable]] = {}
-    for tensor in superposition.others:
-        owner, _, name = tensor.rpartition(".")
-        if owner not in layers:
-            layer = module.get_submodule(owner)
-            tables.setdefault(owner, {})[name] = KeptTable(superposition, tensor, getattr(layer, name))
-    owners = [module.get_submodule(owner) for owner in tables]
-    for owner, layer in zip(tables, owners, strict=True):
-        if sum(other is layer for other in owners) > 1:
-            raise ValueError(f"{owner} is shared under several names, and cannot have tensors kept for each model")
-        if "forward" in vars(layer):
-            raise ValueError(f"{owner}.forward was replaced on the layer itself, and would silently answer as the base")
+def _kept_tables(layers: Sequence[Layer], superposition: Superposition) -> dict[str, KeptTable]:
+    """Of every tensor that some model has its own of, what each has: one for all layers that are tied."""
+    tables: dict[str, KeptTable] = {}
+    for layer in layers:
+        for name, tensor in layer.kept.items():
+            if tensor not in tables:
+                tables[tensor] = KeptTable(superposition, tensor, getattr(layer.module, name))
     return tables

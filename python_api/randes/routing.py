@@ -22,6 +22,8 @@ class Batch:
     models: all that could have been named, in the order of their numbers.
     of_rows: (rows,) int32, the same with a number for every row that was named.
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
+    by_row: a layer under way reads its kept tensors with a row for each row of the batch (``kept.py``).
+    spreads: a call may have several rows for each one named, one after the other, as the beams of a search are.
     """
 
     ids: Tensor
@@ -29,6 +31,8 @@ class Batch:
     models: tuple[str, ...]
     of_rows: Tensor
     length: int = 1
+    by_row: bool = False
+    spreads: bool = False
 
     @property
     def rows(self) -> int:
@@ -41,6 +45,11 @@ class Batch:
         return not torch.compiler.is_compiling() and self.base_only
 
     @property
+    def number(self) -> int:
+        """The one model of a batch that is not mixed."""
+        return int(self.of_rows[0])
+
+    @property
     def mixed(self) -> bool:
         """Whether rows may belong to different models."""
         return self.ids.shape[0] > 1
@@ -51,8 +60,8 @@ class Batch:
 
     def of_one(self, number: int) -> "Batch":
         """The batch of the rows of one model of it."""
-        ids = torch.tensor([number], dtype=torch.int32, device=self.ids.device)
-        return Batch(ids, number == -1, self.models, ids, self.length)
+        one = torch.tensor([number], dtype=torch.int32, device="cpu")
+        return Batch(one.to(self.ids.device), number == -1, self.models, one, self.length)
 
     def over(self, first: Tensor) -> "Batch":
         """The same batch for a model whose first input is ``first``, (B, length, ...): on its device.
@@ -60,10 +69,13 @@ class Batch:
         A program that is being compiled gets a number for every row, whatever the batch: then it serves them all.
         """
         length = first.shape[1] if first.dim() > 1 else 1
+        of_rows, ids = self.of_rows, self.ids
+        if self.spreads and self.mixed and first.shape[0] % self.rows == 0:
+            of_rows, ids = (value.repeat_interleave(first.shape[0] // self.rows) for value in (of_rows, ids))
         if torch.compiler.is_compiling():
-            of_rows = self.of_rows.to(first.device, non_blocking=True)
+            of_rows = of_rows.to(first.device, non_blocking=True)
             return Batch(of_rows, self.base_only, self.models, of_rows, length)
-        return Batch(self.on(first.device), self.base_only, self.models, self.of_rows, length)
+        return Batch(ids.to(first.device, non_blocking=True), self.base_only, self.models, of_rows, length)
 
     def spread(self, x: Tensor) -> Tensor:
         """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.

@@ -28,6 +28,7 @@ from randes.checkpoint import Tensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.integers import AVERAGE_STEP, STEP
+from randes.layout import Layout
 from randes.members import Member
 from randes.superposition import Superposition
 from randes_kernels import FORMAT_VERSION
@@ -89,9 +90,13 @@ def load(path: str | os.PathLike[str]) -> Superposition:
         stem = name.rsplit("-", 1)[0]
         contents[stem], digests_of[stem] = tensors, digests
     base, base_digests = contents.pop("base"), digests_of["base"]
+    layout = Layout.from_dict(manifest["layout"]) if "layout" in manifest else Layout()
+    if layout.views:
+        base = layout.split(base)
+        base_digests = {name: checkpoint.digest(value) for name, value in base.items()}
     bases = contents.pop("basis", {})
     superposition = Superposition(
-        Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests, bases
+        Config.from_dict(manifest["config"]), base, manifest["superposed"], base_digests, bases, layout
     )
     for name, record in manifest["models"].items():
         kept = contents.pop(_model_file(superposition, name), {})
@@ -127,7 +132,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _contents(superposition: Superposition) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
-    contents = {"base": superposition.base, "basis": superposition.bases}
+    base = superposition.base
+    if superposition.layout.views:
+        base = superposition.layout.join(base, ties=False)
+    contents = {"base": base, "basis": superposition.bases}
     contents |= {f"group-{group}": tensors for group, tensors in sorted(superposition.deltas.items())}
     for name in superposition.served:
         member = superposition.members[name]
@@ -154,7 +162,7 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
         "superposed": list(superposition.superposed),
         "models": {name: _record(superposition.members[name]) for name in superposition.served},
         "files": files,
-    }
+    } | ({"layout": superposition.layout.to_dict()} if superposition.layout else {})
     manifest["checksum"] = _checksum(manifest)
     return manifest
 

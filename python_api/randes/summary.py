@@ -38,7 +38,7 @@ def verify(superposition: Superposition, name: str, finetuned: Checkpoint) -> Ve
     """
     original = superposition.read_added(name, finetuned)
     member = superposition.members[name]
-    retrieved = superposition.retrieve(name)
+    retrieved = superposition.layout.split(superposition.retrieve(name))
     squares = {
         tensor: (
             _squared_norm(retrieved[tensor].double() - original[tensor].double()),

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randes import basis, checkpoint
 from randes.checkpoint import Checkpoint, Tensors
@@ -13,13 +13,13 @@ from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
 from randes.integers import AVERAGE_STEP, STEP, averaged, gain_and_peak, narrow, rate
 from randes.layers import families, shuffled
+from randes.layout import Layout, layout_of, skeleton, superposed_names, tied
 from randes.members import Member, Sizes
 from randes_kernels import model_key, retrieve, superpose_, tensor_id
 
 BASE_NAME = "__base__"
 NOTHING_LEFT = 2.0**-40
 """The gain of a delta that lies wholly in the shared basis; the rest of it is zero."""
-SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Superposition:
@@ -33,12 +33,13 @@ class Superposition:
 
     def __init__(
         self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None,
-        bases: Tensors | None = None,
+        bases: Tensors | None = None, layout: Layout | None = None,
     ) -> None:  # fmt: skip
         """For ``create`` and ``load``."""
         self.config = config
         self.base = base
         self.superposed = tuple(sorted(superposed))
+        self.layout = layout or Layout()  # how base and fine-tunes, as they come, are these tensors (layout.py)
         self.base_digests = dict(base_digests or {name: checkpoint.digest(value) for name, value in base.items()})
         self.members: dict[str, Member] = {}
         self.deltas: dict[int, Tensors] = {}  # of each group: the integers by tensor, int16 where they fit
@@ -63,11 +64,9 @@ class Superposition:
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
         tensors = checkpoint.read(base)
         checkpoint.check_finite(tensors)
-        superposed = [
-            name
-            for name, value in tensors.items()
-            if value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
-        ]
+        layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else skeleton(base))
+        tensors = layout.split(tensors)
+        superposed = superposed_names(tensors, layout, config)
         if not superposed:
             raise CheckpointError(
                 f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"
@@ -77,7 +76,7 @@ class Superposition:
             if tensors[name].shape[1] % config.segments:
                 columns = tensors[name].shape[1]
                 raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
-        return cls(config, tensors, superposed)
+        return cls(config, tensors, superposed, layout=layout)
 
     # ---------------------------------------------------------------- models
 
@@ -120,8 +119,7 @@ class Superposition:
 
     def _join(self, name: str, finetuned: Checkpoint, group: int, alpha: float) -> None:
         self.check_base()
-        tensors = checkpoint.read(finetuned)
-        checkpoint.check_fits(tensors, self.base)
+        tensors = self.read(finetuned)
         digests = {tensor: checkpoint.digest(value) for tensor, value in tensors.items()}
         changed = {tensor for tensor in tensors if digests[tensor] != self.base_digests[tensor]}
         changed_matrices = sorted(changed & set(self.superposed))
@@ -188,7 +186,7 @@ class Superposition:
                 own = basis.retrieved(turned_back, self.bases[tensor].to(self.device), *held)
                 whole = (base.float() + member.alpha * own).to(base.dtype)
             retrieved[tensor] = whole.cpu()
-        return retrieved
+        return self.layout.join(retrieved)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a store: a folder of safetensors and one manifest. See ``randes.store``."""
@@ -229,14 +227,26 @@ class Superposition:
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
         return base
 
+    def read(self, finetuned: Checkpoint) -> Tensors:
+        """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
+
+        Raises ``CheckpointError`` for one that does not fit. Kept tensors (``others="keep"``) may have other shapes.
+        """
+        tensors = self.layout.split(checkpoint.read(finetuned))
+        for alias, name in tied(tensors).items():
+            if alias not in self.base and name in self.base:
+                del tensors[alias]  # a head that this checkpoint ties and the base's omits
+        free = self.base.keys() - set(self.superposed) if self.config.others == "keep" else set()
+        checkpoint.check_fits(tensors, self.base, free)
+        return tensors
+
     def read_added(self, name: str, finetuned: Checkpoint) -> Tensors:
         """The tensors of the checkpoint that was added as ``name``.
 
         Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
         """
         member = self.member(name)
-        tensors = checkpoint.read(finetuned)
-        checkpoint.check_fits(tensors, self.base)
+        tensors = self.read(finetuned)
         other = [tensor for tensor, value in tensors.items() if checkpoint.digest(value) != member.digests[tensor]]
         if other:
             raise CheckpointError(
