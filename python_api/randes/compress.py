@@ -40,7 +40,9 @@ def compress(
     if config.centre or config.rank:
         stored = _centred(superposition, models) if config.centre else original
         bases = loudest(models, stored, superposed, config.rank, config.seed, superposition.read) if config.rank else {}
+        companions = superposition.companions
         superposition = Superposition(config, stored, superposed, bases=bases, layout=superposition.layout)
+        superposition.companions = companions
     if config.centre:
         superposition.add_base(superposition.layout.join(original))
     for name, finetuned in models.items():

@@ -73,6 +73,7 @@ def _base_names(module: nn.Module, superposition: Superposition) -> dict[str, st
     if odd:
         raise BaseMismatchError(
             f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
+            " (where a model's files have other names than its modules, superpose the loaded models)"
         )
     return names
 
@@ -159,6 +160,15 @@ def _matrices(
 ) -> list[SuperposedMatrix]:
     weight: Tensor = getattr(module, name).detach()
     return [SuperposedMatrix(superposition, part, own, pools[part]) for part, own in view.matrices(weight).items()]
+
+
+def follow_calls(module: nn.Module, router: Router) -> None:
+    """Have every Transformers model in ``module`` tell the router the shape of each call of it: its rows, and their
+    length. So a part that is called by itself is known (one tower of two, a decoder step of ``generate``)."""
+    for layer in module.modules():
+        if hasattr(layer, "config") and hasattr(layer, "get_input_embeddings"):
+            layer.register_forward_pre_hook(router.enter, prepend=True, with_kwargs=True)
+            layer.register_forward_hook(router.leave, always_call=True)
 
 
 def route_containers(module: nn.Module, router: Router) -> None:

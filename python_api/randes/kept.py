@@ -67,6 +67,42 @@ class KeptTable(nn.Module):
         return getattr(self, f"value_{row}") if self.ragged else self.values[row]
 
 
+class Unreadable(Tensor):
+    """A kept tensor as a mixed batch reads it where nobody routes it: its shape, dtype and device can be asked for.
+
+    Anything else is refused with ``ValueError``: whose values to compute with is not known.
+    """
+
+    _described: str
+
+    @classmethod
+    def like(cls, base: Tensor, described: str) -> "Unreadable":
+        """In place of ``base``, which the error will call ``described``."""
+        error = ValueError(
+            f"{described} is kept per model, and cannot be read for rows of several models at once:"
+            ' run one model at a time, or superpose with others="base"'
+        )
+        if torch.compiler.is_compiling():
+            raise error
+        found = base.detach().as_subclass(cls)
+        found._error = error  # type: ignore[attr-defined]
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        leaves = [*args, *(kwargs or {}).values()]
+        raise next(leaf for leaf in leaves if isinstance(leaf, cls))._error
+
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point, Tensor.__len__,
+}  # fmt: skip
+
+
 class Routed(nn.Module):
     """Mixed into a layer's class: what its tables hold counts instead of its own tensors.
 
@@ -105,10 +141,7 @@ class Routed(nn.Module):
         if batch.by_row:
             return table.select(batch.on(base.device), base)[:, None]
         if batch.mixed:
-            raise ValueError(
-                f"{name} of a {type(self).__name__} is kept per model, and cannot be read for rows of several models"
-                ' at once: run one model at a time, or superpose with others="base"'
-            )
+            return Unreadable.like(base, f"{name} of a {type(self).__name__}")
         if torch.compiler.is_compiling():
             return table.select(batch.on(base.device), base)[0]
         return table.of(batch.number, base)
@@ -277,7 +310,7 @@ def _by_model(
     order = torch.tensor(places).argsort()
     if ragged:
         rows = [row for (part,) in parts for row in part]
-        return [rows[place] for place in order.tolist()]
+        return [rows[place].squeeze(0) if lengths == {1} else rows[place] for place in order.tolist()]
     joined = tuple(torch.cat(outputs)[order.to(outputs[0].device)].flatten(0, 1) for outputs in zip(*parts, strict=True))
     return joined[0] if single else joined
 

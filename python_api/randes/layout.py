@@ -12,14 +12,11 @@ as they are. A tensor that shares its memory with another (a head tied to an emb
 name that comes first. (Design, section 3: canonical names.)
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from importlib.util import find_spec
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,7 +136,7 @@ def layout_of(tensors: Tensors, config: Config, module: nn.Module | None = None)
     """
     ties = tied(tensors)
     if module is not None:
-        ties |= {alias: name for alias, name in tied_in(module).items() if alias not in ties and name in tensors}
+        ties |= {alias: name for alias, name in tied_in(module).items() if alias in tensors and name in tensors}
     transposed = transposed_in(module) if module is not None else frozenset()
     views = {}
     for name, value in tensors.items():
@@ -210,17 +207,6 @@ def transposed_in(module: nn.Module) -> frozenset[str]:
         elif getattr(layer, "is_transposed", False):
             found |= {f"{path}.{name}" for name, value in layer.named_parameters(recurse=False) if value.dim() == 3}
     return frozenset(found)
-
-
-def skeleton(base: object) -> nn.Module | None:
-    """The model of a Transformers folder, on "meta": None for anything else, and where Transformers is not installed."""
-    if not isinstance(base, str | os.PathLike) or not (Path(base) / "config.json").is_file():
-        return None
-    if find_spec("transformers") is None:
-        return None
-    from randes.transformers import build
-
-    return build(Path(base), meta=True)
 
 
 def is_conv1d(layer: nn.Module) -> bool:

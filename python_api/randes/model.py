@@ -1,16 +1,20 @@
 """``SuperposedModel``: a whole model whose rows may belong to different fine-tunes."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randes.inside import Layer, check_layers, layers_of, route_containers, take_centre, take_over
+from randes import store
+from randes.errors import StoreError
+from randes.inside import Layer, check_layers, follow_calls, layers_of, route_containers, take_centre, take_over
 from randes.kept import KeptTable
 from randes.linear import DeltaPool, SuperposedLinear
-from randes.routing import Batch, Router
+from randes.routing import Batch, Router, first_input
 from randes.superposition import BASE_NAME, Superposition
 from randes_kernels.tiles import device_name, rows_of_plans
 
@@ -44,6 +48,8 @@ class SuperposedModel(nn.Module):
         for layer in layers:
             take_over(layer, superposition, self.router, pools, tables)
         route_containers(base_module, self.router)
+        follow_calls(base_module, self.router)
+        self._store = superposition.stored
 
     @property
     def names(self) -> list[str]:
@@ -117,13 +123,52 @@ class SuperposedModel(nn.Module):
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
-        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
-        first = next(inputs, None)
-        if first is None or batch.rows != first.shape[0]:
-            rows = 0 if first is None else first.shape[0]
-            raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
-        with self.router.during(batch.over(first)):
+        with self.router.during(batch.over(_check_rows(batch, first_input(args, kwargs)))):
             return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate`` (Transformers), with a model for each row: a row's beams and returned sequences
+        are its model's. Raises as ``forward`` does."""
+        with self.generating(adapter_names, args, kwargs):
+            return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def generating(
+        self, names: Sequence[str] | Batch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
+        if names is None:
+            yield
+            return
+        batch = self.router.of(names)
+        _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
+        with self.router.during(replace(batch, spreads=True)):
+            yield
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the store that this model was made of to a new folder, with its configuration and tokenizer.
+
+        Raises ``StoreError`` where its superposition was in no store when the model was made: save that itself then.
+        """
+        if not isinstance(self._store, store.Stored):
+            raise StoreError("the model's superposition was in no store: save it with Superposition.save(path)")
+        store.load(self._store.folder).save(path)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the base model has: its configuration, device, and what pipelines ask for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        return getattr(self.base_model, name)
+
+
+def _check_rows(batch: Batch, first: Tensor | None) -> Tensor:
+    if first is None or batch.rows != first.shape[0]:
+        rows = 0 if first is None else first.shape[0]
+        raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
+    return first
 
 
 def _pools(layers: Sequence[Layer], superposition: Superposition) -> dict[str, DeltaPool]:

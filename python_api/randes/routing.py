@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randes.errors import UnknownModelError
 from randes.superposition import BASE_NAME
@@ -94,11 +94,26 @@ class Batch:
         return x.expand(count, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
+INPUTS = (
+    "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features",
+    "input_values", "hidden_states",
+)  # fmt: skip
+"""What Transformers calls a model's first input, by which it is known whatever comes before it."""
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first dimension is the batch: the first of a call's."""
+    named = (kwargs.get(name) for name in INPUTS)
+    found = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+    return next(found, None)
+
+
 class _Scoped(threading.local):
     """What a call of this thread has chosen; threads that use different models at once do not meet."""
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
+        self.before: list[Batch | None] = []  # of the calls of whole models under way, innermost last
 
 
 class Router:
@@ -139,6 +154,26 @@ class Router:
         of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
         alike = len(set(ids)) == 1
         return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, self.names, of_rows)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call of a whole model inside: its rows are the batch's. Raises ``ValueError`` where they are not."""
+        scoped = self._scoped
+        scoped.before.append(scoped.batch)
+        batch = self.batch()
+        first = first_input(args, kwargs)
+        if first is None:
+            return
+        over = batch.over(first)
+        if over.mixed and over.rows != first.shape[0]:
+            raise ValueError(
+                f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
+                f" got {batch.rows}; parts with other numbers of rows are called by themselves, each within using(names)"
+            )
+        scoped.batch = over
+
+    def leave(self, *_: Any) -> None:
+        """After a call that was entered, whether it failed or not."""
+        self._scoped.batch = self._scoped.before.pop()
 
     @contextmanager
     def during(self, batch: Batch) -> Iterator[None]:

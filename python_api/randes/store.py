@@ -6,6 +6,7 @@
     group-<number>-<digest>.safetensors        integers of one group, by tensor
     model-<key>-<digest>.safetensors           what one model keeps of its own
     average-<digest>.safetensors               sums behind others="average"
+    config.json, tokenizer...                  what a Transformers base has beside its weights (companions.py)
 
 Files are named by what they hold and never rewritten. A save writes the new ones beside the old, renames the
 manifest last, and only then removes what no manifest names: a crash at any moment leaves the old store or the
@@ -25,6 +26,7 @@ from typing import Any
 
 from randes import checkpoint
 from randes.checkpoint import Tensors
+from randes.companions import companions, for_store
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.integers import AVERAGE_STEP, STEP
@@ -62,6 +64,11 @@ def save(superposition: Superposition, path: str | os.PathLike[str]) -> None:
         beside = folder / f".{MANIFEST}.{os.getpid()}.tmp"
         beside.write_text(_text(manifest), encoding="utf-8")
         checkpoint.replace(beside, folder / MANIFEST)
+        base_file = next(name for name in manifest["files"] if name.startswith("base-"))
+        for name, content in for_store(superposition.companions, base_file).items():
+            beside = folder / f".{name}.{os.getpid()}.tmp"
+            beside.write_bytes(content)
+            checkpoint.replace(beside, folder / name)
         superposition.stored = _stored(folder, manifest)
         for file in folder.iterdir():
             if _OURS.fullmatch(file.name) and file.name not in manifest["files"]:
@@ -104,6 +111,7 @@ def load(path: str | os.PathLike[str]) -> Superposition:
         superposition.members[name] = Member(**record, kept=kept, coordinates=coordinates)
     superposition.averages = contents.pop("average", {})
     superposition.deltas = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    superposition.companions = companions(folder)
     superposition.stored = _stored(folder, manifest)
     return superposition
 

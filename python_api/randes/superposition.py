@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from randes import basis, checkpoint
 from randes.checkpoint import Checkpoint, Tensors
+from randes.companions import companions
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, UnknownModelError
 from randes.integers import AVERAGE_STEP, STEP, averaged, gain_and_peak, narrow, rate
 from randes.layers import families, shuffled
-from randes.layout import Layout, layout_of, skeleton, superposed_names, tied
+from randes.layout import Layout, layout_of, superposed_names, tied
 from randes.members import Member, Sizes
 from randes_kernels import model_key, retrieve, superpose_, tensor_id
 
@@ -46,6 +47,7 @@ class Superposition:
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
         self.averages: Tensors = {}  # int64 sums over the models, for others="average"
         self.device = torch.device("cpu")
+        self.companions: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(base, self.superposed)
         self._family_of = {name: family for family, names in self._families.items() for name in names}
@@ -64,7 +66,7 @@ class Superposition:
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
         tensors = checkpoint.read(base)
         checkpoint.check_finite(tensors)
-        layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else skeleton(base))
+        layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
         tensors = layout.split(tensors)
         superposed = superposed_names(tensors, layout, config)
         if not superposed:
@@ -76,7 +78,9 @@ class Superposition:
             if tensors[name].shape[1] % config.segments:
                 columns = tensors[name].shape[1]
                 raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
-        return cls(config, tensors, superposed, layout=layout)
+        superposition = cls(config, tensors, superposed, layout=layout)
+        superposition.companions = companions(base)
+        return superposition
 
     # ---------------------------------------------------------------- models
 
@@ -363,6 +367,14 @@ class Superposition:
     def _neighbours(self, name: str) -> list[str]:
         group = self.members[name].group
         return [other for other, member in self.members.items() if member.group == group and other != name]
+
+
+def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
+    """The model of a Transformers folder, where its tensors have the names that the folder's files have."""
+    from randes.pretrained import skeleton
+
+    model = skeleton(base)
+    return model if model is not None and tensors.keys() <= model.state_dict().keys() else None
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
