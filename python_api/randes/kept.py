@@ -124,7 +124,7 @@ class Routed(nn.Module):
             return None
         if table is None:
             return base[place].expand(len(ids), *base[place].shape)
-        if len(ids) == 1 and not torch.compiler.is_compiling():
+        if not self._router.batch().mixed and not torch.compiler.is_compiling():
             return table.of(self._router.batch().number, base)[place][None]
         return table.select(ids, base, *place)
 

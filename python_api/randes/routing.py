@@ -159,6 +159,8 @@ class Router:
         """Before a call of a whole model inside: its rows are the batch's. Raises ``ValueError`` where they are not."""
         scoped = self._scoped
         scoped.before.append(scoped.batch)
+        if kwargs.get("adapter_names") is not None:
+            return  # the call will choose, and come again
         batch = self.batch()
         first = first_input(args, kwargs)
         if first is None:
