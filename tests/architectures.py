@@ -87,9 +87,7 @@ CASES = {
     "CLIP, images": Case(
         lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**IMAGES, projection_dim=32)), images
     ),
-    "CLIP, text": Case(
-        lambda: hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**SIZES, projection_dim=32)), tokens
-    ),
+    "CLIP, text": Case(lambda: hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**SIZES, projection_dim=32)), tokens),
 }
 """By the name that the documentation's table has."""
 

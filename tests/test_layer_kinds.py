@@ -45,7 +45,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Embedding, padded": (lambda: nn.Embedding(40, 12, padding_idx=0), lambda: tokens(4, 2, 3)),
     "conv 1d": (lambda: nn.Conv1d(6, 9, 3), lambda: floats(4, 6, 11)),
     "conv 2d": (lambda: nn.Conv2d(3, 9, (3, 2), stride=(2, 1), padding=(1, 0)), lambda: floats(4, 3, 8, 7)),
-    "conv 2d, dilated": (lambda: nn.Conv2d(3, 9, 3, dilation=2, padding="same", bias=False), lambda: floats(4, 3, 8, 7)),
+    "conv 2d, dilated": (
+        lambda: nn.Conv2d(3, 9, 3, dilation=2, padding="same", bias=False),
+        lambda: floats(4, 3, 8, 7),
+    ),
     "conv 2d, circular": (lambda: nn.Conv2d(3, 9, 3, padding=1, padding_mode="circular"), lambda: floats(4, 3, 6, 6)),
     "conv 2d, groups": (lambda: nn.Conv2d(6, 9, 3, groups=3), lambda: floats(4, 6, 5, 5)),
     "conv 3d": (lambda: nn.Conv3d(2, 5, 2, stride=2), lambda: floats(4, 2, 4, 5, 6)),
@@ -80,6 +83,22 @@ def test_every_row_gets_its_models_layer(kind: str, config: str) -> None:
     torch.testing.assert_close(copy.deepcopy(model).double()(x if "Emb" in kind else x.double()).float(),
                                plain["m1"](x), **CLOSE)  # fmt: skip
     assert {name.removeprefix("base_model.") for name in model.state_dict()} == base.state_dict().keys()
+
+
+def test_a_superposed_table_that_is_read_without_its_layer_is_never_the_bases() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(40, 12)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.embed(tokens).to(self.embed.weight.dtype) @ self.embed.weight.T
+
+    model, _ = superposed_over(Reads(), EVERYTHING)
+    assert model.base_model.embed.weight.shape == (40, 12)
+    for names in (MIX, ["m0"] * 4):
+        with pytest.raises(ValueError, match="weight of a SuperposedEmbedding is superposed: call the layer instead"):
+            model(tokens(4, 3), adapter_names=names)
 
 
 def test_one_image_without_a_batch_is_one_models() -> None:
@@ -170,7 +189,7 @@ def test_a_file_that_does_not_say_it_is_transposed_is_refused_until_it_is_declar
     base = nn.Sequential(Conv1D(12, 7))
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     sup = randes.Superposition.create(tmp_path / "base.safetensors", EVERYTHING)
-    with pytest.raises(ValueError, match="0.weight is superposed, but belongs to a Conv1D"):
+    with pytest.raises(ValueError, match=r"0.weight is superposed, but belongs to a Conv1D"):
         randes.SuperposedModel(copy.deepcopy(base), sup)
     declared = randes.Config(exclude=(), min_width=2, transposed=("0.*",))
     sup = randes.Superposition.create(tmp_path / "base.safetensors", declared)
@@ -243,7 +262,7 @@ def test_a_fused_weight_that_is_declared_wrong_is_refused(fused: Any, message: s
 
 def test_a_fused_weight_with_other_rows_than_its_parts_is_refused() -> None:
     config = randes.Config(min_width=2, fused={"*qkv.weight": {"*q.weight": 12, "*k.weight": 6}})
-    with pytest.raises(randes.CheckpointError, match="qkv.weight must have the 18 rows of its parts, got 24"):
+    with pytest.raises(randes.CheckpointError, match=r"qkv.weight must have the 18 rows of its parts, got 24"):
         randes.Superposition.create(Fused(), config)
 
 

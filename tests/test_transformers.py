@@ -112,9 +112,9 @@ def test_generation_needs_a_model_for_each_row() -> None:
         model.generate(**tokens(), adapter_names=["m9"] * 4, max_new_tokens=1)
     with pytest.raises(RuntimeError, match="no model is chosen"):
         model.generate(**tokens(), max_new_tokens=1)
-    with pytest.raises(ValueError, match="one name a row of the batch of a LlamaForCausalLM, 4, got 2"):
-        with model.using(["m0", "m1"]):  # no generation: two rows for a name are not expected
-            model(**tokens())
+    wrong = pytest.raises(ValueError, match="one name a row of the batch of a LlamaForCausalLM, 4, got 2")
+    with wrong, model.using(["m0", "m1"]):  # no generation: two rows for a name are not expected
+        model(**tokens())
     with pytest.raises(RuntimeError, match="no model is chosen"):
         model(**tokens())  # and nothing of the failed calls is left
 
@@ -155,10 +155,14 @@ def test_clips_towers_are_called_by_themselves() -> None:
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"batch of a CLIPVision\w+, 8, got 4; parts with other numbers of rows"):
         model(input_ids=ids, pixel_values=images, adapter_names=MIX)
-    with pytest.raises(ValueError, match="logit_scale of a RoutedCLIPModel is kept per model"):  # whose: text's, image's?
+    with pytest.raises(
+        ValueError, match="logit_scale of a RoutedCLIPModel is kept per model"
+    ):  # whose: text's, image's?
         model(input_ids=ids, pixel_values=images[:4], adapter_names=MIX)
     one = model(input_ids=ids, pixel_values=images, adapter_names=["m0"] * 4).logits_per_image
-    torch.testing.assert_close(one, plain["m0"](input_ids=ids, pixel_values=images).logits_per_image, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        one, plain["m0"](input_ids=ids, pixel_values=images).logits_per_image, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_attention_that_reads_a_kept_tensor_beside_a_cache_serves_one_model_at_a_time() -> None:
@@ -168,7 +172,7 @@ def test_attention_that_reads_a_kept_tensor_beside_a_cache_serves_one_model_at_a
     inputs = tokens()
     y = model(**inputs, adapter_names=["m0"] * 4).logits
     torch.testing.assert_close(y, alone(base, sup, "m0").eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="sinks of a RoutedGptOssAttention is kept per model, .* one model at a time"):
+    with pytest.raises(ValueError, match=r"sinks of a RoutedGptOssAttention is kept per model, .* one model at a time"):
         model(**inputs, adapter_names=MIX)
 
 

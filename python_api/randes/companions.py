@@ -8,6 +8,7 @@ import json
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,14 +31,14 @@ def companions(base: object) -> dict[str, bytes]:
 
 
 def _of_module(module: nn.Module) -> dict[str, bytes]:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_json_string"):
         return {}
     values = json.loads(config.to_json_string())
     values["architectures"] = [type(module).__name__]
     values["dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
     found = {CONFIG: json.dumps(values, indent=2).encode()}
-    generation = getattr(module, "generation_config", None)
+    generation: Any = getattr(module, "generation_config", None)
     return found | ({"generation_config.json": generation.to_json_string().encode()} if generation is not None else {})
 
 

@@ -48,7 +48,16 @@ class Config:
     others: Others = "keep"
     segments: int = 1
     include: tuple[str, ...] = ("*weight", "*experts.*proj")
-    exclude: tuple[str, ...] = ("*embed*", "*wte*", "*wpe*", "*norm*", "*shared.weight", "*router*", "*.gate.weight")
+    exclude: tuple[str, ...] = (
+        "*embed*",
+        "*wte*",
+        "*wpe*",
+        "*norm*",
+        "*shared.weight",
+        "*relative*",
+        "*router*",
+        "*.gate.weight",
+    )
     min_width: int = 32
     centre: bool = False
     rank: int = 0

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from randes.checkpoint import digest
 from randes.errors import BaseMismatchError
-from randes.kept import KeptTable, Routed, RoutedBias, RoutedByModel, route_layer
+from randes.kept import KeptTable, Routed
 from randes.layer_kinds import SuperposedLayer, kind_of
 from randes.layout import View, tied_in
 from randes.linear import DeltaPool, Superposed, SuperposedLinear, SuperposedMatrix, check_is_base
+from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer
 from randes.routing import Router
 from randes.superposition import BASE_NAME, Superposition
 
@@ -97,7 +98,7 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
             raise ValueError(
                 f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
             )
-        if layer.views and not _is_plain(layer) and kind_of(layer.module, layer.views) is None:
+        if layer.views and not _is_plain(layer) and (_is_relative(layer) or not kind_of(layer.module, layer.views)):
             tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
             raise ValueError(
                 f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
@@ -141,11 +142,20 @@ def take_over(
         weight, bias = layer.tensors["weight"], layer.tensors.get("bias", "")
         SuperposedLinear.take_over(module, superposition, weight, bias, router, pools[weight])
         return
-    kind = kind_of(module, layer.views) if layer.views else None
+    kind: type[Routed] | None = kind_of(module, layer.views) if layer.views else None
+    if _is_relative(layer):
+        kind = Routed  # read for one model at a time: see RoutedBias
     weights = {name: _matrices(module, name, view, superposition, pools) for name, view in layer.views.items()}
-    route_layer(module, {name: tables[tensor] for name, tensor in layer.kept.items()}, router, kind)
+    route_layer(module, {name: tables[tensor] for name, tensor in layer.kept.items()}, router, kind, layer.views)
+    if isinstance(module, RoutedEmbedding):
+        module.of_positions = "position" in layer.path
     if isinstance(module, SuperposedLayer):
         module.take_weights(weights, layer.views, superposition)
+
+
+def _is_relative(layer: Layer) -> bool:
+    """Whether a layer is looked up for pairs of positions, and not for rows."""
+    return isinstance(layer.module, nn.Embedding) and "relative" in layer.path
 
 
 def _is_plain(layer: Layer) -> bool:
@@ -174,15 +184,15 @@ def follow_calls(module: nn.Module, router: Router) -> None:
 def route_containers(module: nn.Module, router: Router) -> None:
     """Layers whose inputs are not the batch: attention's relative positions, and experts that are layers of their own
     and get the tokens that chose them. Their parents run once for each model of a mixed batch."""
-    for _, layer in _with_parents(module, "experts", nn.ModuleList | nn.ModuleDict):
+    for layer in _with(module, "experts", nn.ModuleList, nn.ModuleDict):
         if not isinstance(layer, Routed):
             route_layer(layer, {}, router, RoutedByModel)
-    for _, layer in _with_parents(module, "relative_attention_bias", nn.Embedding):
+    for layer in _with(module, "relative_attention_bias", nn.Embedding):
         if hasattr(layer, "compute_bias") and not isinstance(layer, Routed):
             route_layer(layer, {}, router, RoutedBias)
 
 
-def _with_parents(module: nn.Module, name: str, kind: type) -> Iterator[tuple[str, nn.Module]]:
-    for path, parent in list(module.named_modules()):
-        if isinstance(getattr(parent, name, None), kind):
-            yield path, parent
+def _with(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Iterator[nn.Module]:
+    for parent in list(module.modules()):
+        if isinstance(getattr(parent, name, None), kinds):
+            yield parent

@@ -10,6 +10,7 @@ Kept tensors beside the weight (biases) are each row's own model's. (Design, sec
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +41,14 @@ class SuperposedLayer(Routed):
         """What a kind needs beside its matrices; after they are there."""
 
     def _matrices(self, name: str) -> list[SuperposedMatrix]:
-        return list(self._weights[_key(name)])  # type: ignore[arg-type]
+        held = self._weights[_key(name)]
+        assert isinstance(held, nn.ModuleList)
+        return [matrix for matrix in held if isinstance(matrix, SuperposedMatrix)]
 
     def _multiply(self, x: Tensor, ids: Tensor, name: str = "weight") -> Tensor:
         """``x Ŵ_jᵀ`` with the parameter's matrices, one beside the other."""
         parts = self._views[name].matrices(_plain(self, name)).values()
-        products = [own(x, part, ids) for own, part in zip(self._matrices(name), parts, strict=True)]
+        products: list[Tensor] = [own(x, part, ids) for own, part in zip(self._matrices(name), parts, strict=True)]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
 
     def _plus_bias(self, y: Tensor, ids: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
 
 
 class SuperposedExperts(SuperposedLayer):
-    """Stacked experts of Transformers: a token goes to its own model's version of the experts that were chosen for it."""
+    """Stacked experts of Transformers: a token goes to its own model's version of the experts that it chose."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: (tokens, K), of equal runs of tokens for each row. Chosen experts and their weights:
@@ -138,13 +141,14 @@ class SuperposedExperts(SuperposedLayer):
             return y
         y = torch.zeros_like(hidden_states)
         first = "gate_up_proj" if self.has_gate else "up_proj"
+        gate: Any = self._apply_gate if self.has_gate else self.act_fn
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:  # a token that another device's expert takes
                 continue
             token, chosen = torch.where(top_k_index == expert)
             own = ids if len(ids) == 1 else ids[token // (len(hidden_states) // len(ids))]
             x = self._of_expert(hidden_states[token], own, first, expert)
-            x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+            x = gate(x)
             x = self._of_expert(x, own, "down_proj", expert) * top_k_weights[token, chosen, None]
             y.index_add_(0, token, x.to(y.dtype))
         return y

@@ -47,7 +47,7 @@ class View:
         value = value.mT if self.transposed else value
         if self.stacked:
             return dict(zip(self.parts, value.unbind(0), strict=True))
-        return dict(zip(self.parts, value.flatten(1).split(list(self.parts.values())), strict=True))
+        return dict(zip(self.parts, torch.split(value.flatten(1), list(self.parts.values())), strict=True))
 
     def tensor(self, matrices: Mapping[str, Tensor]) -> Tensor:
         """The tensor of these matrices."""

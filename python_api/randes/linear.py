@@ -233,9 +233,7 @@ class SuperposedLinear(Superposed, nn.Linear):
         linear._superpose(superposition, weight, bias, router, pool)
         return linear
 
-    def _superpose(
-        self, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool
-    ) -> None:
+    def _superpose(self, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool) -> None:
         biases = None
         self.router = router
         if self.bias is not None and bias in superposition.others:

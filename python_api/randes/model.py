@@ -130,7 +130,8 @@ class SuperposedModel(nn.Module):
         """The base model's ``generate`` (Transformers), with a model for each row: a row's beams and returned sequences
         are its model's. Raises as ``forward`` does."""
         with self.generating(adapter_names, args, kwargs):
-            return self.base_model.generate(*args, **kwargs)
+            base: Any = self.base_model
+            return base.generate(*args, **kwargs)
 
     @contextmanager
     def generating(

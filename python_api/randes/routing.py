@@ -101,6 +101,11 @@ INPUTS = (
 """What Transformers calls a model's first input, by which it is known whatever comes before it."""
 
 
+OTHER_ROWS = ("Deberta", "FSMT", "Funnel", "LED", "Longformer", "XLNet")
+"""Transformers models that put positions before rows, or run linear layers over relative positions. A batch as large as
+its rows are long would look right there, so mixed ones are refused whatever their size."""
+
+
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor whose first dimension is the batch: the first of a call's."""
     named = (kwargs.get(name) for name in INPUTS)
@@ -129,9 +134,13 @@ class Router:
     def __reduce__(self) -> tuple[Any, ...]:
         return Router, (self.names,), {"chosen": self.chosen}  # a copy has calls of its own
 
+    def current(self) -> Batch | None:
+        """The batch under way, if there is one."""
+        return self._scoped.batch or self.chosen
+
     def batch(self) -> Batch:
         """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
-        batch = self._scoped.batch or self.chosen
+        batch = self.current()
         if batch is None:
             raise RuntimeError(
                 "no model is chosen: call set_adapter(name), pass adapter_names=[...],"
@@ -156,7 +165,7 @@ class Router:
         return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, self.names, of_rows)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call of a whole model inside: its rows are the batch's. Raises ``ValueError`` where they are not."""
+        """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
         scoped = self._scoped
         scoped.before.append(scoped.batch)
         if kwargs.get("adapter_names") is not None:
@@ -166,10 +175,15 @@ class Router:
         if first is None:
             return
         over = batch.over(first)
+        if over.mixed and type(module).__name__.startswith(OTHER_ROWS):
+            raise ValueError(
+                f"adapter_names must be one model's for a {type(module).__name__}: inside, it has other rows than its"
+                " batch, so that whose they are cannot be told"
+            )
         if over.mixed and over.rows != first.shape[0]:
             raise ValueError(
                 f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
-                f" got {batch.rows}; parts with other numbers of rows are called by themselves, each within using(names)"
+                f" got {batch.rows}; parts with other numbers of rows are called one by one, each within using(names)"
             )
         scoped.batch = over
 
