@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import randes
 from randes.layer_kinds import SuperposedLayer
 from randes.layout import Layout, View
+from randes.linear import Superposed
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 MIX = ["m1", "__base__", "m0", "m1"]
@@ -99,6 +100,23 @@ def test_a_superposed_table_that_is_read_without_its_layer_is_never_the_bases() 
     for names in (MIX, ["m0"] * 4):
         with pytest.raises(ValueError, match="weight of a SuperposedEmbedding is superposed: call the layer instead"):
             model(tokens(4, 3), adapter_names=names)
+
+
+def test_warming_up_runs_every_kind_and_changes_nothing() -> None:
+    base = nn.Sequential(Conv1D(12, 7), nn.Linear(12, 6), nn.Unflatten(-1, (3, 2)), nn.Conv1d(3, 9, 1))
+    model, sup = superposed_over(base, EVERYTHING)
+    assert model.base_model[0].weight.stride() == (12, 1)
+    (matrix,) = model.base_model[0]._matrices("weight")
+    assert matrix.pool.values.stride()[1:] == (1, 12)  # as the weight lies, seen as (N, K)
+    shapes = []
+    for layer in model.modules():
+        if isinstance(layer, Superposed):
+            layer.register_forward_hook(lambda _, x, y: shapes.append((*x[0].shape, y.shape[1])))
+    model.warm_up(rows=(1, 5))
+    assert {*shapes} == {(rows, k, n) for rows in (1, 5) for k, n in ((7, 12), (12, 6), (3, 9))}
+    x = floats(4, 7)
+    expected = torch.cat([alone(base, sup, name)(row[None]) for name, row in zip(MIX, x, strict=True)])
+    torch.testing.assert_close(model(x, adapter_names=MIX), expected, **CLOSE)
 
 
 def test_one_image_without_a_batch_is_one_models() -> None:

@@ -13,7 +13,7 @@ from randes import store
 from randes.errors import StoreError
 from randes.inside import Layer, check_layers, follow_calls, layers_of, route_containers, take_centre, take_over
 from randes.kept import KeptTable
-from randes.linear import DeltaPool, SuperposedLinear
+from randes.linear import DeltaPool, Superposed, SuperposedLinear
 from randes.routing import Batch, Router, first_input
 from randes.superposition import BASE_NAME, Superposition
 from randes_kernels.tiles import device_name, rows_of_plans
@@ -90,20 +90,25 @@ class SuperposedModel(nn.Module):
         """
         if rows is not None and any(count < 1 for count in rows):
             raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
-        kinds: dict[tuple[object, ...], SuperposedLinear] = {}
+        kinds: dict[tuple[object, ...], tuple[Superposed, Tensor]] = {}
         for layer in self.modules():
-            if isinstance(layer, SuperposedLinear):
-                modes = layer.bias is None, layer.biases is None, not layer.pool.slots
-                kinds.setdefault((layer.weight.shape, layer.weight.dtype, layer.weight.device, *modes), layer)
+            if isinstance(layer, Superposed):
+                weight = _weight_of(layer)
+                modes: list[bool] = [not layer.pool.slots, weight.stride(1) == 1]
+                if isinstance(layer, SuperposedLinear):
+                    modes += [layer.bias is None, layer.biases is None]
+                kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (layer, weight))
         first, names = self.names[:1] or [BASE_NAME], [*self.names, BASE_NAME]
-        for layer in kinds.values():
-            for count in self._rows_of_plans(layer) if rows is None else rows:
-                x = layer.weight.new_zeros(count, layer.in_features)
+        for layer, weight in kinds.values():
+            for count in self._rows_of_plans(layer, weight) if rows is None else rows:
+                x = weight.new_zeros(count, weight.shape[1])
                 for mix in (first, [names[row % len(names)] for row in range(count)]):
-                    layer(x, adapter_names=mix)
+                    if isinstance(layer, SuperposedLinear):
+                        layer(x, adapter_names=mix)
+                    else:
+                        layer(x, weight, self.router.of(mix).on(x.device))
 
-    def _rows_of_plans(self, layer: SuperposedLinear) -> list[int]:
-        weight = layer.weight
+    def _rows_of_plans(self, layer: Superposed, weight: Tensor) -> list[int]:
         if weight.device.type == "cpu":
             return [1]  # nothing is compiled there
         turned = layer.transform.granule > 0 or not layer.pool.slots
@@ -165,6 +170,15 @@ class SuperposedModel(nn.Module):
         return getattr(self.base_model, name)
 
 
+def _weight_of(layer: Superposed) -> Tensor:
+    """A layer's weight, or one of no values that lies in memory as it would."""
+    if isinstance(layer, SuperposedLinear):
+        return layer.weight
+    values = layer.pool.values
+    n, k = values.shape[1:]
+    return values.new_empty(n, k) if values.stride(2) == 1 else values.new_empty(k, n).mT
+
+
 def _check_rows(batch: Batch, first: Tensor | None) -> Tensor:
     if first is None or batch.rows != first.shape[0]:
         rows = 0 if first is None else first.shape[0]
@@ -182,7 +196,10 @@ def _pools(layers: Sequence[Layer], superposition: Superposition) -> dict[str, D
             for matrix in view.parts:
                 first = superposition.family(matrix)[0]
                 if first not in by_family:
-                    by_family[first] = DeltaPool(superposition, matrix, weight.dtype).to(weight.device)
+                    pool = DeltaPool(superposition, matrix, weight.dtype).to(weight.device)
+                    if view.transposed:  # in one order of memory with the weight, as the kernels like it
+                        pool.values = pool.values.mT.contiguous().mT
+                    by_family[first] = pool
                 pools[matrix] = by_family[first]
     return pools
 
