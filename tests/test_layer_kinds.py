@@ -430,6 +430,34 @@ def test_experts_that_are_layers_are_run_for_each_model() -> None:
     torch.testing.assert_close(model(x, adapter_names=MIX), expected, **CLOSE)
 
 
+class Pooling(nn.Module):
+    """Attention that reads the weights inside it, as SigLIP's pooling head has it."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.linear = linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_attention_that_reads_its_weights_is_run_for_each_model_where_it_is_kept() -> None:
+    config = randes.Config(exclude=("attention*",))
+    base, x = Pooling(True).eval(), floats(4, 3, 32)
+    sup, _ = superposed(base, 2, config, size=0.3)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    with torch.no_grad():
+        expected = torch.cat([alone(base, sup, name)(row[None]) for name, row in zip(MIX, x, strict=True)])
+        torch.testing.assert_close(model(x, adapter_names=MIX), expected, **CLOSE)
+        torch.testing.assert_close(model(x, adapter_names=["m0"] * 4), alone(base, sup, "m0")(x), **CLOSE)
+    for refused, wrong in ((Pooling(True), randes.Config()), (Pooling(False), config)):
+        sup, _ = superposed(refused, 1, wrong)
+        with pytest.raises(ValueError, match="attention must call its linear layers; a MultiheadAttention reads"):
+            randes.SuperposedModel(refused, sup)
+
+
 @pytest.mark.parametrize(
     ("view", "shape"),
     [

@@ -119,6 +119,33 @@ def test_generation_needs_a_model_for_each_row() -> None:
         model(**tokens())  # and nothing of the failed calls is left
 
 
+def test_beams_follow_the_models_that_were_chosen_before() -> None:
+    model, _, _ = served("T5")
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    named = model.generate(**tokens(), adapter_names=MIX, **settings)
+    with model.using(MIX):
+        assert torch.equal(model.generate(**tokens(), **settings), named)
+
+
+def test_one_compiled_program_serves_all_mixes() -> None:
+    model, _, plain = served("Llama")
+    programs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        programs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for names in (MIX, MIX[::-1]):
+        y = compiled(**tokens(), adapter_names=model.batch(names)).logits
+        for row, own in enumerate(names):
+            expected = plain[own](**of_row(tokens(), row)).logits[0]
+            torch.testing.assert_close(y[row], expected, rtol=1e-4, atol=1e-4)
+    assert len(programs) == 1
+    torch._dynamo.reset()
+
+
 def test_low_precision_models_stay_near_each_model_alone() -> None:
     base = build("Llama").bfloat16()
     sup, _ = superposed(base, 2, CONFIG, size=0.1)
@@ -163,6 +190,23 @@ def test_clips_towers_are_called_by_themselves() -> None:
     torch.testing.assert_close(
         one, plain["m0"](input_ids=ids, pixel_values=images).logits_per_image, rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("name", ["XLNet", "Deberta"])
+def test_models_with_other_rows_inside_serve_one_fine_tune_at_a_time(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "XLNet":  # positions first
+        base = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=4, d_inner=64))
+    else:  # linear layers over relative positions
+        base = hf.DebertaModel(hf.DebertaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64,
+            num_hidden_layers=1, num_attention_heads=4, relative_attention=True, pos_att_type=["p2c", "c2p"]))  # fmt: skip
+    sup, _ = superposed(base.eval(), 2, CONFIG, size=0.1)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    inputs = {key: value[:, 1:] for key, value in tokens().items()}  # as long as it has rows: nothing else would show
+    y = model(**inputs, adapter_names=["m0"] * 4)[0]
+    torch.testing.assert_close(y, alone(base, sup, "m0").eval()(**inputs)[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=f"must be one model's for a {name}.*other rows than its batch"):
+        model(**inputs, adapter_names=MIX)
 
 
 def test_attention_that_reads_a_kept_tensor_beside_a_cache_serves_one_model_at_a_time() -> None:
@@ -306,6 +350,19 @@ def test_a_loaded_module_makes_a_store_that_transformers_reads(tmp_path: Path) -
     inputs = tokens()
     y = model(**inputs, adapter_names=["m0"] * 4).logits
     torch.testing.assert_close(y, alone(base, sup, "m0")(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_centred_store_with_a_shared_basis_is_loaded_and_right(tmp_path: Path) -> None:
+    base = build("GPT-2")
+    tuned = {f"m{number}": finetune(base, number, 0.1) for number in range(2)}
+    config = randes.Config(min_width=16, centre=True, rank=4, permute=1, group_size=2)
+    randes.compress(base, tuned, config).save(tmp_path / "store")
+    sup = randes.Superposition.load(tmp_path / "store")
+    y = randes.from_pretrained(tmp_path / "store")(**tokens(), adapter_names=MIX).logits
+    for row, name in enumerate(MIX):
+        plain = copy.deepcopy(base)
+        plain.load_state_dict(sup.retrieve(name))  # the base is superposed there, too
+        torch.testing.assert_close(y[row], plain(**of_row(tokens(), row)).logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_files_with_other_names_than_the_modules_are_refused_with_a_hint(tmp_path: Path) -> None:

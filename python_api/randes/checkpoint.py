@@ -26,7 +26,7 @@ def read(source: Checkpoint) -> Tensors:
     Raises ``CheckpointError`` for a pickle, a file that is not whole, or no tensors at all.
     """
     if isinstance(source, nn.Module):
-        tensors = dict(source.state_dict())
+        tensors = dict(source.state_dict(keep_vars=True))
     elif isinstance(source, Mapping):
         tensors = dict(source)
     elif isinstance(source, str | os.PathLike):
@@ -38,7 +38,9 @@ def read(source: Checkpoint) -> Tensors:
             raise CheckpointError(f"{name} must be a tensor, got {type(value).__name__}")
     if not tensors:
         raise CheckpointError("a checkpoint must hold tensors, got none")
-    return {name: value.detach().cpu() for name, value in tensors.items()}
+    # Tied tensors stay so, wherever they come from.
+    moved = {id(value): value.detach().cpu() for value in tensors.values()}
+    return {name: moved[id(value)] for name, value in tensors.items()}
 
 
 def _read_path(path: Path) -> Tensors:

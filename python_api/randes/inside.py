@@ -86,7 +86,9 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
     _check_values(module, superposition)
     for path, layer in module.named_modules():
         # These read the weights of the layers inside them without calling those.
-        if isinstance(layer, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        if isinstance(layer, nn.TransformerEncoderLayer) or (
+            isinstance(layer, nn.MultiheadAttention) and not _runs_by_model(layer, path, layers)
+        ):
             raise ValueError(
                 f"{path or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
                 " instead, and would silently answer as the base"
@@ -104,6 +106,12 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
                 f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
                 " it is stored (docs/transformers.md lists what can); exclude it when the superposition is created"
             )
+
+
+def _runs_by_model(attention: nn.MultiheadAttention, path: str, layers: Sequence[Layer]) -> bool:
+    """Whether attention that reads the weights inside it can be run for each model: none of them is superposed."""
+    inside = [layer for layer in layers if layer.path == path or layer.path.startswith(f"{path}.")]
+    return not any(layer.views for layer in inside) and (attention.batch_first or not inside)
 
 
 def _check_values(module: nn.Module, superposition: Superposition) -> None:
@@ -182,10 +190,15 @@ def follow_calls(module: nn.Module, router: Router) -> None:
 
 
 def route_containers(module: nn.Module, router: Router) -> None:
-    """Layers whose inputs are not the batch: attention's relative positions, and experts that are layers of their own
-    and get the tokens that chose them. Their parents run once for each model of a mixed batch."""
+    """What is around layers that do not get the batch: attention's relative positions, experts that are layers of their
+    own and get the tokens that chose them, attention that reads weights without calling layers. It runs once for each
+    model of a mixed batch."""
     for layer in _with(module, "experts", nn.ModuleList, nn.ModuleDict):
         if not isinstance(layer, Routed):
+            route_layer(layer, {}, router, RoutedByModel)
+    for layer in list(module.modules()):
+        inside = isinstance(layer, nn.MultiheadAttention) and any(isinstance(part, Routed) for part in layer.modules())
+        if inside and not isinstance(layer, Routed):
             route_layer(layer, {}, router, RoutedByModel)
     for layer in _with(module, "relative_attention_bias", nn.Embedding):
         if hasattr(layer, "compute_bias") and not isinstance(layer, Routed):

@@ -22,8 +22,9 @@ from randes_kernels.tiles import device_name, rows_of_plans
 class SuperposedModel(nn.Module):
     """A base model that answers as any of a superposition's fine-tunes.
 
-    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters; its other layers
-    take each row's own norms, biases and heads where those are kept per model. It serves the models that the
+    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters, and other layers
+    with superposed weights what serves them (``layer_kinds.py``); the rest take each row's own norms, biases and heads
+    where those are kept per model. It serves the models that the
     superposition holds now; make a new one after adding more.
 
     Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
@@ -31,7 +32,7 @@ class SuperposedModel(nn.Module):
     models.
 
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
-    dtype), and ``ValueError`` where a superposed tensor is not the weight of a linear layer that is called.
+    dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called.
     """
 
     def __init__(self, base_module: nn.Module, superposition: Superposition) -> None:
@@ -143,10 +144,10 @@ class SuperposedModel(nn.Module):
         self, names: Sequence[str] | Batch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
         """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
-        if names is None:
+        batch = self.router.current() if names is None else self.router.of(names)
+        if batch is None or (names is None and not batch.mixed):
             yield
             return
-        batch = self.router.of(names)
         _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
         with self.router.during(replace(batch, spreads=True)):
             yield

@@ -162,7 +162,7 @@ def _by_model(
     lengths = {run.shape[1] for run in runs.values()}
     # Or with its positions flattened into it, as routers of experts return them.
     outputs_may_have = lengths | {run.shape[1] * run.shape[2] for run in runs.values() if run.dim() > 3}
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[tuple[Tensor | None, ...]] = []
     places: list[int] = []
     single = True
     for model in sorted(set(ids)):
@@ -176,22 +176,27 @@ def _by_model(
         single = isinstance(y, Tensor)
         outputs = (y,) if single else y
         if not isinstance(outputs, tuple) or not all(
-            isinstance(out, Tensor) and out.dim() and out.shape[0] / len(chosen) in outputs_may_have for out in outputs
+            out is None or (isinstance(out, Tensor) and out.dim() and out.shape[0] / len(chosen) in outputs_may_have)
+            for out in outputs
         ):
             raise ValueError(
                 f"a {type(getattr(function, '__self__', function)).__name__} with tensors kept per model must return"
                 " tensors with the batch first to serve a mixed batch"
             )
-        parts.append(tuple(torch.unflatten(out, 0, (len(chosen), -1)) for out in outputs))
+        parts.append(tuple(None if out is None else torch.unflatten(out, 0, (len(chosen), -1)) for out in outputs))
         places += chosen
     order = torch.tensor(places).argsort()
     if ragged:
-        rows = [row for (part,) in parts for row in part]
+        rows = [row for (own,) in parts if own is not None for row in own]
         return [rows[place].squeeze(0) if lengths == {1} else rows[place] for place in order.tolist()]
-    joined = tuple(
-        torch.cat(outputs)[order.to(outputs[0].device)].flatten(0, 1) for outputs in zip(*parts, strict=True)
-    )
+    joined = tuple(_in_order(outputs, order) for outputs in zip(*parts, strict=True))
     return joined[0] if single else joined
+
+
+def _in_order(outputs: tuple[Tensor | None, ...], order: Tensor) -> Tensor | None:
+    """One output of each model, (rows, ...) each, as one of the rows in ``order``; None where there is none."""
+    held = [out for out in outputs if out is not None]
+    return torch.cat(held)[order.to(held[0].device)].flatten(0, 1) if held else None
 
 
 class RoutedBias(Routed):
