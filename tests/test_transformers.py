@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers as hf
-from architectures import CASES, VOCABULARY, build, tokens
+from architectures import CASES, SIZES, VOCABULARY, build, tokens
 from models import alone, finetune, linear, superposed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -192,14 +192,15 @@ def test_clips_towers_are_called_by_themselves() -> None:
     )
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["XLNet", "Deberta"])
 def test_models_with_other_rows_inside_serve_one_fine_tune_at_a_time(name: str) -> None:
     torch.manual_seed(0)
     if name == "XLNet":  # positions first
         base = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=VOCABULARY, d_model=32, n_layer=1, n_head=4, d_inner=64))
     else:  # linear layers over relative positions
-        base = hf.DebertaModel(hf.DebertaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64,
-            num_hidden_layers=1, num_attention_heads=4, relative_attention=True, pos_att_type=["p2c", "c2p"]))  # fmt: skip
+        config = hf.DebertaConfig(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"])
+        base = hf.DebertaModel(config)
     sup, _ = superposed(base.eval(), 2, CONFIG, size=0.1)
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
     inputs = {key: value[:, 1:] for key, value in tokens().items()}  # as long as it has rows: nothing else would show
