@@ -11,6 +11,7 @@ from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
+from randes.pretrained import from_pretrained
 from randes.superposition import Superposition
 
 __version__ = "0.1.0"
@@ -26,4 +27,5 @@ __all__ = [
     "Superposition",
     "UnknownModelError",
     "compress",
+    "from_pretrained",
 ]
