@@ -4,9 +4,9 @@
     python bench/streaming.py --bytes 3e8 --models 4 --folder /data
 
 Each row: bytes read and written, seconds, processor seconds and peak memory of randes in a process of its own, and
-seconds of reading the same input files and writing as many bytes as randes did, flushed to disk. The files leave the page
-cache before each, so both read from the disk. Medians of several runs in turn, with the load of the machine beside them:
-other processes slow randes, which computes, more than the copy. Rows go to bench/results/cpu/streaming.json.
+seconds of reading the same input files and writing as many bytes as randes did, flushed to disk. The files leave the
+page cache before each, so both read from the disk. Medians of several runs in turn, with the load of the machine beside
+them: other processes slow randes, which computes, more than the copy. Rows go to bench/results/cpu/streaming.json.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -110,27 +111,26 @@ def measure(kind: str, folder: Path, models: int, note: dict[str, object]) -> di
     names = [f"m{number}" for number in range(models)]
     request = [kind, str(folder / "base"), {name: str(folder / name) for name in names}, str(store), str(out)]
     sources = files(folder / "base", *(folder / name for name in names)) if kind == "compress" else files(store)
-    read, runs, plain = sum(file.stat().st_size for file in sources), [], []
+    runs, plain = [], []
     for _ in range(REPEATS):
         if kind == "compress":
             shutil.rmtree(store, ignore_errors=True)
         out.unlink(missing_ok=True)
         forget(sources)
-        run = subprocess.run(
-            [sys.executable, "-c", WORKER, json.dumps(request)], capture_output=True, text=True, check=True
-        )
-        found = json.loads(run.stdout)
-        ours.append(found["seconds"])
-        peaks.append(found["memory"])
+        command = [sys.executable, "-c", WORKER, json.dumps(request)]
+        runs.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         written = sum(file.stat().st_size for file in (files(store) if kind == "compress" else [out]))
         forget(sources)
         plain.append(copy(sources, written, scratch))
-    middle = REPEATS // 2
-    seconds, floor = sorted(ours)[middle], sorted(plain)[middle]
+    ours = [run["seconds"] for run in runs]
+    seconds, floor = statistics.median(ours), statistics.median(plain)
     return {
-        "what": kind, "models": models, "read_bytes": read, "written_bytes": written, "seconds": round(seconds, 2),
-        "copy_seconds": round(floor, 2), "share_of_copy": round(floor / seconds, 3), "all_seconds": ours,
-        "all_copy_seconds": plain, "peak_memory_bytes": max(peaks), **note,
+        "what": kind, "models": models, "read_bytes": sum(file.stat().st_size for file in sources),
+        "written_bytes": written, "seconds": round(seconds, 2), "copy_seconds": round(floor, 2),
+        "share_of_copy": round(floor / seconds, 3), "all_seconds": [round(value, 2) for value in ours],
+        "all_copy_seconds": [round(value, 2) for value in plain],
+        "processor_seconds": round(min(run["processor"] for run in runs), 2),
+        "peak_memory_bytes": max(run["memory"] for run in runs), "load": round(os.getloadavg()[0], 1), **note,
     }  # fmt: skip
 
 
@@ -150,10 +150,7 @@ def main() -> None:
         for models in options.models:
             for kind in ("compress", "retrieve"):
                 rows.append(measure(kind, folder, models, note))
-                print(
-                    json.dumps({key: value for key, value in rows[-1].items() if not key.startswith("all_")}),
-                    flush=True,
-                )
+                print(json.dumps(rows[-1]), flush=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

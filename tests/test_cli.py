@@ -1,6 +1,7 @@
 """The command line: every command on real files, and every error on one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,39 @@ def test_adding_and_removing_gives_back_the_bytes(files: Path) -> None:
     run("add", store, f"m2={files}/m2.safetensors")
     assert randes.Superposition.load(store).names == ["m0", "m1", "m2"]
     run("remove", store, f"m2={files}/m2.safetensors")
+    assert contents(store) == before
+
+
+def test_long_work_is_shown_in_bytes(files: Path) -> None:
+    store = compress(files, models=1)
+    for command, stages in (
+        (("compress", "--base", files / "base.safetensors", "--model", f"m1={files}/m1.safetensors", "--out",
+          files / "other"), ("reading base", "superposing", "writing")),
+        (("add", store, f"m1={files}/m1.safetensors"), ("checking", "adding", "writing")),
+        (("retrieve", store, "m1", "--out", files / "out.safetensors"), ("checking", "retrieving")),
+        (("verify", store, f"m1={files}/m1.safetensors"), ("checking", "verifying")),
+        (("remove", store, f"m1={files}/m1.safetensors"), ("checking", "removing", "writing")),
+        (("info", store), ("checking",)),
+    ):  # fmt: skip
+        shown = run(*command).stderr
+        for stage in stages:
+            assert re.search(rf"^{stage} .*[kK]i?B", shown, re.MULTILINE), shown
+
+
+def test_shards_are_read_as_one_checkpoint(files: Path) -> None:
+    store = compress(files)
+    tensors, weight_map = load_file(files / "m2.safetensors"), {}
+    (files / "shards").mkdir()
+    for number, name in enumerate(tensors):
+        file = f"diffusion_pytorch_model-{number:05}.safetensors"
+        save_file({name: tensors[name]}, files / "shards" / file)
+        weight_map[name] = file
+    index = files / "shards" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    run("add", store, f"m2={files}/m2.safetensors")
+    before = contents(store)
+    run("remove", store, f"m2={files}/shards")
+    run("add", store, f"m2={index}")
     assert contents(store) == before
 
 

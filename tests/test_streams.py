@@ -133,8 +133,9 @@ def test_from_disk_in_parts_the_store_is_that_from_memory(config: randes.Config,
         torch.testing.assert_close(retrieved[name], value, rtol=0, atol=0 if not config.rank else 1e-6)
 
 
-def test_a_checkpoint_is_read_once_to_compress_and_progress_counts_its_bytes(tmp_path: Path,
-                                                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_to_compress_a_checkpoint_is_read_once_and_its_bytes_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = net()
     paths = on_disk(tmp_path, {"base": base, **{f"m{number}": finetune(base, number) for number in range(3)}})
     read: dict[str, int] = {}

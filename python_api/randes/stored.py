@@ -128,6 +128,9 @@ class Layers(LazyTensors, MutableMapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._layer(name)[name]
 
+    def __contains__(self, name: object) -> bool:
+        return any(name in layer for layer in (self.held, *self.below))
+
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.held[name] = value
 

@@ -328,7 +328,7 @@ class Superposition:
         if name is not None:
             used += [self.members[name].kept, self.members[name].coordinates]
         nbytes = sum(map(unchecked, [self.base, *used]))
-        step = progress("checking", nbytes) if nbytes else silent("", 0)
+        step = (progress if nbytes else silent)("checking", nbytes)
         self.check_base(step=step)
         for tensors in used:
             check(tensors, step)
