@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import randes
 from randes import basis
-from randes import linear as linear_module
 from randes.basis import UNIT
 from randes.checkpoint import write_file
 from randes.cli import app
 from randes.summary import verify
+from randes_kernels import lowrank
 
 RANK = randes.Config(rank=6)
 CONFIGS = {
@@ -107,7 +107,7 @@ def test_many_models_gather_and_few_do_not_and_both_answer_alike(monkeypatch: py
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
     x, mix = tokens(4), ["m0", "__base__", "m3", "m1"]
     few = model(x, adapter_names=mix)
-    monkeypatch.setattr(linear_module, "FEW_MODELS", 0)
+    monkeypatch.setattr(lowrank, "FEW_MODELS", 0)
     torch.testing.assert_close(model(x, adapter_names=mix), few, **CLOSE)
 
 

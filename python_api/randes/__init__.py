@@ -12,6 +12,7 @@ from randes.errors import BaseMismatchError, CheckpointError, RandesError, Store
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
 from randes.plan import plan
+from randes.pretrained import from_pretrained
 from randes.superposition import Superposition
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "Superposition",
     "UnknownModelError",
     "compress",
+    "from_pretrained",
     "plan",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from randes.errors import CheckpointError
 from randes.stored import open_file
-from randes.streams import LazyTensors, headers, parts, runs
+from randes.streams import LazyTensors, headers, parts, rows, runs
 from randes_kernels.slices import SLICE_ELEMENTS, spans
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -62,6 +62,14 @@ class AdapterTensors(LazyTensors):
         else:
             for (start, end), part in zip(runs(self.headers[name]), parts(self.base, name), strict=True):
                 yield _updated(part, self._updates[name], self._updates[name].rows[start:end])
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        if name in self._whole:
+            return self._whole[name][start:end]
+        part = rows(self.base, name, start, end)
+        return (
+            _updated(part, self._updates[name], self._updates[name].rows[start:end]) if name in self._updates else part
+        )
 
 
 def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTensors:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias
@@ -40,7 +40,7 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
     if isinstance(source, LazyTensors):
         return source
     if isinstance(source, nn.Module):
-        tensors = dict(source.state_dict())
+        tensors = dict(source.state_dict(keep_vars=True))
     elif isinstance(source, Mapping):
         tensors = dict(source)
     else:
@@ -50,7 +50,9 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
             raise CheckpointError(f"{name} must be a tensor, got {type(value).__name__}")
     if not tensors:
         raise CheckpointError("a checkpoint must hold tensors, got none")
-    return {name: value.detach().cpu() for name, value in tensors.items()}
+    # Tied tensors stay so, wherever they come from.
+    moved = {id(value): value.detach().cpu() for value in tensors.values()}
+    return {name: moved[id(value)] for name, value in tensors.items()}
 
 
 def _open_path(path: Path) -> StoredTensors:
@@ -122,8 +124,11 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def check_fits(tensors: Tensors, base: Tensors) -> None:
-    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes. Reads no values."""
+def check_fits(tensors: Tensors, base: Tensors, free: Set[str] = frozenset()) -> None:
+    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes. Reads no values.
+
+    free: names of tensors whose shapes may differ.
+    """
     found, expected = headers(tensors), headers(base)
     if not found.keys() & expected.keys():
         raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
@@ -133,7 +138,7 @@ def check_fits(tensors: Tensors, base: Tensors) -> None:
         raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
     for name, own in expected.items():
         value = found[name]
-        if value.shape != own.shape or value.dtype != own.dtype:
+        if (value.shape != own.shape and name not in free) or value.dtype != own.dtype:
             raise CheckpointError(
                 f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)} {value.dtype}"
             )

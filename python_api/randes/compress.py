@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from randes import checkpoint, superposing
+from randes.arranged import SplitTensors
 from randes.basis import PASSES, loudest
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
 from randes.members import BASE_NAME
-from randes.stored import Layers, StoredTensors
+from randes.stored import Layers, StoredTensors, in_files
 from randes.streams import Progress, headers, parts, runs, silent, size
 from randes.superposing import Joining
 from randes.superposition import Superposition
@@ -47,9 +48,7 @@ def compress(
         raise ValueError("models must hold at least one fine-tune, got none")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     original, superposed = superposition.base, superposition.superposed
-    sources = {name: checkpoint.read(model, original) for name, model in models.items()}
-    for tensors in sources.values():
-        checkpoint.check_fits(tensors, original)
+    sources = {name: superposition.read(model) for name, model in models.items()}
     matrices = sum(headers(original)[tensor].nbytes for tensor in superposed)
     stored = original
     if config.centre:
@@ -58,7 +57,9 @@ def compress(
         step = progress("shared bases", matrices * len(sources) * PASSES)
         bases = loudest(sources, stored, superposed, config.rank, config.seed, step)
     if config.centre or config.rank:
-        superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {})
+        companions, layout = superposition.companions, superposition.layout
+        superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {}, layout=layout)
+        superposition.companions = companions
     joining = [Joining(BASE_NAME, 0, 1.0, original)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):
         superposition.check_name(name)
@@ -76,7 +77,8 @@ def _centred(
     Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
     """
     means = {tensor: _mean(tensor, base, [models[name] for name in sorted(models)], step) for tensor in superposed}
-    if isinstance(base, StoredTensors):
+    if in_files(base):
+        assert isinstance(base, StoredTensors | SplitTensors)
         return Layers(means, base.renamed({name: name for name in base if name not in means}))
     return {**base, **means}
 

@@ -1,13 +1,14 @@
 """The choices that fix a superposition when it is created."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from randes_kernels.format import Transform
 
 Signs = Literal["both", "columns", "none"]
-LATER = ("centre", "rank")
+LATER = ("centre", "rank", "transposed", "fused")
 """Options that the first version did not have."""
 Others = Literal["keep", "base", "average"]
 
@@ -30,6 +31,11 @@ class Config:
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
     rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none. All
         models must be there at once here, too.
+    transposed: patterns of weights that are (K, N), for layers that multiply from the right (Transformers' Conv1D).
+        Where the base is a module, or a Transformers folder, its layers say so themselves.
+    fused: weights that are the concatenation of others, which signs and gains come from: the rows of each part by
+        its name, ``{"*.qkv.weight": {"*.q.weight": 64, "*.k.weight": 64, "*.v.weight": 64}}``. Every ``*`` stands for
+        the same beginning. Fused or not, the models are then the same.
 
     Raises ``ValueError`` for a value out of range. (Design, sections 1, 2 and 6.)
     """
@@ -41,11 +47,22 @@ class Config:
     seed: int = 0
     others: Others = "keep"
     segments: int = 1
-    include: tuple[str, ...] = ("*weight",)
-    exclude: tuple[str, ...] = ("*embed*", "*wte*", "*wpe*", "*norm*")
+    include: tuple[str, ...] = ("*weight", "*experts.*proj")
+    exclude: tuple[str, ...] = (
+        "*embed*",
+        "*wte*",
+        "*wpe*",
+        "*norm*",
+        "*shared.weight",
+        "*relative*",
+        "*router*",
+        "*.gate.weight",
+    )
     min_width: int = 32
     centre: bool = False
     rank: int = 0
+    transposed: tuple[str, ...] = ()
+    fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _one_of("signs", self.signs, get_args(Signs))
@@ -61,10 +78,11 @@ class Config:
             raise ValueError(f"centre must be True or False, got {self.centre!r}")
         if self.seed >= 1 << 64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "transposed"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a tuple of patterns, got the string {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_fused(self.fused)
 
     @property
     def transform(self) -> Transform:
@@ -92,6 +110,19 @@ class Config:
         if unknown:
             raise ValueError(f"config must hold known names only, got {sorted(unknown)}")
         return cls(**values)
+
+
+def _check_fused(fused: object) -> None:
+    if not isinstance(fused, Mapping):
+        raise ValueError(f"fused must map patterns to the rows of their parts by name, got {fused!r}")
+    for pattern, parts in fused.items():
+        if not isinstance(parts, Mapping) or len(parts) < 2:
+            raise ValueError(f"fused must name at least two parts of {pattern!r}, got {parts!r}")
+        for name in (pattern, *parts):
+            if not isinstance(name, str) or not name.startswith("*") or set(name[1:]) & set("*?["):
+                raise ValueError(f"fused must have names that begin with * and hold no other wildcard, got {name!r}")
+        for name, rows in parts.items():
+            _at_least(f"fused[{pattern!r}][{name!r}]", rows, 1)
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -75,17 +75,19 @@ class File:
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """One tensor, a run of its first dimension after the other. Raises ``ChangedError``."""
+        for start, end in runs(self.headers[name]):
+            yield self.rows(name, start, end)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """A run of a tensor's first dimension; (0, 1) of a scalar. Raises ``ChangedError``."""
+        if self._now() != self._state:
+            raise ChangedError
         header = self.headers[name]
-        offset = self.offsets[name]
-        for start, end in runs(header):
-            if self._now() != self._state:
-                raise ChangedError
-            shape = (end - start, *header.shape[1:]) if header.dim() else ()
-            part = torch.empty(shape, dtype=header.dtype, device="cpu")
-            if part.numel():
-                self._fill(raw(part), offset)
-            offset += part.nbytes
-            yield part
+        shape = (end - start, *header.shape[1:]) if header.dim() else ()
+        part = torch.empty(shape, dtype=header.dtype, device="cpu")
+        if part.numel():
+            self._fill(raw(part), self.offsets[name] + start * (part.nbytes // (end - start)))
+        return part
 
     def _now(self) -> tuple[int, int]:
         found = os.fstat(self._handle)

@@ -12,10 +12,9 @@ from randes.basis import UNIT
 from randes.errors import BaseMismatchError
 from randes.packed import Held, coordinates_of, values_of
 from randes.routing import Batch, Router
+from randes.streams import headers
 from randes.superposition import Superposition
-from randes_kernels import Packed, superposed_linear, tensor_id
-
-FEW_MODELS = 16
+from randes_kernels import Basis, Packed, superposed_linear, tensor_id, unpack
 
 
 class DeltaPool(nn.Module):
@@ -45,7 +44,7 @@ class DeltaPool(nn.Module):
             values, steps = (torch.stack(parts) for parts in zip(*(value[:2] for value in packed), strict=True))
             self.packing = packed[0][2:]
         else:
-            values = torch.empty((len(held), *superposition.base[tensor].shape), dtype=dtype)
+            values = torch.empty((len(held), *headers(superposition.base)[tensor].shape), dtype=dtype)
             for slot, value in enumerate(held.values()):
                 numbers, unit = values_of(value)
                 values[slot] = numbers.float() * unit
@@ -60,6 +59,13 @@ class DeltaPool(nn.Module):
             return self.values
         assert self.steps is not None
         return Packed(self.values, self.steps, *self.packing)
+
+    def rows(self, slots: Tensor, rows: Tensor) -> Tensor:
+        """Rows of the superpositions, (..., K) for integers (...): what an embedding looks up."""
+        if self.packing is None:
+            return self.values[slots, rows]
+        assert self.steps is not None
+        return unpack(Packed(self.values[slots, rows], self.steps[slots, :, rows].mT, *self.packing))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeltaPool":
         before, steps = self.values.dtype, self.steps
@@ -95,7 +101,94 @@ def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> N
         raise BaseMismatchError(f"the model is not the superposition's base: {tensor} differs{hint}")
 
 
-class SuperposedLinear(nn.Linear):
+class Superposed(nn.Module):
+    """Mixed into a layer, or beside it for one of its weights: the superposed deltas of a matrix (N, K).
+
+    What it holds is not in the layer's state dict. The weight itself stays the layer's, and comes with each product.
+    """
+
+    keys: Tensor
+    slots: Tensor
+    scale: Tensor
+    shared_basis: Tensor | None
+    corrections: Tensor | None
+
+    def _take_deltas(self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool) -> None:
+        """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K)."""
+        names, device = superposition.served, weight.device
+        members = [superposition.members[model] for model in names]
+        self.pool = pool
+        self.tensor, self.transform = tensor_id(tensor), superposition.config.transform
+        keys = [superposition.key(model) for model in names]
+        slots = [
+            self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
+            for model, member in zip(names, members, strict=True)
+        ]
+        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
+        self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
+        self._keep_basis(superposition, tensor, weight)
+
+    def _keep_basis(self, superposition: Superposition, tensor: str, weight: Tensor) -> None:
+        """The shared basis U (K, r), and for each model what is added and taken off in it, (J, r, N)."""
+        shared = corrections = None
+        if tensor in superposition.bases:
+            members = [superposition.members[model] for model in superposition.served]
+            shared = superposition.bases[tensor].float() * UNIT
+            held = torch.zeros(len(members), shared.shape[1], weight.shape[0])
+            for number, member in enumerate(members):
+                if tensor in member.coordinates:
+                    own = coordinates_of(member.coordinates[tensor])
+                    held[number] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
+            corrections = basis.corrections(
+                shared, held, self.pool.delta, self.keys, self.scale, self.slots, self.tensor, self.transform
+            ).to(weight.dtype)
+            shared = shared.to(weight)
+        self.register_buffer("shared_basis", shared, persistent=False)
+        self.register_buffer("corrections", corrections, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
+        scale = self.scale
+        super()._apply(fn, recurse)
+        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes.
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, biases: Tensor | None = None
+    ) -> Tensor:
+        """``x Ŵ_jᵀ + b_j`` for x (..., K) and the model j of each of B equal runs of its rows."""
+        operands = x, weight, bias, self.pool.delta, biases, self.shared_basis, self.corrections
+        x, weight, bias, delta, biases, shared, corrections = _in_one_dtype(*operands)
+        return superposed_linear(
+            x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases,
+            basis=None if shared is None else Basis(shared, corrections),
+        )  # fmt: skip
+
+
+class SuperposedMatrix(Superposed):
+    """The superposed deltas of one weight, or a part of one, of a layer of another kind than ``nn.Linear``."""
+
+    def __init__(self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool) -> None:
+        super().__init__()
+        self._take_deltas(superposition, tensor, weight, pool)
+
+    def forward(self, x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., K) → (..., N). weight: (N, K), the base's. ids: (B,) int32, of B equal runs of the rows of x."""
+        return self._product(x, weight, bias, ids)
+
+
+def _in_one_dtype(x: Tensor, *others: Held | None) -> tuple[Any, ...]:
+    """Operands as they meet in the matmul: as they are, or cast by autocast, which leaves what is packed."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in (x, *others))
+
+
+class SuperposedLinear(Superposed, nn.Linear):
     """A linear layer over a base weight (N, K) and the superposed deltas of J fine-tunes of it.
 
     ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)`` with j the model of each row, and no Ŵ_j is ever
@@ -104,12 +197,7 @@ class SuperposedLinear(nn.Linear):
     (Design, section 1.)
     """
 
-    keys: Tensor
-    slots: Tensor
     biases: Tensor | None
-    scale: Tensor
-    shared_basis: Tensor | None
-    corrections: Tensor | None
 
     @classmethod
     def from_linear(
@@ -143,64 +231,29 @@ class SuperposedLinear(nn.Linear):
         layer.train(linear.training)
         router = router or Router(superposition.served)
         pool = pool or DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
-        return cls.take_over(layer, superposition, name, router, pool)
+        return cls.take_over(layer, superposition, tensor, tensor_of(name, "bias"), router, pool)
 
     @classmethod
     def take_over(
-        cls, linear: nn.Linear, superposition: Superposition, name: str, router: Router, pool: DeltaPool
+        cls, linear: nn.Linear, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool
     ) -> "SuperposedLinear":
-        """Turn ``linear`` itself into a superposed layer: its hooks and all references to it stay."""
+        """Turn ``linear`` itself into a superposed layer: its hooks and all references to it stay.
+
+        weight, bias: the names of its tensors in the base.
+        """
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        linear._superpose(superposition, name, router, pool)
+        linear._superpose(superposition, weight, bias, router, pool)
         return linear
 
-    def _superpose(self, superposition: Superposition, name: str, router: Router, pool: DeltaPool) -> None:
-        tensor, bias = tensor_of(name, "weight"), tensor_of(name, "bias")
-        names, device, dtype = superposition.served, self.weight.device, self.weight.dtype
-        members = [superposition.members[model] for model in names]
-        self.router, self.pool = router, pool
-        self.tensor, self.transform = tensor_id(tensor), superposition.config.transform
-        keys = [superposition.key(model) for model in names]
-        slots = [
-            self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
-            for model, member in zip(names, members, strict=True)
-        ]
-        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
-        self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
+    def _superpose(self, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool) -> None:
         biases = None
+        self.router = router
         if self.bias is not None and bias in superposition.others:
-            biases = torch.stack([superposition.other(model, bias) for model in names]).to(device, dtype)
+            own = [superposition.other(model, bias) for model in superposition.served]
+            biases = torch.stack(own).to(self.weight.device, self.weight.dtype)
         self.register_buffer("biases", biases, persistent=False)
-        self._keep_basis(superposition, tensor)
-
-    def _keep_basis(self, superposition: Superposition, tensor: str) -> None:
-        """The shared basis U (K, r), and for each model what is added and taken off in it, (J, r, N)."""
-        shared = corrections = None
-        if tensor in superposition.bases:
-            members = [superposition.members[model] for model in superposition.served]
-            shared = superposition.bases[tensor].float() * UNIT
-            held = torch.zeros(len(members), shared.shape[1], self.out_features)
-            for number, member in enumerate(members):
-                if tensor in member.coordinates:
-                    own = coordinates_of(member.coordinates[tensor])
-                    held[number] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
-            corrections = basis.corrections(
-                shared, held, self.pool.delta, self.keys, self.scale, self.slots, self.tensor, self.transform
-            ).to(self.weight.dtype)
-            shared = shared.to(self.weight)
-        self.register_buffer("shared_basis", shared, persistent=False)
-        self.register_buffer("corrections", corrections, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SuperposedLinear":
-        scale = self.scale
-        super()._apply(fn, recurse)
-        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes.
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
+        self._take_deltas(superposition, weight, self.weight, pool)
 
     def forward(self, input: Tensor, adapter_names: Sequence[str] | Batch | None = None) -> Tensor:
         """``input``: (..., K). ``adapter_names``: one name a row of its first dimension, or one for all rows.
@@ -211,27 +264,8 @@ class SuperposedLinear(nn.Linear):
         batch = self.router.batch() if adapter_names is None else self._named(input, adapter_names)
         if batch.runs_base:
             return F.linear(input, self.weight, self.bias)
-        x, weight, bias, delta, biases = self._in_one_dtype(batch.spread(input))
-        ids = batch.on(x.device)
-        y = superposed_linear(
-            x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases
-        )
-        return y if self.shared_basis is None else y + self._in_basis(x, ids)
-
-    def _in_basis(self, x: Tensor, ids: Tensor) -> Tensor:
-        """What each row's own model adds in the shared basis: ``(x U) E_jᵀ``, nothing for the base."""
-        assert self.shared_basis is not None
-        assert self.corrections is not None
-        models, rank, _ = self.corrections.shape
-        rows = (x @ self.shared_basis.to(x.dtype)).reshape(ids.shape[0], -1, rank)
-        corrections = self.corrections.to(x.dtype)
-        if models <= FEW_MODELS:  # one product with all of them reads less than a copy for each row
-            own = ids[:, None] == torch.arange(models, device=ids.device)
-            y = (rows[:, :, None] * own[:, None, :, None]).flatten(2) @ corrections.flatten(0, 1)
-        else:
-            own = (ids >= 0)[:, None, None]
-            y = torch.bmm(rows * own, corrections[ids.clamp(min=0)])
-        return y.reshape(*x.shape[:-1], self.out_features)
+        x = batch.spread(input)
+        return self._product(x, self.weight, self.bias, batch.on(x.device), self.biases)
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""
@@ -242,11 +276,3 @@ class SuperposedLinear(nn.Linear):
         if batch.rows not in (1, input.shape[0]):
             raise ValueError(f"adapter_names must have one name a row, {input.shape[0]}, got {batch.rows}")
         return batch
-
-    def _in_one_dtype(self, input: Tensor) -> tuple[Any, ...]:
-        """x, weight, bias, delta and biases as they meet in the matmul: as they are, or cast by autocast."""
-        values = (input, self.weight, self.bias, self.pool.delta, self.biases)
-        if not torch.is_autocast_enabled(input.device.type):
-            return values
-        dtype = torch.get_autocast_dtype(input.device.type)
-        return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in values)

@@ -1,17 +1,21 @@
 """``SuperposedModel``: a whole model whose rows may belong to different fine-tunes."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randes.checkpoint import digest
-from randes.errors import BaseMismatchError
-from randes.kept import KeptTable, route_layer
-from randes.linear import DeltaPool, SuperposedLinear, check_is_base, tensor_of
-from randes.routing import Batch, Router
+from randes import store
+from randes.errors import StoreError
+from randes.inside import Layer, check_layers, follow_calls, layers_of, route_containers, take_centre, take_over
+from randes.kept import KeptTable
+from randes.layer_kinds import SuperposedLayer
+from randes.linear import DeltaPool, Superposed, SuperposedLinear
+from randes.routing import Batch, Router, first_input
 from randes.superposition import BASE_NAME, Superposition
 from randes_kernels.tiles import device_name, rows_of_plans
 
@@ -19,8 +23,9 @@ from randes_kernels.tiles import device_name, rows_of_plans
 class SuperposedModel(nn.Module):
     """A base model that answers as any of a superposition's fine-tunes.
 
-    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters; its other layers
-    take each row's own norms, biases and heads where those are kept per model. It serves the models that the
+    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters, and other layers
+    with superposed weights what serves them (``layer_kinds.py``); the rest take each row's own norms, biases and heads
+    where those are kept per model. It serves the models that the
     superposition holds now; make a new one after adding more.
 
     Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
@@ -28,24 +33,25 @@ class SuperposedModel(nn.Module):
     models.
 
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
-    dtype), and ``ValueError`` where a superposed tensor is not the weight of a linear layer that is called.
+    dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called.
     """
 
     def __init__(self, base_module: nn.Module, superposition: Superposition) -> None:
         super().__init__()
-        _check_base(base_module, superposition)
-        layers = _superposed_layers(base_module, superposition)
+        layers = layers_of(base_module, superposition)
+        check_layers(base_module, layers, superposition)
         pools = _pools(layers, superposition)
-        tables = _kept_tables(base_module, layers, superposition)
+        tables = _kept_tables(layers, superposition)
         # Nothing fails from here on: the model is changed whole or not at all.
         self.router = Router(superposition.served)
         self.base_model = base_module
         if superposition.config.centre:
-            _take_centre(layers, superposition)
-        for name, linear in layers.items():
-            SuperposedLinear.take_over(linear, superposition, name, self.router, pools[name])
-        for name, own in tables.items():
-            route_layer(base_module.get_submodule(name), own, self.router)
+            take_centre(layers, superposition)
+        for layer in layers:
+            take_over(layer, superposition, self.router, pools, tables)
+        route_containers(base_module, self.router)
+        follow_calls(base_module, self.router)
+        self._store = superposition.stored
 
     @property
     def names(self) -> list[str]:
@@ -86,20 +92,24 @@ class SuperposedModel(nn.Module):
         """
         if rows is not None and any(count < 1 for count in rows):
             raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
-        kinds: dict[tuple[object, ...], SuperposedLinear] = {}
+        kinds: dict[tuple[object, ...], tuple[Superposed, Tensor]] = {}
         for layer in self.modules():
-            if isinstance(layer, SuperposedLinear):
-                modes = layer.bias is None, layer.biases is None, not layer.pool.slots
-                kinds.setdefault((layer.weight.shape, layer.weight.dtype, layer.weight.device, *modes), layer)
+            for own, weight in _products(layer):
+                modes: list[bool] = [not own.pool.slots, weight.stride(1) == 1]
+                if isinstance(own, SuperposedLinear):
+                    modes += [own.bias is None, own.biases is None]
+                kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (own, weight))
         first, names = self.names[:1] or [BASE_NAME], [*self.names, BASE_NAME]
-        for layer in kinds.values():
-            for count in self._rows_of_plans(layer) if rows is None else rows:
-                x = layer.weight.new_zeros(count, layer.in_features)
+        for own, weight in kinds.values():
+            for count in self._rows_of_plans(own, weight) if rows is None else rows:
+                x = weight.new_zeros(count, weight.shape[1])
                 for mix in (first, [names[row % len(names)] for row in range(count)]):
-                    layer(x, adapter_names=mix)
+                    if isinstance(own, SuperposedLinear):
+                        own(x, adapter_names=mix)
+                    else:
+                        own(x, weight, self.router.of(mix).on(x.device))
 
-    def _rows_of_plans(self, layer: SuperposedLinear) -> list[int]:
-        weight = layer.weight
+    def _rows_of_plans(self, layer: Superposed, weight: Tensor) -> list[int]:
         if weight.device.type == "cpu":
             return [1]  # nothing is compiled there
         turned = layer.transform.granule > 0 or not layer.pool.slots
@@ -120,94 +130,88 @@ class SuperposedModel(nn.Module):
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
-        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
-        first = next(inputs, None)
-        if first is None or batch.rows != first.shape[0]:
-            rows = 0 if first is None else first.shape[0]
-            raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
-        with self.router.during(batch.over(first)):
+        with self.router.during(batch.over(_check_rows(batch, first_input(args, kwargs)))):
             return self.base_model(*args, **kwargs)
 
+    def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate`` (Transformers), with a model for each row: a row's beams and returned sequences
+        are its model's. Raises as ``forward`` does."""
+        with self.generating(adapter_names, args, kwargs):
+            base: Any = self.base_model
+            return base.generate(*args, **kwargs)
 
-def _check_base(module: nn.Module, superposition: Superposition) -> None:
-    superposition.check_base()
-    own = dict(module.state_dict())
-    if own.keys() != superposition.base.keys():
-        odd = sorted(own.keys() ^ superposition.base.keys())
-        raise BaseMismatchError(
-            f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
-        )
-    added = superposition.members.get(BASE_NAME)
-    for name, value in own.items():
-        if added is not None and digest(value) == added.digests[name]:
-            continue  # as it was before deltas were centred on their mean
-        check_is_base(superposition, name, value)
+    @contextmanager
+    def generating(
+        self, names: Sequence[str] | Batch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
+        batch = self.router.current() if names is None else self.router.of(names)
+        if batch is None or (names is None and not batch.mixed):
+            yield
+            return
+        _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
+        with self.router.during(replace(batch, spreads=True)):
+            yield
 
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the store that this model was made of to a new folder, with its configuration and tokenizer.
 
-def _take_centre(layers: dict[str, nn.Linear], superposition: Superposition) -> None:
-    """The mean of the fine-tunes in place of the base: what deltas are measured from.
+        Raises ``StoreError`` where its superposition was in no store when the model was made: save that itself then.
+        """
+        if not isinstance(self._store, store.Stored):
+            raise StoreError("the model's superposition was in no store: save it with Superposition.save(path)")
+        store.load(self._store.folder).save(path)
 
-    As parameters of their own: the base's tensors may be tied to others that are not superposed, and are the caller's.
-    """
-    for name, layer in layers.items():
-        centre = superposition.base[tensor_of(name, "weight")].to(layer.weight)
-        layer.weight = nn.Parameter(centre.clone(), requires_grad=layer.weight.requires_grad)
-
-
-def _superposed_layers(module: nn.Module, superposition: Superposition) -> dict[str, nn.Linear]:
-    """The linear layers whose weights are superposed, by name: all of them, or an error."""
-    modules = dict(module.named_modules())
-    for name, layer in modules.items():
-        # These read the weights of the layers inside them without calling those.
-        if isinstance(layer, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            raise ValueError(
-                f"{name or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
-                " instead, and would silently answer as the base"
-            )
-    layers = {}
-    for tensor in superposition.superposed:
-        name = tensor.rpartition(".")[0]
-        layer = modules.get(name)
-        if layer is not None and "forward" in vars(layer):
-            raise ValueError(f"{name}.forward was replaced on the layer itself, and would silently answer as the base")
-        if isinstance(layer, SuperposedLinear):
-            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
-        if type(layer) is not nn.Linear or tensor.rpartition(".")[2] != "weight":
-            raise ValueError(
-                f"{tensor} is superposed, but belongs to a {type(layer).__name__}, not an nn.Linear;"
-                " exclude it when the superposition is created"
-            )
-        layers[name] = layer
-    return layers
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the base model has: its configuration, device, and what pipelines ask for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        return getattr(self.base_model, name)
 
 
-def _pools(layers: dict[str, nn.Linear], superposition: Superposition) -> dict[str, DeltaPool]:
-    """The superpositions that each layer reads; layers that are shuffled share one."""
+def _products(layer: nn.Module) -> Iterator[tuple[Superposed, Tensor]]:
+    """What a layer multiplies with, and the base's weights (N, K) beside."""
+    if isinstance(layer, SuperposedLinear):
+        yield layer, layer.weight
+    elif isinstance(layer, SuperposedLayer):
+        yield from layer.products()
+
+
+def _check_rows(batch: Batch, first: Tensor | None) -> Tensor:
+    if first is None or batch.rows != first.shape[0]:
+        rows = 0 if first is None else first.shape[0]
+        raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
+    return first
+
+
+def _pools(layers: Sequence[Layer], superposition: Superposition) -> dict[str, DeltaPool]:
+    """The superpositions of each matrix; layers that are shuffled or tied share one."""
     by_family: dict[str, DeltaPool] = {}
     pools = {}
-    for name, linear in layers.items():
-        tensor = tensor_of(name, "weight")
-        first = superposition.family(tensor)[0]
-        if first not in by_family:
-            by_family[first] = DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
-        pools[name] = by_family[first]
+    for layer in layers:
+        for name, view in layer.views.items():
+            weight = getattr(layer.module, name)
+            for matrix in view.parts:
+                first = superposition.family(matrix)[0]
+                if first not in by_family:
+                    pool = DeltaPool(superposition, matrix, weight.dtype).to(weight.device)
+                    if (
+                        view.transposed and pool.packing is None
+                    ):  # in one order of memory with the weight, as the kernels like it
+                        pool.values = pool.values.mT.contiguous().mT
+                    by_family[first] = pool
+                pools[matrix] = by_family[first]
     return pools
 
 
-def _kept_tables(
-    module: nn.Module, layers: dict[str, nn.Linear], superposition: Superposition
-) -> dict[str, dict[str, KeptTable]]:
-    """Of every layer that is not superposed its models' own tensors. Raises ``ValueError`` for a shared layer."""
-    tables: dict[str, dict[str, KeptTable]] = {}
-    for tensor in superposition.others:
-        owner, _, name = tensor.rpartition(".")
-        if owner not in layers:
-            layer = module.get_submodule(owner)
-            tables.setdefault(owner, {})[name] = KeptTable(superposition, tensor, getattr(layer, name))
-    owners = [module.get_submodule(owner) for owner in tables]
-    for owner, layer in zip(tables, owners, strict=True):
-        if sum(other is layer for other in owners) > 1:
-            raise ValueError(f"{owner} is shared under several names, and cannot have tensors kept for each model")
-        if "forward" in vars(layer):
-            raise ValueError(f"{owner}.forward was replaced on the layer itself, and would silently answer as the base")
+def _kept_tables(layers: Sequence[Layer], superposition: Superposition) -> dict[str, KeptTable]:
+    """Of every tensor that some model has its own of, what each has: one for all layers that are tied."""
+    tables: dict[str, KeptTable] = {}
+    for layer in layers:
+        for name, tensor in layer.kept.items():
+            if tensor not in tables:
+                tables[tensor] = KeptTable(superposition, tensor, getattr(layer.module, name))
     return tables

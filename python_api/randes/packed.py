@@ -54,8 +54,9 @@ def packed(
         raise ValueError(f"group must be a multiple of 64 columns, got {group!r}")
     made = Superposition(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
-        superposition.bases,
+        superposition.bases, superposition.layout,
     )  # fmt: skip
+    made.companions = superposition.companions
     made.packing = Packing(bits, group, coordinates, store.checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for number, deltas in superposition.deltas.items():

@@ -4,15 +4,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from randes import checkpoint
 from randes.checkpoint import Checkpoint
 from randes.config import Config
 from randes.errors import CheckpointError
+from randes.layout import layout_of, superposed_names, tied_in
 from randes.packed import ERROR
 from randes.streams import headers, size
-from randes.superposition import SUPERPOSABLE
 from randes_kernels.packing import BITS, packed_bytes
 
 INTEGERS = 2
@@ -51,17 +52,22 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
     config = config or Config()
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    tensors = headers(checkpoint.read(base))
-    matrices = {
-        name: value for name, value in tensors.items()
-        if value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
-    }  # fmt: skip
+    module = base if isinstance(base, nn.Module) else None
+    aliases = tied_in(module) if module is not None else {}
+    tensors = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in headers(checkpoint.read(base)).items()
+        if name not in aliases
+    }
+    layout = layout_of(tensors, config, module)
+    split = layout.split(tensors)
+    matrices = {name: split[name] for name in superposed_names(split, layout, config)}
     if not matrices:
         raise CheckpointError(f"the base must have a matrix to superpose, got none in {len(tensors)} tensors")
     superposed = models + config.centre
     sharing = min(superposed, config.group_size + config.centre)
     groups = -(-models // config.group_size)
-    others = size(tensors) - size(matrices)
+    others = size(split) - size(matrices)
     copies = {"keep": models, "base": 0, "average": 1}[config.others]
     rows = []
     for bits in (16, *BITS):

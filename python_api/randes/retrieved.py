@@ -22,7 +22,8 @@ class Retrieved(LazyTensors):
     """``W0 + α (D turned back)`` of what is superposed, and what a model has of everything else."""
 
     def __init__(self, superposition: Superposition, name: str) -> None:
-        super().__init__(headers(superposition.base))
+        # A kept tensor may have another shape than the base's.
+        super().__init__({**headers(superposition.base), **headers(superposition.members[name].kept)})
         self._superposition, self._name = superposition, name
 
     def parts(self, name: str) -> Iterator[Tensor]:

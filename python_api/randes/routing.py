@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randes.errors import UnknownModelError
 from randes.superposition import BASE_NAME
@@ -22,6 +22,8 @@ class Batch:
     models: all that could have been named, in the order of their numbers.
     of_rows: (rows,) int32, the same with a number for every row that was named.
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
+    by_row: a layer under way reads its kept tensors with a row for each row of the batch (``kept.py``).
+    spreads: a call may have several rows for each one named, one after the other, as the beams of a search are.
     """
 
     ids: Tensor
@@ -29,6 +31,8 @@ class Batch:
     models: tuple[str, ...]
     of_rows: Tensor
     length: int = 1
+    by_row: bool = False
+    spreads: bool = False
 
     @property
     def rows(self) -> int:
@@ -41,6 +45,11 @@ class Batch:
         return not torch.compiler.is_compiling() and self.base_only
 
     @property
+    def number(self) -> int:
+        """The one model of a batch that is not mixed."""
+        return int(self.of_rows[0])
+
+    @property
     def mixed(self) -> bool:
         """Whether rows may belong to different models."""
         return self.ids.shape[0] > 1
@@ -51,8 +60,8 @@ class Batch:
 
     def of_one(self, number: int) -> "Batch":
         """The batch of the rows of one model of it."""
-        ids = torch.tensor([number], dtype=torch.int32, device=self.ids.device)
-        return Batch(ids, number == -1, self.models, ids, self.length)
+        one = torch.tensor([number], dtype=torch.int32, device="cpu")
+        return Batch(one.to(self.ids.device), number == -1, self.models, one, self.length)
 
     def over(self, first: Tensor) -> "Batch":
         """The same batch for a model whose first input is ``first``, (B, length, ...): on its device.
@@ -60,10 +69,13 @@ class Batch:
         A program that is being compiled gets a number for every row, whatever the batch: then it serves them all.
         """
         length = first.shape[1] if first.dim() > 1 else 1
+        of_rows, ids = self.of_rows, self.ids
+        if self.spreads and self.mixed and first.shape[0] % self.rows == 0:
+            of_rows, ids = (value.repeat_interleave(first.shape[0] // self.rows) for value in (of_rows, ids))
         if torch.compiler.is_compiling():
-            of_rows = self.of_rows.to(first.device, non_blocking=True)
+            of_rows = of_rows.to(first.device, non_blocking=True)
             return Batch(of_rows, self.base_only, self.models, of_rows, length)
-        return Batch(self.on(first.device), self.base_only, self.models, self.of_rows, length)
+        return Batch(ids.to(first.device, non_blocking=True), self.base_only, self.models, of_rows, length)
 
     def spread(self, x: Tensor) -> Tensor:
         """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.
@@ -82,11 +94,31 @@ class Batch:
         return x.expand(count, *x.shape[1:]) if x.shape[0] == 1 else x
 
 
+INPUTS = (
+    "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features",
+    "input_values", "hidden_states",
+)  # fmt: skip
+"""What Transformers calls a model's first input, by which it is known whatever comes before it."""
+
+
+OTHER_ROWS = ("Deberta", "FSMT", "Funnel", "LED", "Longformer", "XLNet")
+"""Transformers models that put positions before rows, or run linear layers over relative positions. A batch as large as
+its rows are long would look right there, so mixed ones are refused whatever their size."""
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first dimension is the batch: the first of a call's."""
+    named = (kwargs.get(name) for name in INPUTS)
+    found = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+    return next(found, None)
+
+
 class _Scoped(threading.local):
     """What a call of this thread has chosen; threads that use different models at once do not meet."""
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
+        self.before: list[Batch | None] = []  # of the calls of whole models under way, innermost last
 
 
 class Router:
@@ -102,9 +134,13 @@ class Router:
     def __reduce__(self) -> tuple[Any, ...]:
         return Router, (self.names,), {"chosen": self.chosen}  # a copy has calls of its own
 
+    def current(self) -> Batch | None:
+        """The batch under way, if there is one."""
+        return self._scoped.batch or self.chosen
+
     def batch(self) -> Batch:
         """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
-        batch = self._scoped.batch or self.chosen
+        batch = self.current()
         if batch is None:
             raise RuntimeError(
                 "no model is chosen: call set_adapter(name), pass adapter_names=[...],"
@@ -127,6 +163,33 @@ class Router:
         of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
         alike = len(set(ids)) == 1
         return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, self.names, of_rows)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
+        scoped = self._scoped
+        scoped.before.append(scoped.batch)
+        if kwargs.get("adapter_names") is not None:
+            return  # the call will choose, and come again
+        batch = self.batch()
+        first = first_input(args, kwargs)
+        if first is None:
+            return
+        over = batch.over(first)
+        if over.mixed and type(module).__name__.startswith(OTHER_ROWS):
+            raise ValueError(
+                f"adapter_names must be one model's for a {type(module).__name__}: inside, it has other rows than its"
+                " batch, so that whose they are cannot be told"
+            )
+        if over.mixed and over.rows != first.shape[0]:
+            raise ValueError(
+                f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
+                f" got {batch.rows}; parts with other numbers of rows are called one by one, each within using(names)"
+            )
+        scoped.batch = over
+
+    def leave(self, *_: Any) -> None:
+        """After a call that was entered, whether it failed or not."""
+        self._scoped.batch = self._scoped.before.pop()
 
     @contextmanager
     def during(self, batch: Batch) -> Iterator[None]:

@@ -6,6 +6,7 @@
     group-<number>-<digest>.safetensors        integers of one group, by tensor
     model-<key>-<digest>.safetensors           what one model keeps of its own
     average-<digest>.safetensors               sums behind others="average"
+    config.json, tokenizer...                  what a Transformers base has beside its weights (companions.py)
 
 Files are named by what they hold and never rewritten. A save writes the new ones beside the old, renames the
 manifest last, and only then removes what no manifest names: a crash at any moment leaves the old store or the
@@ -25,14 +26,16 @@ from typing import Any
 
 from randes import checkpoint
 from randes.checkpoint import Tensors
+from randes.companions import companions, for_store
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.files import write_file, write_whole
 from randes.integers import AVERAGE_STEP, STEP
+from randes.layout import Layout
 from randes.members import Member
 from randes.packed import STEPS, Held, Packing, flattened, gathered
 from randes.stored import Layers, StoredTensors, known_digests, open_file
-from randes.streams import Progress, silent, size
+from randes.streams import Progress, headers, silent, size
 from randes.superposition import Superposition
 from randes_kernels import FORMAT_VERSION
 
@@ -76,6 +79,9 @@ def save(superposition: Superposition, path: str | os.PathLike[str], *, progress
                 file.unlink(missing_ok=True)
             raise
         write_whole(folder / MANIFEST, [memoryview(_text(manifest).encode())])
+        base_file = next(name for name in manifest["files"] if name.startswith("base-"))
+        for name, text in for_store(superposition.companions, base_file).items():
+            write_whole(folder / name, [memoryview(text)])
         superposition.stored = _stored(folder, manifest)
         _reopen(superposition, folder, manifest)
         for file in folder.iterdir():
@@ -98,10 +104,15 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
         step = progress("checking", sum(map(size, contents.values())))
         for tensors in contents.values():
             tensors.check(step)
-    base = contents.pop("base")
-    assert base.known is not None
-    bases: Tensors = contents.pop("basis", {})
-    superposition = Superposition(Config.from_dict(manifest["config"]), base, manifest["superposed"], base.known, bases)
+    stored = contents.pop("base")
+    assert stored.known is not None
+    layout = Layout.from_dict(manifest["layout"]) if "layout" in manifest else Layout()
+    base = layout.split(stored)
+    known = {**stored.known, **manifest.get("layout", {}).get("digests", {})}
+    superposition = Superposition(
+        Config.from_dict(manifest["config"]), base, manifest["superposed"], {name: known[name] for name in base},
+        contents.pop("basis", {}), layout,
+    )  # fmt: skip
     packing = superposition.packing = Packing(**manifest["packed"]) if "packed" in manifest else None
     for name, record in manifest["models"].items():
         own = contents.pop(_model_file(superposition, name), StoredTensors({}))
@@ -109,7 +120,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
         coordinates: Mapping[str, Held] = own.renamed(held)
         if packing is not None and packing.coordinates < 16:
             held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
-            rows = {tensor: base.headers[tensor].shape[0] for tensor in record.get("units", {})}
+            rows = {tensor: headers(base)[tensor].shape[0] for tensor in record.get("units", {})}
             coordinates = gathered(own.renamed(held), packing.coordinates, 64, rows)
         kept = {tensor: tensor for tensor in own if tensor not in held.values()}
         superposition.members[name] = Member(**record, kept=own.renamed(kept), coordinates=coordinates)
@@ -118,10 +129,11 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
     if packing is None:
         superposition.deltas = {number: Layers({}, tensors) for number, tensors in groups.items()}
     else:
-        columns = {tensor: base.headers[tensor].shape[1] for tensor in superposition.superposed}
+        columns = {tensor: headers(base)[tensor].shape[1] for tensor in superposition.superposed}
         superposition.few_bits = {
             number: gathered(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
+    superposition.companions = companions(folder)
     superposition.stored = _stored(folder, manifest)
     return superposition
 
@@ -176,7 +188,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _contents(superposition: Superposition) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
-    contents: dict[str, Tensors] = {"base": superposition.base, "basis": superposition.bases}
+    base = superposition.layout.joined(superposition.base, ties=False)
+    contents: dict[str, Tensors] = {"base": base, "basis": superposition.bases}
     contents |= {f"group-{group}": flattened(held) for group, held in sorted(superposition.held.items())}
     for name in superposition.served:
         member = superposition.members[name]
@@ -207,6 +220,10 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
         "models": {name: _record(superposition.members[name]) for name in superposition.served},
         "files": files,
     }
+    if layout := superposition.layout:
+        split = sorted(part for view in layout.views.values() for part in view.parts)
+        own = {part: superposition.base_digests[part] for part in split}
+        manifest["layout"] = layout.to_dict() | {"digests": own}
     if superposition.packing is not None:
         manifest["packed"] = asdict(superposition.packing)
     manifest["checksum"] = _checksum(manifest)

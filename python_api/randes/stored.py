@@ -7,7 +7,7 @@ from torch import Tensor
 
 from randes.errors import CheckpointError
 from randes.files import ChangedError, File
-from randes.streams import LazyTensors, digests, headers, parts
+from randes.streams import LazyTensors, digests, headers, parts, rows
 from randes_kernels import Packed
 
 
@@ -37,6 +37,13 @@ class StoredTensors(LazyTensors):
         file, own = self.where[name]
         try:
             yield from file.parts(own)
+        except ChangedError:
+            raise self._altered(file.path, name) from None
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        file, own = self.where[name]
+        try:
+            return file.rows(own, start, end)
         except ChangedError:
             raise self._altered(file.path, name) from None
 
@@ -102,6 +109,8 @@ def open_file(path: Path) -> StoredTensors:
 class Layers(LazyTensors, MutableMapping[str, Tensor]):
     """What is held in memory, over what lies in files. What is set is held; files are never changed."""
 
+    below: list[StoredTensors]
+
     def __init__(self, held: dict[str, Tensor], *below: StoredTensors) -> None:
         super().__init__({})
         self.held, self.below = held, list(below)
@@ -112,6 +121,9 @@ class Layers(LazyTensors, MutableMapping[str, Tensor]):
 
     def parts(self, name: str) -> Iterator[Tensor]:
         return parts(self._layer(name), name)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        return rows(self._layer(name), name, start, end)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._layer(name)[name]
@@ -145,16 +157,26 @@ def check(
     tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed], step: Callable[[int], None] = lambda _: None
 ) -> None:
     """Raise where what lies in files is not what it was, by its digests. What is in memory is the caller's."""
-    for layer in tensors.below if isinstance(tensors, Layers) else [tensors]:
-        if isinstance(layer, StoredTensors):
-            layer.check(step)
+    for stored in _stored(tensors):
+        stored.check(step)
 
 
 def unchecked(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> int:
     """Bytes of files that ``check`` would read."""
-    layers = tensors.below if isinstance(tensors, Layers) else [tensors]
-    stored = [layer for layer in layers if isinstance(layer, StoredTensors) and layer.known is not None]
+    stored = [stored for stored in _stored(tensors) if stored.known is not None]
     return sum(layer.headers[name].nbytes for layer in stored for name in layer.unchecked())
+
+
+def in_files(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors lie in files, as they are or split: ``check`` finds all that changes then."""
+    return isinstance(tensors, StoredTensors) or any(map(in_files, getattr(tensors, "below", ())))
+
+
+def _stored(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> Iterator[StoredTensors]:
+    if isinstance(tensors, StoredTensors):
+        yield tensors
+    for layer in tensors.below if isinstance(tensors, LazyTensors) else ():
+        yield from _stored(layer)
 
 
 def known_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -5,7 +5,7 @@ whatever its dtype. Threads read, and hash, the next parts while one is computed
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
@@ -46,6 +46,9 @@ class LazyTensors(Mapping[str, Tensor]):
     While somebody holds a tensor, asking again gives the same one.
     """
 
+    below: Sequence["LazyTensors"] = ()
+    """Those that these are read from, where files may lie under them."""
+
     def __init__(self, headers: Mapping[str, Tensor]) -> None:
         self._headers = headers
         self._held: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
@@ -58,6 +61,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def parts(self, name: str) -> Iterator[Tensor]:
         """One tensor, a run of its first dimension after the other."""
         raise NotImplementedError
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """A run of one tensor's first dimension."""
+        return self[name][start:end]
 
     def read(self, name: str) -> Tensor:
         """One tensor, the caller's own."""
@@ -111,6 +118,11 @@ def parts(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     value = tensors[name]
     for start, end in runs(value):
         yield value[start:end] if value.dim() else value
+
+
+def rows(tensors: Mapping[str, Tensor], name: str, start: int, end: int) -> Tensor:
+    """A run of one tensor's first dimension; a view of it where it is in memory."""
+    return tensors.rows(name, start, end) if isinstance(tensors, LazyTensors) else tensors[name][start:end]
 
 
 class _Failed:

@@ -42,7 +42,7 @@ def verify(
     Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
     """
     member = superposition.member(name)
-    retrieved = superposition.retrieved(name, progress=progress)
+    retrieved = superposition.matrices(name, progress=progress)
     step = progress("verifying", 2 * size(superposition.base))
     original = superposition.read_added(name, finetuned, step=step)
     squares: dict[str, tuple[float, float]] = {}

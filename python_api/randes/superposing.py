@@ -18,6 +18,7 @@ from torch import Tensor
 
 from randes import basis
 from randes.adapters import AdapterTensors
+from randes.arranged import source_of
 from randes.checkpoint import check_finite
 from randes.errors import CheckpointError, RandesError
 from randes.integers import averaged, check_average, gain_of, narrow, rate
@@ -150,26 +151,28 @@ class _Reading:
         """The models that have to be read, each with its parts, the base's, and the digest so far."""
         for model in self._models:
             if self._reads(model, self._tensor):
-                yield model, ((*next(self._values), base) for base in self._base)
+                count = len(runs(headers(model.tensors)[self._tensor]))
+                # A kept tensor may have another shape than the base's, which nobody compares it with.
+                bases = self._base if count == len(self._base) else self._base[:1] * count
+                yield model, ((*next(self._values), base) for base in bases)
             else:
                 model.digests[self._tensor] = self._sup.base_digests[self._tensor]
 
     def _reads(self, model: Joining, tensor: str) -> bool:
         """Whether a model's tensor may differ from the base's."""
-        adapter = model.tensors
-        return not (
-            isinstance(adapter, AdapterTensors) and adapter.base is self._sup.base and tensor not in adapter.touched
-        )
+        adapter, name = source_of(model.tensors, tensor)
+        base, _ = source_of(self._sup.base, tensor)
+        return not (isinstance(adapter, AdapterTensors) and adapter.base is base and name not in adapter.touched)
 
     def _read(self) -> Iterator[tuple[Tensor, Future[str]]]:
         nothing: Future[str] = Future()
-        for tensor, header in headers(self._sup.base).items():
+        for tensor in headers(self._sup.base):
             readers = [model for model in self._models if self._reads(model, tensor)]
             if readers:
                 for part in parts(self._sup.base, tensor):
                     yield part, nothing
             for model in readers:
-                digest = Digest(header)
+                digest = Digest(headers(model.tensors)[tensor])
                 for part in parts(model.tensors, tensor):
                     yield part, self._threads.submit(partial(_hashed, digest, part))
                     self._step(part.nbytes)

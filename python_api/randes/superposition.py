@@ -10,22 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from randes import checkpoint, superposing
+from randes.arranged import SplitTensors
 from randes.checkpoint import Checkpoint, Tensors
+from randes.companions import companions
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
 from randes.integers import AVERAGE_STEP
 from randes.layers import families, shuffled
+from randes.layout import Layout, layout_of, superposed_names, tied
 from randes.members import BASE_NAME, Member, Sizes
 from randes.packed import Held, Packing, packed
 from randes.retrieved import Retrieved
-from randes.stored import Layers, StoredTensors, check, unchecked
-from randes.streams import Progress, digests, headers, silent, size
+from randes.stored import Layers, StoredTensors, check, in_files, unchecked
+from randes.streams import LazyTensors, Progress, digests, headers, silent, size
 from randes.superposing import Joining
 from randes.tune import Tuned, tune
 from randes_kernels import Packed, model_key
 
 __all__ = ["BASE_NAME", "Superposition"]
-SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Superposition:
@@ -40,12 +42,13 @@ class Superposition:
 
     def __init__(
         self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None,
-        bases: Tensors | None = None,
+        bases: Tensors | None = None, layout: Layout | None = None,
     ) -> None:  # fmt: skip
         """For ``create`` and ``load``."""
         self.config = config
         self.base = base
         self.superposed = tuple(sorted(superposed))
+        self.layout = layout or Layout()  # how base and fine-tunes, as they come, are these tensors (layout.py)
         self.base_digests = dict(base_digests or digests(base))
         self.members: dict[str, Member] = {}
         # Of each group: the integers by tensor, int16 where they fit.
@@ -55,6 +58,7 @@ class Superposition:
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average"
         self.device = torch.device("cpu")
+        self.companions: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), self.superposed)
@@ -75,11 +79,9 @@ class Superposition:
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
         tensors = checkpoint.read(base)
-        superposed = [
-            name
-            for name, value in headers(tensors).items()
-            if value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
-        ]
+        layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
+        tensors = layout.split(tensors)
+        superposed = superposed_names(tensors, layout, config)
         if not superposed:
             raise CheckpointError(
                 f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"
@@ -90,9 +92,11 @@ class Superposition:
                 raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=checkpoint.check_finite, step=step)
-        if isinstance(tensors, StoredTensors):
+        if isinstance(tensors, StoredTensors | SplitTensors):
             tensors.expect(found, _changed)
-        return cls(config, tensors, superposed, found)
+        superposition = cls(config, tensors, superposed, found, layout=layout)
+        superposition.companions = companions(base)
+        return superposition
 
     # ---------------------------------------------------------------- models
 
@@ -183,14 +187,20 @@ class Superposition:
         Kept tensors are exact; superposed ones carry the other models of the group as noise.
         Raises ``UnknownModelError``.
         """
-        retrieved = self.retrieved(name)
-        return {tensor: retrieved.read(tensor) for tensor in retrieved}
+        joined = self.layout.joined(self.matrices(name), ties=False)
+        assert isinstance(joined, LazyTensors)
+        whole = {tensor: joined.read(tensor) for tensor in joined}
+        return whole | {alias: whole[tensor] for alias, tensor in self.layout.ties.items()}
 
-    def retrieved(self, name: str, *, progress: Progress = silent) -> Retrieved:
+    def retrieved(self, name: str, *, progress: Progress = silent) -> Tensors:
         """The same as a mapping that makes each tensor when it is asked for, for models larger than memory.
 
         ``randes.checkpoint.write_file`` writes it without holding more than a part of a tensor.
         """
+        return self.layout.joined(self.matrices(name, progress=progress))
+
+    def matrices(self, name: str, *, progress: Progress = silent) -> Retrieved:
+        """The same by the superposition's own names: matrices for what is superposed as such (``Layout``)."""
         self.check(self.member(name).group, name, progress=progress)
         return Retrieved(self, name)
 
@@ -242,9 +252,18 @@ class Superposition:
         return base
 
     def read(self, finetuned: Checkpoint) -> Tensors:
-        """The tensors of a fine-tune, which fit the base. Raises ``CheckpointError``."""
-        tensors = checkpoint.read(finetuned, None if self.config.centre else self.base)
-        checkpoint.check_fits(tensors, self.base)
+        """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
+
+        Raises ``CheckpointError`` for one that does not fit. Kept tensors (``others="keep"``) may have other shapes.
+        """
+        base = None if self.config.centre else self.layout.joined(self.base, ties=False)
+        tensors = self.layout.split(checkpoint.read(finetuned, base))
+        # A head that this checkpoint ties and the base's omits.
+        extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
+        if extra:
+            tensors = {name: value for name, value in tensors.items() if name not in extra}
+        free = self.base.keys() - set(self.superposed) if self.config.others == "keep" else set()
+        checkpoint.check_fits(tensors, self.base, free)
         return tensors
 
     def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
@@ -297,7 +316,7 @@ class Superposition:
             raise RandesError(f"the superposition must be loaded again: {self.torn}")
         check(self.base, step)
         held = self.base.held if isinstance(self.base, Layers) else self.base
-        if isinstance(held, StoredTensors):
+        if in_files(held):
             return
         for name, found in digests(held, step=step).items():
             if found != self.base_digests[name]:
@@ -346,6 +365,14 @@ class Superposition:
         if taken.count(group) >= self.config.group_size:
             raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
         return group
+
+
+def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
+    """The model of a Transformers folder, where its tensors have the names that the folder's files have."""
+    from randes.pretrained import skeleton
+
+    model = skeleton(base)
+    return model if model is not None and tensors.keys() <= model.state_dict().keys() else None
 
 
 def _changed(path: Path, tensor: str) -> BaseMismatchError:

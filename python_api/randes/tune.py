@@ -69,7 +69,8 @@ class _Problem:
     def __init__(self, superposition: "Superposition", name: str, module: nn.Module, loss: Loss) -> None:
         member = superposition.members[name]
         device = next(module.parameters()).device
-        retrieved = superposition.retrieved(name)
+        retrieved = superposition.matrices(name)
+        self.layout = superposition.layout
         self.fixed = {tensor: retrieved[tensor].to(device) for tensor in retrieved if tensor not in member.gains}
         self.base = {tensor: superposition.base[tensor].to(device) for tensor in member.gains}
         self.deltas = {tensor: retrieved.delta(tensor).to(device) for tensor in member.gains}
@@ -82,7 +83,7 @@ class _Problem:
         for alpha, (tensor, delta) in zip(self.alpha, self.deltas.items(), strict=True):
             base = self.base[tensor]
             tensors[tensor] = (base.float() + alpha * delta).to(base.dtype)
-        named = {f"module.{tensor}": value for tensor, value in tensors.items()}
+        named = {f"module.{tensor}": value for tensor, value in self.layout.join(tensors).items()}
         value = functional_call(self.module, named, (batch,))
         assert isinstance(value, Tensor)
         return value

@@ -1,0 +1,51 @@
+"""What stands beside a Transformers model's weights and goes into the store of it: configuration, tokenizer, processor.
+
+A store that has them is a folder that ``AutoModel.from_pretrained`` reads, once ``randes.transformers`` is imported;
+without that it finds no weights there, so that nothing answers as the base by mistake.
+"""
+
+import json
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+METHOD = "randes"
+CONFIG = "config.json"
+PATTERNS = (
+    CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.*.model", "chat_template.*", "*processor_config.json",
+)  # fmt: skip
+
+
+def companions(base: object) -> dict[str, bytes]:
+    """The files by name: those of a Transformers folder, or what a Transformers module says of itself; else none."""
+    if isinstance(base, nn.Module):
+        return _of_module(base)
+    if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
+        return {}
+    files = (file for file in sorted(Path(base).iterdir()) if file.is_file())
+    return {file.name: file.read_bytes() for file in files if any(fnmatchcase(file.name, p) for p in PATTERNS)}
+
+
+def _of_module(module: nn.Module) -> dict[str, bytes]:
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return {}
+    values = json.loads(config.to_json_string())
+    values["architectures"] = [type(module).__name__]
+    values["dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
+    found = {CONFIG: json.dumps(values, indent=2).encode()}
+    generation: Any = getattr(module, "generation_config", None)
+    return found | ({"generation_config.json": generation.to_json_string().encode()} if generation is not None else {})
+
+
+def for_store(files: dict[str, bytes], base_file: str) -> dict[str, bytes]:
+    """The same files for a store whose base is in ``base_file``: the configuration names the method that loads it."""
+    if CONFIG not in files:
+        return files
+    values = json.loads(files[CONFIG])
+    values["quantization_config"] = {"quant_method": METHOD, "base": base_file}
+    return {**files, CONFIG: (json.dumps(values, indent=2) + "\n").encode()}

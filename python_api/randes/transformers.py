@@ -1,0 +1,108 @@
+"""``import randes.transformers``: Transformers' own ``from_pretrained`` reads stores, with every fine-tune in them.
+
+    import randes.transformers
+    model = AutoModelForCausalLM.from_pretrained("store")
+    model.generate(**inputs, adapter_names=["german", "__base__"])
+    model.set_adapter("german")
+
+The model is of its own class, with the methods of ``SuperposedModel`` besides.
+"""
+
+import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from randes.companions import METHOD
+from randes.model import SuperposedModel
+from randes.routing import Batch
+from randes.superposition import Superposition
+
+
+@register_quantization_config(METHOD)
+class RandesConfig(QuantizationConfigMixin):
+    """What a store's config.json says of its weights. base: the file of the base's, beside it."""
+
+    def __init__(self, base: str, **_: Any) -> None:
+        self.quant_method, self.base = METHOD, base
+
+
+@register_quantizer(METHOD)
+class RandesQuantizer(HfQuantizer):
+    """Has Transformers load a store's base, and puts the fine-tunes into it."""
+
+    store: Path
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the configuration before the weights' files are looked for."""
+        config.transformers_weights = self.quantization_config.base
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+        self.store = Path(checkpoint_files[0]).parent
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        give_adapters(model, SuperposedModel(model, Superposition.load(self.store)))
+        return model
+
+    def is_serializable(self) -> bool:
+        """Not by Transformers: ``Superposition.save`` and ``SuperposedModel.save_pretrained`` write stores."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """A superposition is not trained."""
+        return False
+
+
+class Adapters:
+    """Mixed into a model's class: ``adapter_names`` for its calls, and the methods that choose a model."""
+
+    def set_adapter(self, name: str) -> None:
+        """See ``SuperposedModel.set_adapter``."""
+        served(self).set_adapter(name)
+
+    def using(self, names: Sequence[str] | Batch) -> AbstractContextManager[None]:
+        """See ``SuperposedModel.using``."""
+        return served(self).using(names)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """See ``SuperposedModel.disable_adapter``."""
+        return served(self).disable_adapter()
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        """See ``SuperposedModel.generate``."""
+        with served(self).generating(adapter_names, args, kwargs):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, path: Any, **_: Any) -> None:
+        """See ``SuperposedModel.save_pretrained``."""
+        served(self).save_pretrained(path)
+
+
+def give_adapters(model: PreTrainedModel, wrapper: SuperposedModel) -> None:
+    """Make ``model``, whose layers ``wrapper`` has replaced, answer to the names of its fine-tunes."""
+    plain = type(model)
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return plain.forward(self, *args, **kwargs)
+        return served(self)(*args, adapter_names=adapter_names, **kwargs)
+
+    model.__class__ = type(plain.__name__, (Adapters, plain), {"forward": forward, "__module__": plain.__module__})
+    vars(model)["_randes"] = wrapper  # not a submodule: the model is one of the wrapper
+
+
+def served(model: Any) -> SuperposedModel:
+    """The superposed model around a model that was loaded from a store."""
+    wrapper: SuperposedModel = vars(model)["_randes"]
+    assert isinstance(wrapper, nn.Module)
+    return wrapper
