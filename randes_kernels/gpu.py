@@ -54,10 +54,14 @@ def superposed_linear(
         weight, delta = weight.mT, delta.mT
     held = of_operands(delta, steps, packing, x.shape[1])
     plan = plan_of(x, weight, held, ids, keys, permuted)
-    # The projection on the shared basis: (M, r), and the rows it belongs to are in their first order.
-    inner = None if directions is None else x @ directions
+    # A shared basis is r more columns of K inside a decode kernel; prefills, and fp32, whose kernel has no registers
+    # left for it, add it afterwards.
+    inner = own = None
+    if directions is not None and corrections is not None:
+        inner = x @ directions
+        if plan.path == "weight side" or x.dtype == torch.float32:
+            inner, own = None, own_product(inner, ids, corrections)
     if plan.path == "weight side":
-        own = None if inner is None or corrections is None else own_product(inner, ids, corrections)
         order = None
         if plan.grouped:
             x, order, ids = group(x, ids)
@@ -78,7 +82,8 @@ def superposed_linear(
     if permuted or (plan.turn_first and sides.flip_in):
         turned = route(x, ids, keys, slots, tensor, transform, sides.in_stream, sides.flip_in)
         sides = sides._replace(flip_in=False)
-    return activation_side(x, turned, weight, held, bias, biases, ids, *rest, sides, plan, inner, corrections)
+    y = activation_side(x, turned, weight, held, bias, biases, ids, *rest, sides, plan, inner, corrections)
+    return y if own is None else y.add_(own)
 
 
 def _describable(matrix: Tensor) -> bool:

@@ -85,7 +85,7 @@ def activation_case(
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
         "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
-        "BITS": bits, "GROUP": 64, "HAS_BASIS": basis, "BLOCK_R": 32 if basis else 16,
+        "BITS": bits, "GROUP": 64, "HAS_BASIS": basis,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
@@ -185,7 +185,7 @@ def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
                 for transposed in (False, True):
                     yield activation_case(dtypes[0], tile, turned=turned, transposed=transposed)
             yield activation_case(dtypes[-1], tile, turned=entry["turn_first"])
-            if tile.m == 16:
+            if tile.m == 16 and width == "half":  # fp32 adds a shared basis afterwards
                 yield activation_case(dtypes[-1], tile, turned=entry["turn_first"], basis=True)
             if tile.m == 16:  # few columns and more rows are no shape of a layer
                 yield activation_case(dtypes[0], tile, turned=entry["turn_first"], parts=2)

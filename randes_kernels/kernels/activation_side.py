@@ -44,6 +44,7 @@ from randes_kernels.primitives import (
 from randes_kernels.tiles import Plan
 
 NO_SLOT: tl.constexpr = tl.constexpr(2**31 - 1)
+RANK_STEP: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def activation_side_kernel(
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
     HAS_BASE: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BASIS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Row tiles run fastest: the programs that share a weight tile run together and find it in the L2 cache.
     row_tiles = tl.cdiv(M, BLOCK_M)
@@ -166,20 +167,22 @@ def activation_side_kernel(
 
     if HAS_BASIS:
         # Each row's projection times its own model's part, one model after the other; of a split K in the first part.
-        across = tl.arange(0, BLOCK_R)
-        inner = tl.load(
-            inner_ptr + x_rows[:, None] * rank + across[None, :],
-            mask=row_exists[:, None] & (across < rank)[None, :], other=0.0,
-        )  # fmt: skip
+        across = tl.arange(0, RANK_STEP)
         own_ids = tl.where(adapted & (rows < tl.where(part == 0, M, 0)), ids, NO_SLOT)
         model = tl.min(own_ids)
         while model < NO_SLOT:
-            own_rows = own_ptr + (model.to(tl.int64) * rank + across[:, None]) * N
-            own = tl.load(
-                own_rows + columns[None, :], mask=(across < rank)[:, None] & column_exists[None, :], other=0.0
-            )
-            inner_own = tl.where((own_ids == model)[:, None], inner, 0.0)
-            base_y = tl.dot(inner_own, own, base_y, input_precision="ieee")
+            own_rows = own_ptr + model.to(tl.int64) * rank * N
+            for start in range(0, rank, RANK_STEP):
+                inside = (start + across) < rank
+                inner = tl.load(
+                    inner_ptr + x_rows[:, None] * rank + (start + across)[None, :],
+                    mask=(own_ids == model)[:, None] & inside[None, :], other=0.0,
+                )  # fmt: skip
+                own = load_transposed(
+                    own_rows + wide_column + tl.cast(start, tl.int64) * N, 1, N, column_exists, inside,
+                    BLOCK_N, RANK_STEP,
+                )  # fmt: skip
+                base_y = tl.dot(inner, own, base_y, input_precision="ieee")
             model = tl.min(tl.where(own_ids > model, own_ids, NO_SLOT))
 
     scale = tl.load(scale_ptr + ids, mask=adapted, other=0.0)
@@ -222,9 +225,7 @@ def activation_side(
         HAS_BASE=weight is not None, TURNED=turned is not None or weight is None,
         HAS_BIAS=whole and bias is not None, HAS_BIASES=whole and biases is not None,
         BITS=bits, GROUP=group, HAS_BASIS=inner is not None,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        BLOCK_R=16 if inner is None else max(16, triton.next_power_of_2(inner.shape[1])),
-        num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
     return y if whole else reduce(y, parts, bias, biases, ids, keys.shape[0], rows_per_id)
