@@ -58,9 +58,11 @@ def superposed_linear(
     # left for it, add it afterwards.
     inner = own = None
     if directions is not None and corrections is not None:
-        inner = x @ directions
+        projected = x @ directions
         if plan.path == "weight side" or x.dtype == torch.float32:
-            inner, own = None, own_product(inner, ids, corrections)
+            own = own_product(projected, ids, corrections)
+        else:
+            inner = projected
     if plan.path == "weight side":
         order = None
         if plan.grouped:
