@@ -80,7 +80,7 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
 
 def test_every_command_that_the_readme_shows_exists() -> None:
     shown = set(re.findall(r"^    randes (\w+)", README, re.MULTILINE))
-    assert shown == {"compress", "add", "remove", "retrieve", "info", "verify"}
+    assert shown == {"compress", "add", "remove", "retrieve", "info", "verify", "report"}
     for command in {*shown, "demo"}:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 

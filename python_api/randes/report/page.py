@@ -42,7 +42,7 @@ def _header(numbers: Numbers, title: str) -> str:
     against = (
         f" Separate fine-tunes take {_bytes(whole)[0]}: this is {100 * sizes.total / whole:.0f} %." if whole else ""
     )
-    rows: list[Sequence[Value]] = [
+    rows: list[tuple[str, object]] = [
         ("signs", config.signs), ("permute", config.permute), ("shuffle_layers", config.shuffle_layers),
         ("group_size", config.group_size), ("seed", config.seed), ("others", config.others), ("rank", config.rank),
         ("centre", "yes: deltas are measured from the mean of the fine-tunes" if config.centre else "no"),
@@ -54,7 +54,10 @@ def _header(numbers: Numbers, title: str) -> str:
     ]  # fmt: skip
     return (
         f"<h1>{_text(title)}</h1>\n<p class='lead'>{count} fine-tunes and their base in {_bytes(sizes.total)[0]}."
-        f"{against}</p>" + _details("How it was made", _table("config", ("option", "value"), rows))
+        f"{against}</p>"
+        + _details(
+            "How it was made", _table("config", ("option", "value"), [(option, str(value)) for option, value in rows])
+        )
     )
 
 

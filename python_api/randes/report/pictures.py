@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 TEXT = "#123457"
@@ -77,13 +78,12 @@ def heat(
     """
     count, width = values.shape
     square = list(rows) == list(columns)
-    cell = min(0.46, 7.0 / width, (7.0 if square else 12.0) / count)
-    across = cell if square else min(0.6, 7.0 / width)
-    down = cell if square else max(cell, 0.11)
-    margin = 0.075 * max(len(short(name)) for name in rows)
-    below = 0.075 * max(len(short(name)) for name in columns)
+    across = min(0.46 if square else 0.6, 7.0 / width)
+    down = across if square else min(0.46, 8.0 / count)
+    margin = 0.085 * max(len(short(name)) for name in rows)
+    below = 0.085 * max(len(short(name)) for name in columns)
     with mpl.rc_context(STYLE | {"svg.hashsalt": title}):
-        size = max(across * width, 1.2) + margin + 1.5, max(down * count, 0.9) + below + 0.5
+        size = max(across * width, 1.2) + margin + 1.6, max(down * count, 0.9) + below + 0.5
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         shown = axes.imshow(
@@ -94,11 +94,15 @@ def heat(
         if min(across, down) >= 0.3:
             _numbers(axes, values, shown)
         for place in breaks:
-            axes.axhline(place - 0.5, color=TEXT, linewidth=1)
+            axes.axhline(place - 0.5, color="#111111", linewidth=1)
             if square:
-                axes.axvline(place - 0.5, color=TEXT, linewidth=1)
+                axes.axvline(place - 0.5, color="#111111", linewidth=1)
         axes.spines[:].set_visible(False)
-        bar = figure.colorbar(shown, ax=axes, label=label, fraction=0.05, shrink=min(1.0, 3 / size[1]), aspect=18)
+        bar = figure.colorbar(
+            shown, ax=axes, label=label, fraction=0.05, shrink=min(1.0, 3 / size[1]), aspect=18,
+            format=FuncFormatter(lambda value, _: figures(value)),
+        )  # fmt: skip
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
         bar.outline.set_visible(False)
         return _svg(figure, title)
 
@@ -127,7 +131,7 @@ def _numbers(axes: Axes, values: NDArray[np.float64], shown: AxesImage) -> None:
     """Each cell's number, dark on light and light on dark."""
     for (row, column), value in np.ndenumerate(values):
         if math.isfinite(value):
-            red, green, blue, _ = shown.cmap(float(shown.norm(np.asarray(value))))
+            red, green, blue, _ = shown.to_rgba(np.array([value]))[0]
             colour = "#111111" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
             axes.text(column, row, figures(value), ha="center", va="center", fontsize=7, color=colour)
 
@@ -136,6 +140,8 @@ def figures(value: float) -> str:
     """A number in about two figures, as short as it can be."""
     if value == 0 or 0.095 <= abs(value) < 99.5:
         return f"{value:.2f}" if abs(value) < 9.95 else f"{value:.1f}"
+    if 99.5 <= abs(value) < 9999.5:
+        return f"{value:.0f}"
     if 0.00095 <= abs(value) < 0.095:
         return f"{value:.3f}".replace("0.", ".", 1)
     return re.sub(r"e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:.0e}")

@@ -59,11 +59,12 @@ main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 p, li { max-width: 46rem; } .lead { font-size: 1.1rem; } .note { color: var(--quiet); font-size: .9rem; }
-figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; color: var(--text); }
+figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; overflow: visible; color: var(--text); }
 .wide { overflow-x: auto; margin: 1rem 0; max-height: 40rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--quiet); font-weight: 600; } td.n { text-align: right; white-space: nowrap; }
-td { overflow-wrap: anywhere; min-width: 2.5rem; } tr:hover td { background: var(--band); }
+th, td { overflow-wrap: break-word; max-width: 24rem; }
+td:first-child { min-width: 8rem; } tr:hover td { background: var(--band); }
 summary { cursor: pointer; color: var(--quiet); } code { font-size: .9em; background: var(--band); padding: 0 .2em; }
 """
