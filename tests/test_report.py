@@ -237,6 +237,23 @@ def test_names_are_text_and_the_page_stands_alone(tmp_path: Path) -> None:
     assert "\\math" not in page.text
 
 
+def test_pictures_name_layers_by_what_tells_them_apart() -> None:
+    from randes.report.page import _endings
+
+    assert _endings(["lm_head.weight", "model.layers.0", "model.layers.1"]) == [
+        "lm_head.weight",
+        "layers.0",
+        "layers.1",
+    ]
+    assert _endings(["net.a.conv.weight", "net.b.conv.weight"]) == ["a", "b"]
+    assert _endings(["a.b", "a.b.c"]) == ["b", "b.c"]
+    assert _endings(["enc.layers.0", "dec.layers.0"]) == ["enc", "dec"]
+    assert len(pictures.short("n" * 300)) == pictures.LABEL
+    assert [pictures.figures(value) for value in (0.0, 2.6458, 0.0312, -0.0004, 512.3, 2e6)] == [
+        "0.00", "2.65", ".031", "-4e-4", "512", "2e6",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_any_number_of_models(tmp_path: Path, count: int) -> None:
     sup, _ = superposed(linear(32, 32), count)

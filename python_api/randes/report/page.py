@@ -220,13 +220,23 @@ def _tensors(numbers: Numbers) -> str:
     )
 
 
-def _endings(layers: Sequence[str]) -> Sequence[str]:
-    """The layers' names without the beginning that all those with a number have."""
-    beginnings = {layer.rpartition(".")[0] for layer in layers if layer.rpartition(".")[2].isdigit()}
-    if len(beginnings) != 1:
-        return layers
-    beginning = beginnings.pop().rpartition(".")[0] + "."
-    return [layer.removeprefix(beginning) if layer.rpartition(".")[2].isdigit() else layer for layer in layers]
+def _endings(layers: Sequence[str]) -> list[str]:
+    """The layers' names as a picture tells them apart: without the beginning, and the end, that all of a kind share."""
+    numbered = [layer for layer in layers if layer.rpartition(".")[2].isdigit()]
+    told: dict[str, str] = {}
+    for kind in (numbered, [layer for layer in layers if layer not in numbered]):
+        split = [layer.split(".") for layer in kind]
+        first = _shared(split)
+        last = _shared([parts[first:][::-1] for parts in split])
+        first -= 1 if kind is numbered and first else 0  # "layers.3", not "3"
+        told |= {layer: ".".join(parts[first : len(parts) - last]) for layer, parts in zip(kind, split, strict=True)}
+    return [told[layer] for layer in layers]
+
+
+def _shared(names: Sequence[Sequence[str]]) -> int:
+    """How many parts all begin with, so that each has one left."""
+    most = min(map(len, names)) - 1 if len(names) > 1 else 0
+    return next((place for place in range(most) if len({parts[place] for parts in names}) > 1), most)
 
 
 # -------------------------------------------------------------------- HTML

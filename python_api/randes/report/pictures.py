@@ -84,7 +84,8 @@ def heat(
     below = 0.085 * max(len(short(name)) for name in columns)
     with mpl.rc_context(STYLE | {"svg.hashsalt": title}):
         size = max(across * width, 1.2) + margin + 1.6, max(down * count, 0.9) + below + 0.5
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.06)  # a browser's fonts may be wider
         axes = figure.add_subplot()
         shown = axes.imshow(
             values, norm=_norm(values, scale, limit), cmap="RdBu_r" if scale == "signed" else "viridis",

@@ -11,7 +11,8 @@ model's deltas when it is used; <b>tuned α</b> counts the tensors that have the
 its deltas in the superposed tensors. The errors are explained under Interference.</p>""",
     "interference": """<p>What comes back of a model's weights is the model plus the deltas of its J−1 neighbours,
 turned into noise. Relative to its own delta that noise is about <b>√(J−1)</b>, with what packing and α add: the
-<b>predicted</b> error. Tensors that fewer models changed have less. <b>Measured</b> is ‖Ŵ − W‖ / ‖W − W0‖ of
+<b>predicted</b> error. Tensors that fewer models changed,
+and models with a part in a shared basis, have less. <b>Measured</b> is ‖Ŵ − W‖ / ‖W − W0‖ of
 checkpoints that were given, as <code>randes verify</code> has it. <b>Neither is the accuracy</b>: noise that
 points in all directions evenly cancels inside a layer, and a model with an error of 2.6 in its weights can
 answer almost as the original does. Lower is better between two stores of the same transform; between transforms
