@@ -156,6 +156,6 @@ def test_an_error_is_one_line_and_changes_nothing(files: Path, arguments: tuple[
 
 
 def test_every_command_has_a_help_text() -> None:
-    for command in ("compress", "add", "remove", "retrieve", "info", "verify", "demo"):
+    for command in ("compress", "add", "remove", "retrieve", "info", "verify", "report", "demo"):
         assert command in run("--help").stdout
         assert len(run(command, "--help").stdout.splitlines()) > 5

@@ -28,6 +28,7 @@ from randes.config import Config
 from randes.errors import RandesError
 from randes.files import write_file
 from randes.plan import plan as plan_of
+from randes.report import write as write_report
 from randes.store import MANIFEST, check_new
 from randes.streams import Progress as Begin
 from randes.streams import size
@@ -99,6 +100,15 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _named(models: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, path in map(_name_and_path, models):
+        if name in found:
+            raise ValueError(f"--model must name each fine-tune once, got {name!r} twice")
+        found[name] = path
+    return found
+
+
 @app.command()
 def compress(
     base: Annotated[
@@ -132,11 +142,7 @@ def compress(
         options: dict[str, Any] = {} if exclude is None else {"exclude": tuple(exclude)}
         options |= {"centre": centre, "rank": rank}
         config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
-        models: dict[str, Path] = {}
-        for name, path in map(_name_and_path, model):
-            if name in models:
-                raise ValueError(f"--model must name each fine-tune once, got {name!r} twice")
-            models[name] = path
+        models = _named(model)
         check_new(out)
         superposition = make(base, models, config, progress=begin)
         superposition.save(out, progress=begin)
@@ -287,6 +293,23 @@ def verify(
     console.print(f"predicted          {found.predicted_error:.4f}  √(J−1)")
     console.print(f"kept tensors       {'exact' if found.kept_exact else 'NOT EXACT'}")
     console.print("This is interference in the weights, not the accuracy: evaluate the model for that.")
+
+
+@app.command()
+def report(
+    store: Store,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A checkpoint that was added, to be compared with; two show cosines."),
+    ] = None,
+) -> None:
+    """Write one HTML file with pictures: sizes, interference, cosines and energy of deltas, and what is kept."""
+    with _errors(), _progress() as begin:
+        checkpoints = _named(model or [])
+        superposition = Superposition.load(store, check=False)
+        write_report(superposition, out, checkpoints, title=str(store), progress=begin)
+    _say(f"{out}: {len(superposition.members)} models, {len(checkpoints)} checkpoints compared")
 
 
 @app.command()
