@@ -25,7 +25,10 @@ EACH = "J materialised models"
 
 def baselines(layer: Layer, rivals: str) -> list[Contestant]:
     """Those that exist at this point. ``rivals``: ``"few"``, ``"all"``, or ``"compiled"``: all and what is compiled."""
-    chosen: list[Callable[[Layer], Contestant | None]] = [one_model, each_model, two_matmuls]
+    chosen: list[Callable[[Layer], Contestant | None]] = [one_model, each_model]
+    if layer.point.bits < 16:  # the others read D as it comes
+        return [made for make in chosen if (made := make(layer)) is not None]
+    chosen.append(two_matmuls)
     if rivals != "few" or layer.point.m >= 64:
         chosen.append(retrieve_first)
     if rivals != "few":

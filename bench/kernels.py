@@ -31,6 +31,7 @@ from layers import MIXES, TENSOR, TRANSFORMS, Layer, Point
 from measure import RESULTS, Contestant, Roofline, Times, short
 
 from randes_kernels import cpu, superposed_linear
+from randes_kernels.packing import of_operands
 
 SHAPES = {
     "Llama-3-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
@@ -58,6 +59,7 @@ def star() -> Points:
     points += [(replace(centre, transform=transform), "all") for transform in TRANSFORMS for centre in (CROWD, PREFILL)]
     points += [(replace(DECODE, shape=shape), "all") for shape in SHAPES["Llama-3-8B"]]
     points += [(replace(centre, dtype=dtype), "few") for dtype in ("fp16", "fp32") for centre in (DECODE, PREFILL)]
+    points += [(replace(centre, bits=bits), "few") for bits in (8, 4, 2) for centre in (DECODE, PREFILL)]
     return points
 
 
@@ -76,6 +78,8 @@ def on_cpu() -> Points:
     points += [(replace(crowd, models=models, groups=models // 8), "few") for models in (16, 64)]
     for dtype, shape, m in product(("fp32", "bf16"), shapes, (1, 8, 64, 512)):
         points.append((at_rows(Point(shape, m, dtype=dtype)), "few"))
+    for dtype, bits, m in product(("bf16", "fp32"), (8, 4, 2), (1, 8, 64, 512)):
+        points.append((at_rows(Point((4096, 4096), m, dtype=dtype, bits=bits)), "few"))
     return points
 
 
@@ -104,8 +108,9 @@ def superposed(layer: Layer) -> Contestant:
     one_product = path == "weight side" or not layer.slots_read
     return Contestant(
         OP, lambda i: superposed_linear(x, layer.weights[i], None, layer.deltas[i], *rest), len(layer.deltas),
-        held=(1 + layer.point.groups) * layer.unit + 16 * layer.point.models,
-        bytes=layer.traffic(1 + layer.slots_read), flops=layer.flops(1 if one_product else 2),
+        held=layer.unit + layer.point.groups * layer.delta_bytes + 16 * layer.point.models,
+        bytes=layer.traffic(1 + layer.slots_read * layer.delta_bytes / layer.unit),
+        flops=layer.flops(1 if one_product else 2),
         rows=torch.arange(layer.point.m, device=layer.device), path=path, tile=tile,
     )  # fmt: skip
 
@@ -116,7 +121,9 @@ def path_and_tile(layer: Layer) -> tuple[str, str | None]:
         from randes_kernels import gpu
 
         permuted = layer.transform.granule > 0
-        plan = gpu.plan_of(layer.x, layer.weights[0], layer.deltas[0], layer.ids, layer.keys, permuted)
+        held = layer.deltas[0]
+        packed = of_operands(held, None, (), layer.point.shape[1]) if isinstance(held, torch.Tensor) else held
+        plan = gpu.plan_of(layer.x, layer.weights[0], packed, layer.ids, layer.keys, permuted)
         tile = plan.tile
         modes = [mode.replace("_", " ") for mode in ("turn_first", "grouped", "bulk") if getattr(plan, mode)]
         modes += [f"{plan.parts} parts"] if plan.parts > 1 else []

@@ -3,6 +3,7 @@
 D is drawn, not summed: of J models it is noise of root mean square √J, and every model retrieved from it is a model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from measure import DTYPES, copies_for, free_bytes
 from torch import Tensor
 
-from randes_kernels import Transform, model_key, retrieve, tensor_id
+from randes_kernels import Packed, Transform, model_key, pack, retrieve, tensor_id, unpack
 from randes_kernels.format import Stream, column_permutation, signs
+from randes_kernels.packing import packed_bytes
 
 TENSOR = tensor_id("model.layers.0.self_attn.o_proj.weight")
 TRANSFORMS = {
@@ -29,7 +31,8 @@ SAMPLED_ROWS = 16
 class Point:
     """What is varied. ``shape``: (N, K). ``m``: rows, in runs of ``run`` that each belong to one model.
 
-    ``models``: stored, in ``groups`` that each have their own D. ``mix``: which models the runs belong to.
+    ``models``: stored, in ``groups`` that each have their own D, in ``bits`` an element or, 16, the dtype of x.
+    ``mix``: which models the runs belong to.
     """
 
     shape: tuple[int, int]
@@ -40,12 +43,14 @@ class Point:
     dtype: str = "bf16"
     groups: int = 1
     run: int = 1
+    bits: int = 16
 
     def __str__(self) -> str:
         n, k = self.shape
         groups = f" in {self.groups} groups" if self.groups > 1 else ""
         runs = f" in runs of {self.run}" if self.run > 1 else ""
-        return f"{n}×{k} M={self.m}{runs} {self.mix} of {self.models}{groups}, {self.transform}, {self.dtype}"
+        bits = f", D in {self.bits} bits" if self.bits < 16 else ""
+        return f"{n}×{k} M={self.m}{runs} {self.mix} of {self.models}{groups}, {self.transform}, {self.dtype}{bits}"
 
 
 def model_ids(point: Point) -> Tensor:
@@ -80,7 +85,15 @@ class Layer:
         weight = self.random(1, n, k).mul_(k**-0.5)
         delta = self.random(1, point.groups, n, k).mul_((point.models / point.groups) ** 0.5)
         self.weights = weight.repeat(copies_for(self.unit, device), 1, 1).unbind()
-        self.deltas = delta.repeat(copies_for((1 + point.groups) * self.unit, device), 1, 1, 1).unbind()
+        copies = copies_for(self.unit + point.groups * self.delta_bytes, device)
+        self.deltas: Sequence[Tensor | Packed]
+        if point.bits == 16:
+            self.delta = delta[0]
+            self.deltas = delta.repeat(copies, 1, 1, 1).unbind()
+        else:
+            packed = pack(delta[0], point.bits)
+            self.delta = unpack(packed)
+            self.deltas = [packed._replace(words=packed.words.clone()) for _ in range(copies)]
 
         ids = model_ids(point)
         rows = ids.long().repeat_interleave(point.run)
@@ -102,6 +115,11 @@ class Layer:
         return torch.randn(shape, dtype=self.dtype, device=self.device, generator=self.generator)
 
     @property
+    def delta_bytes(self) -> int:
+        """Of one slot of D."""
+        return self.unit if self.point.bits == 16 else packed_bytes(*self.point.shape, self.point.bits)
+
+    @property
     def slots_read(self) -> int:
         """How many slots of D the batch touches."""
         return len({self.slot_of[model] for model in self.active if model >= 0})
@@ -110,7 +128,7 @@ class Layer:
         """One model's materialised weight (N, K)."""
         if model < 0:
             return self.weights[copy]
-        delta, key = self.deltas[copy][self.slot_of[model]], self.model_keys[model]
+        delta, key = self.delta[self.slot_of[model]], self.model_keys[model]
         return retrieve(self.weights[copy], delta, self.gain, key, TENSOR, self.transform)
 
     @cached_property
@@ -173,7 +191,7 @@ class Layer:
             inside = (models >= 0) & (self.slots[models] == slot)
             if inside.any():
                 row_signs = scaled_rows[models[inside]].to(dtype).sign()  # the scale itself is not rounded here
-                product = x[inside] @ self.deltas[0][slot].to(dtype).mT
+                product = x[inside] @ self.delta[slot].to(dtype).mT
                 y[inside] += self.scale[models[inside], None].to(dtype) * row_signs * product
         return y
 

@@ -2,6 +2,7 @@
 
     format       what a seed and a name mean, bit for bit
     packing      superpositions in few bits
+    lowrank      what models have of their own in a shared basis
     reference    what the kernels compute, in plain torch
     primitives   signs and permutations as Triton functions
     kernels/     one fused kernel and its launcher a file
@@ -10,16 +11,18 @@
     cpu, gpu     what an operator runs on each device
     ops          the operators, registered once
 
-Imports flow one way: format ← packing, reference, primitives ← kernels ← gpu, cpu, slices ← ops.
+Imports flow one way: format ← packing, lowrank, reference, primitives ← kernels ← gpu, cpu, slices ← ops.
 Nothing here imports ``randes``.
 """
 
 from randes_kernels.format import FORMAT_VERSION, Transform, model_key, tensor_id
+from randes_kernels.lowrank import Basis
 from randes_kernels.ops import retrieve, superpose_, superposed_linear
 from randes_kernels.packing import Packed, pack, unpack
 
 __all__ = [
     "FORMAT_VERSION",
+    "Basis",
     "Packed",
     "Transform",
     "model_key",

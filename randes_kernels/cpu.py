@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from randes_kernels.format import SIGNS_PER_BLOCK, Stream, Transform, column_permutation, signs
+from randes_kernels.lowrank import own_product
 from randes_kernels.packing import Packed, of_operands, unpack
 
 # Enough for 64 models of 224 layers; 0.2 GB of signs then, for models of 16 GB.
@@ -41,7 +42,8 @@ _vendor_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def superposed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
-    steps: Tensor | None = None, packing: Sequence[int] = (),
+    steps: Tensor | None = None, packing: Sequence[int] = (), directions: Tensor | None = None,
+    corrections: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``randes_kernels.superposed_linear``. Raises ``IndexError`` for an id that names no model."""
     models = ids.tolist()
@@ -50,6 +52,17 @@ def superposed_linear(
     if transposed:
         weight, delta = weight.mT, delta.mT
     held = delta if steps is None else of_operands(delta, steps, packing, weight.shape[1])
+    y = _superposed(x, weight, bias, biases, held, models, keys, scale, slots, tensor, transform, transposed)
+    if directions is not None and corrections is not None:
+        y += own_product(x @ directions, ids, corrections)
+    return y
+
+
+def _superposed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, held: Tensor | Packed, models: list[int],
+    keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
+) -> Tensor:  # fmt: skip
+    """Each model's rows from the side that is cheaper for their number."""
     tables = keys, scale, slots, tensor, transform, transposed
     rows = x.shape[0] // len(models)
     slot_of = slots.tolist()

@@ -13,6 +13,7 @@ from randes_kernels.kernels.route import route
 from randes_kernels.kernels.superpose import superpose_
 from randes_kernels.kernels.transform import sides_of, transform_arguments
 from randes_kernels.kernels.weight_side import weight_side
+from randes_kernels.lowrank import own_product
 from randes_kernels.packing import Packed, of_operands
 from randes_kernels.tiles import Plan, device_name, linear_plan
 
@@ -36,7 +37,8 @@ def plan_of(x: Tensor, weight: Tensor, delta: Packed, ids: Tensor, keys: Tensor,
 def superposed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
-    steps: Tensor | None = None, packing: Sequence[int] = (),
+    steps: Tensor | None = None, packing: Sequence[int] = (), directions: Tensor | None = None,
+    corrections: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``randes_kernels.superposed_linear``. x (M, K), or (M, N) where ``transposed``, which no packed D is."""
     if x.dtype == torch.float64:
@@ -52,13 +54,17 @@ def superposed_linear(
         weight, delta = weight.mT, delta.mT
     held = of_operands(delta, steps, packing, x.shape[1])
     plan = plan_of(x, weight, held, ids, keys, permuted)
+    # The projection on the shared basis: (M, r), and the rows it belongs to are in their first order.
+    inner = None if directions is None else x @ directions
     if plan.path == "weight side":
+        own = None if inner is None or corrections is None else own_product(inner, ids, corrections)
         order = None
         if plan.grouped:
             x, order, ids = group(x, ids)
         elif not x.is_contiguous() or x.data_ptr() % 16:
             x = x.clone(memory_format=torch.contiguous_format)
-        return weight_side(x, weight, held, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
+        y = weight_side(x, weight, held, bias, biases, ids, keys, scale, slots, tensor, sides, plan, order)
+        return y if own is None else y.add_(own)
     rest = keys, scale, slots, tensor
     if transposed and permuted:
         turned, inside = None, sides._replace(flip_out=False)
@@ -72,7 +78,7 @@ def superposed_linear(
     if permuted or (plan.turn_first and sides.flip_in):
         turned = route(x, ids, keys, slots, tensor, transform, sides.in_stream, sides.flip_in)
         sides = sides._replace(flip_in=False)
-    return activation_side(x, turned, weight, held, bias, biases, ids, *rest, sides, plan)
+    return activation_side(x, turned, weight, held, bias, biases, ids, *rest, sides, plan, inner, corrections)
 
 
 def _describable(matrix: Tensor) -> bool:

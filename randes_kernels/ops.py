@@ -14,13 +14,14 @@ from torch.nn import Parameter
 
 from randes_kernels import cpu, slices
 from randes_kernels.format import SIGNS_PER_BLOCK, Transform
+from randes_kernels.lowrank import Basis, own_product
 from randes_kernels.packing import BITS, Packed, of_operands, unpack
 
 library = torch.library.Library("randes", "DEF")
 library.define(
     "superposed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? biases, Tensor delta, Tensor ids, Tensor keys,"
-    " Tensor scale, Tensor slots, int tensor, int[] transform, bool transposed, Tensor? steps=None, int[] packing=[])"
-    " -> Tensor"
+    " Tensor scale, Tensor slots, int tensor, int[] transform, bool transposed, Tensor? steps=None, int[] packing=[],"
+    " Tensor? directions=None, Tensor? corrections=None) -> Tensor"
 )
 library.define(
     "superpose_(Tensor(a!) accumulator, Tensor finetuned, Tensor base, float rate, int key, int tensor,"
@@ -42,6 +43,7 @@ def superposed_linear(
     transform: Transform,
     *,
     biases: Tensor | None = None,
+    basis: Basis | None = None,
 ) -> Tensor:
     """The linear layer of many models at once: ``y = x Ŵ_jᵀ + b_j`` for the model j of each row, Ŵ_j never built.
 
@@ -53,6 +55,7 @@ def superposed_linear(
     scale: (J,) fp32, what D is multiplied with: α_j g_j.
     slots: (J,) int32, the slot each model is superposed in; −1 where it left this tensor as the base has it.
     tensor: ``format.tensor_id`` of the weight's name. biases: (J, N) or None: each model's own bias.
+    basis: what each model adds in a basis that all share, (K, r) and (J, r, N) of x's dtype.
 
     Returns (..., N) of x's dtype. A GPU sums in fp32 and rounds once, a CPU rounds each of two products and their sum;
     for many rows of one model both round the rebuilt weight instead, as a materialised one would be. So a row's
@@ -63,15 +66,18 @@ def superposed_linear(
     """
     _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
     _check_transform(weight.shape[1], transform)
+    if basis is not None:
+        _check_basis(basis, x, weight, keys)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    packed: tuple[Any, ...] = () if isinstance(delta, Tensor) else (delta.steps, [delta.bits, delta.group])
+    packed: tuple[Any, ...] = (None, []) if isinstance(delta, Tensor) else (delta.steps, [delta.bits, delta.group])
+    own: tuple[Any, ...] = basis or (None, None)
     words = delta if isinstance(delta, Tensor) else delta.words
     tensors = rows, weight, bias, biases, words, ids, keys, scale, slots
     if _nobody_watches(x, weight, bias, biases, words):
         kernel = cpu.superposed_linear if x.device.type == "cpu" else _on_gpu("superposed_linear")
-        y = kernel(*tensors, tensor, transform, False, *packed)
+        y = kernel(*tensors, tensor, transform, False, *packed, *own)
     else:
-        y = torch.ops.randes.superposed_linear(*tensors, tensor, list(map(int, transform)), False, *packed)
+        y = torch.ops.randes.superposed_linear(*tensors, tensor, list(map(int, transform)), False, *packed, *own)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -188,6 +194,15 @@ def _check_linear(
         raise ValueError(f"ids must divide the {rows} rows of x into equal runs, got {ids.shape[0]} ids")
 
 
+def _check_basis(basis: Basis, x: Tensor, weight: Tensor, keys: Tensor) -> None:
+    rank = basis.directions.shape[-1] if basis.directions.dim() else 0
+    shapes = (weight.shape[1], rank), (keys.shape[0], rank, weight.shape[0])
+    for name, value, shape in zip(("directions", "corrections"), basis, shapes, strict=True):
+        if value.shape != shape or value.dtype != x.dtype or value.device != x.device or not value.is_contiguous():
+            found = f"{tuple(value.shape)} {value.dtype} on {value.device}"
+            raise ValueError(f"basis.{name} must be {shape} {x.dtype} on {x.device}, in one piece, got {found}")
+
+
 def _expected_of(
     delta: Tensor | Packed, n: int, k: int, dtype: torch.dtype
 ) -> list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]]:
@@ -252,15 +267,15 @@ def _retrieve_fake(base: Tensor, *_: Any) -> Tensor:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, biases, delta, ids, keys, scale, slots, tensor, transform, transposed, steps, packing = inputs
+    x, weight, _, biases, delta, ids, keys, scale, slots, tensor, transform, transposed, steps, packing, *own = inputs
     # x is needed for the base weight's gradient alone.
-    ctx.save_for_backward(x if weight.requires_grad else None, weight, delta, steps, ids, keys, scale, slots)
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, delta, steps, ids, keys, scale, slots, *own)
     ctx.tensor, ctx.transform, ctx.packing, ctx.transposed = tensor, transform, packing, transposed
     ctx.own_biases = biases is not None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, delta, steps, ids, keys, scale, slots = ctx.saved_tensors
+    x, weight, delta, steps, ids, keys, scale, slots, directions, corrections = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         if steps is not None:  # a packed D runs forward alone
@@ -269,6 +284,8 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = torch.ops.randes.superposed_linear(
             grad, weight, None, None, delta, ids, keys, scale, slots, ctx.tensor, ctx.transform, not ctx.transposed
         )
+        if corrections is not None:
+            grad_x = grad_x + own_product(grad, ids, corrections.mT) @ directions.mT
     if ctx.needs_input_grad[1]:
         grad_weight = x.mT @ grad if ctx.transposed else grad.mT @ x
     if ctx.needs_input_grad[2]:
@@ -278,7 +295,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             is_base = (ids < 0).repeat_interleave(grad.shape[0] // ids.shape[0])
             used = grad * is_base[:, None]
         grad_bias = used.sum(0)
-    return (grad_x, grad_weight, grad_bias, *(None,) * 11)
+    return (grad_x, grad_weight, grad_bias, *(None,) * 13)
 
 
 torch.library.register_autograd(

@@ -69,6 +69,14 @@ def check(bits: int, group: int = 64) -> None:
         raise ValueError(f"group must be a multiple of 64 columns, got {group!r}")
 
 
+def packed_bytes(rows: int, columns: int, bits: int, group: int = 64) -> int:
+    """What a matrix takes, packed."""
+    if bits == 8:
+        return rows * (columns + 2)
+    width = -(-columns // SPAN) * SPAN
+    return rows * (width * bits // 8 + -(-width // group) * 2)
+
+
 def pack(delta: Tensor, bits: int, group: int = 64) -> Packed:
     """``delta`` (..., N, K) in ``bits`` (8, 4 or 2) an element.
 

@@ -50,7 +50,7 @@ N, K = 4096, 4096
 FUSED = {"enable_fp_fusion": True}
 DIVISIBLE = [["tt.divisibility", 16]]
 MODELS = {"ids_ptr": "*i32", "keys_ptr": "*i64", "scale_ptr": "*fp32", "slots_ptr": "*i32", "order_ptr": "*i32"}
-PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss", *MODELS)
+PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss", "rank", *MODELS)
 """What a launch does not specialise."""
 
 
@@ -77,7 +77,7 @@ def options_of(tile: Tile) -> dict[str, Any]:
 
 def activation_case(
     short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False,
-    bits: int = 16,
+    bits: int = 16, basis: bool = False,
 ) -> tuple[str, Any, Any]:  # fmt: skip
     """The superposed linear on the activation side, as it is launched."""
     whole = parts == 1
@@ -85,13 +85,14 @@ def activation_case(
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
         "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
-        "BITS": bits, "GROUP": 64,
+        "BITS": bits, "GROUP": 64, "HAS_BASIS": basis, "BLOCK_R": 32 if basis else 16,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
-    pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "steps_ptr", "bias_ptr", "biases_ptr", "y_ptr")
+    pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "steps_ptr", "inner_ptr", "own_ptr", "bias_ptr",
+                "biases_ptr", "y_ptr")  # fmt: skip
     types = dict.fromkeys(pointers, f"*{short}") | MODELS | ({} if whole else {"y_ptr": "*fp32"}) | packed_types(bits)
-    named = {"turned": turned, "transposed": transposed, "parts": not whole, "delta only": delta_only}
+    named = {"turned": turned, "transposed": transposed, "parts": not whole, "delta only": delta_only, "basis": basis}
     modes = [f"{bits} bits"] * (bits < 16) + [name for name, on in named.items() if on]
     name = " ".join(["activation side", short, str(tuple(tile)), *modes])
     return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
@@ -184,6 +185,8 @@ def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
                 for transposed in (False, True):
                     yield activation_case(dtypes[0], tile, turned=turned, transposed=transposed)
             yield activation_case(dtypes[-1], tile, turned=entry["turn_first"])
+            if tile.m == 16:
+                yield activation_case(dtypes[-1], tile, turned=entry["turn_first"], basis=True)
             if tile.m == 16:  # few columns and more rows are no shape of a layer
                 yield activation_case(dtypes[0], tile, turned=entry["turn_first"], parts=2)
 
@@ -197,14 +200,19 @@ def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 
 
 def packed_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Both sides with D in few bits."""
+    """Both sides with D in few bits. 4 and 2 bits differ in their planes alone: of 2 only the ends of a table."""
     for bits in (8, 4, 2):
         kind = PACKED[bits]
-        for dtype, width in (("fp16", "half"), ("bf16", "half"), ("fp32", "fp32")):
-            for entry in table["activation_side"][width + kind]:
-                yield activation_case(dtype, Tile(*entry["tile"]), turned=entry["turn_first"], bits=bits)
-                if dtype == "fp16" and not entry["turn_first"]:  # as a permutation does
-                    yield activation_case(dtype, Tile(*entry["tile"]), turned=True, bits=bits)
+        entries = table["activation_side"]["half" + kind]
+        for entry in entries if bits > 2 else (entries[0], entries[-1]):
+            yield activation_case("bf16", Tile(*entry["tile"]), turned=entry["turn_first"], bits=bits)
+        tile = Tile(*entries[0]["tile"])
+        yield activation_case("fp16", tile, bits=bits)
+        yield activation_case("fp16", tile, turned=True, bits=bits)  # as a permutation does
+        if bits == 4:
+            yield activation_case("bf16", tile, bits=bits, basis=True)
+        if bits > 2:
+            yield activation_case("fp32", Tile(*table["activation_side"]["fp32" + kind][0]["tile"]), bits=bits)
         numbers = table["weight_side"]["half" + kind]
         for short in ("fp16", "bf16"):
             yield weight_case(short, Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits, grouped=short == "fp16")

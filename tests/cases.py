@@ -4,13 +4,13 @@ A case's fields stand in the order of the operator's arguments, so ``reference.s
 ``gpu.superposed_linear(*case, transposed)`` run the same layer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randes_kernels import reference, superposed_linear
+from randes_kernels import Basis, Packed, pack, reference, superposed_linear, unpack
 from randes_kernels.format import Transform, model_key, tensor_id
 
 TENSOR = tensor_id("model.layers.0.mlp.down_proj.weight")
@@ -37,7 +37,7 @@ class LinearCase(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     biases: Tensor | None
-    delta: Tensor
+    delta: Tensor | Packed
     ids: Tensor
     keys: Tensor
     scale: Tensor
@@ -50,7 +50,18 @@ class LinearCase(NamedTuple):
         floats = ("x", "weight", "bias", "biases", "delta")
         names = floats if isinstance(target, torch.dtype) else (*floats, "ids", "keys", "scale", "slots")
         held = {name: getattr(self, name) for name in names}
-        return self._replace(**{name: value.to(target) for name, value in held.items() if value is not None})
+        return self._replace(**{name: moved(value, target) for name, value in held.items() if value is not None})
+
+
+def moved(value: Tensor | Packed, target: torch.dtype | str) -> Tensor | Packed:
+    """In another dtype, which a packed tensor does not have, or on another device."""
+    if isinstance(value, Tensor):
+        return value.to(target)
+    return (
+        value
+        if isinstance(target, torch.dtype)
+        else value._replace(words=value.words.to(target), steps=value.steps.to(target))
+    )
 
 
 def linear_case(
@@ -147,6 +158,46 @@ def two_eager_matmuls(case: LinearCase, transposed: bool = False) -> Tensor:
         if case.bias is not None and not transposed:
             y[m] += case.bias if model < 0 or case.biases is None else case.biases[model]
     return y
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_case(bits: int, m: int, n: int, k: int, transform: Transform, group: int = 64, **options: Any) -> LinearCase:
+    """A layer of whole numbers over a random packed D whose steps are powers of two: every sum is exact."""
+    case = linear_case(m, n, k, transform, integers=True, **options)
+    seed = options.get("seed", 0)
+    made = pack(normal(len(case.delta), n, k, seed=seed), bits, group)
+    powers = torch.randint(-1, 2, made.steps.shape, generator=torch.Generator().manual_seed(seed))
+    return case._replace(delta=made._replace(steps=(2.0**powers).half()))
+
+
+def unpacked(case: LinearCase) -> LinearCase:
+    return case._replace(delta=unpack(case.delta))
+
+
+def basis_of(case: LinearCase, rank: int, seed: int = 0) -> Basis:
+    """Small whole numbers, so that every sum is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    n, k = case.weight.shape
+    shapes = (k, rank), (len(case.keys), rank, n)
+    return Basis(*(torch.randint(-1, 2, shape, generator=generator).to(case.x.dtype) for shape in shapes))
+
+
+def basis_product(case: LinearCase, basis: Basis) -> Tensor:
+    """In fp64: the layer without a basis, and each row's projection times its own model's part."""
+    y = retrieved_product(case if isinstance(case.delta, Tensor) else case._replace(delta=unpack(case.delta)))
+    models = case.ids.repeat_interleave(len(case.x) // len(case.ids)).tolist()
+    for row, model in enumerate(models):
+        if model >= 0:
+            y[row] += case.x[row].double() @ basis.directions.double() @ basis.corrections[model].double()
+    return y
+
+
+def run_with_basis(case: LinearCase, basis: Basis) -> Tensor:
+    x, weight, bias, biases, delta, *rest = case
+    return superposed_linear(x, weight, bias, delta, *rest, biases=biases, basis=basis)
 
 
 def root_mean_square(values: Tensor) -> float:

@@ -10,18 +10,24 @@ from cases import (
     TENSOR,
     TRANSFORMS,
     LinearCase,
+    basis_of,
+    basis_product,
     linear_case,
+    packed_case,
     retrieved_product,
     root_mean_square,
     run,
+    run_with_basis,
     two_eager_matmuls,
+    unpacked,
 )
 from test_format import GOLDEN
 from torch import Tensor
 
+from randes_kernels import Basis, pack, reference, retrieve, superpose_, unpack
 from randes_kernels import format as fmt
-from randes_kernels import reference, retrieve, superpose_
 from randes_kernels.format import Transform, model_key, tensor_id
+from randes_kernels.packing import BITS
 
 pytestmark = pytest.mark.gpu
 
@@ -94,6 +100,39 @@ def test_error_is_no_worse_than_eager_of_the_same_dtype(transform: Transform, sh
     error = root_mean_square(on_gpu(case) - exact)
     eager = root_mean_square(two_eager_matmuls(case.to("cuda")).cpu() - exact)
     assert error <= eager + torch.finfo(dtype).eps / 2 * root_mean_square(exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 130, 4096), (17, 100, 300), (65, 130, 257), (300, 264, 512)], ids=str)
+@pytest.mark.parametrize("transform", [Transform(), Transform(granule=8)], ids=["signs", "permuted"])
+@pytest.mark.parametrize("bits", BITS)
+def test_few_bits_equal_the_specification(bits: int, transform: Transform, shape: Any, dtype: torch.dtype) -> None:
+    case = packed_case(bits, *shape, transform, models=2, runs=1 if shape[0] == 300 else None, dtype=dtype)
+    assert torch.equal(on_gpu(case), retrieved_product(unpacked(case)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 256, 1024), (64, 256, 1024), (512, 256, 1024)], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_few_bits_err_no_more_than_eager(bits: int, shape: Any, dtype: torch.dtype) -> None:
+    case = linear_case(*shape, runs=1 if shape[0] == 512 else None, dtype=dtype)
+    held = pack(case.delta, bits)
+    exact = retrieved_product(case._replace(delta=unpack(held)))
+    eager = two_eager_matmuls(case._replace(delta=unpack(held).to(dtype)).to("cuda")).cpu()
+    error = root_mean_square(on_gpu(case._replace(delta=held)) - exact)
+    assert error <= root_mean_square(eager - exact) + torch.finfo(dtype).eps / 2 * root_mean_square(exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 130, 4096), (17, 100, 300), (65, 130, 257)], ids=str)
+@pytest.mark.parametrize("rank", [4, 32])
+def test_a_shared_basis_equals_the_specification(rank: int, shape: Any, dtype: torch.dtype) -> None:
+    case = linear_case(*shape, models=20, integers=True, dtype=dtype)
+    held = basis_of(case, rank)
+    # The projection is rounded to the dtype: exact for sums of up to 256.
+    case = case._replace(x=case.x * (torch.rand(shape[2]) < 64 / shape[2]))
+    y = run_with_basis(case.to("cuda"), Basis(*(value.cuda() for value in held))).cpu()
+    assert torch.equal(y, basis_product(case, held).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -174,7 +174,7 @@ def test_the_command_line_packs_a_store(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert randes.Superposition.load(tmp_path / "packed").packing == sup.pack(2).packing
     assert "packed for serving in 2 bits" in run(app, ["info", str(tmp_path / "packed")]).output
-    assert json.loads(run(app, ["info", str(tmp_path / "packed"), "--json"]).output)["packed"]["bits"] == 2
+    assert json.loads(run(app, ["info", str(tmp_path / "packed"), "--json"]).stdout)["packed"]["bits"] == 2
     assert summary(sup)["packed"] is None
     write_file(tmp_path / "m9.safetensors", finetune(base, 9).state_dict())
     added = run(app, ["add", str(tmp_path / "packed"), f"m9={tmp_path}/m9.safetensors"])

@@ -5,7 +5,18 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import TRANSFORMS, LinearCase, linear_case, retrieved_product, root_mean_square, run, two_eager_matmuls
+from cases import (
+    TRANSFORMS,
+    LinearCase,
+    linear_case,
+    normal,
+    packed_case,
+    retrieved_product,
+    root_mean_square,
+    run,
+    two_eager_matmuls,
+    unpacked,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,23 +28,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = (8, 4, 2)
 SHAPES = ((33, 45, 70), (3, 5, 7), (20, 48, 256))
 UNPERMUTED = [transform for transform in TRANSFORMS.values() if not transform.granule]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def packed_case(bits: int, m: int, n: int, k: int, transform: Transform, group: int = 64, **options: Any) -> LinearCase:
-    """A layer of whole numbers over a random packed D whose steps are powers of two: every sum is exact."""
-    case = linear_case(m, n, k, transform, integers=True, **options)
-    seed = options.get("seed", 0)
-    made = pack(normal(len(case.delta), n, k, seed=seed), bits, group)
-    powers = torch.randint(-1, 2, made.steps.shape, generator=torch.Generator().manual_seed(seed))
-    return case._replace(delta=made._replace(steps=(2.0**powers).half()))
-
-
-def unpacked(case: LinearCase) -> LinearCase:
-    return case._replace(delta=unpack(case.delta))
 
 
 def operands(case: LinearCase) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -11,6 +11,7 @@ from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
+from randes.plan import plan
 from randes.pretrained import from_pretrained
 from randes.superposition import Superposition
 
@@ -28,4 +29,5 @@ __all__ = [
     "UnknownModelError",
     "compress",
     "from_pretrained",
+    "plan",
 ]

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
 from randes.files import write_file
+from randes.plan import plan as plan_of
 from randes.store import MANIFEST, check_new
 from randes.streams import Progress as Begin
 from randes.streams import size
@@ -139,6 +141,42 @@ def compress(
         superposition = make(base, models, config, progress=begin)
         superposition.save(out, progress=begin)
     _print_sizes(superposition)
+
+
+@app.command()
+def plan(
+    base: Annotated[Path, typer.Option(help="The base model's checkpoint; its shapes are read, not its values.")],
+    models: Annotated[int, typer.Option(help="How many fine-tunes there will be.")],
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="What servers have, in 10⁹ bytes.")] = None,
+    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
+    others: Annotated[str, typer.Option(help="What is not a matrix: keep, base or average.")] = "keep",
+    centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
+    rank: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what a store will take and cost at each number of bits, before anything is compressed."""
+    with _errors():
+        if memory is not None and not memory > 0:
+            raise ValueError(f"--memory must be above 0, got {memory}")
+        config = Config(group_size=group_size, others=others, centre=centre, rank=rank)  # type: ignore[arg-type]
+        rows = plan_of(base, models, config)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    table = Table("bits", "store", "in memory", "decode, one group", "decode, all groups", "interference", "fits")
+    for row in rows:
+        fits = "" if memory is None else "yes" if row.serving <= memory * 1e9 else "no"
+        costs = f"{row.decode:.2f}x", f"{row.decode_all:.2f}x", f"{row.interference:.2f}"
+        table.add_row(str(row.bits), _gigabytes(row.store), _gigabytes(row.serving), *costs, fits)
+    console.print(table)
+    console.print(
+        f"As separate models {_gigabytes(rows[0].separate)}. Of store and memory at most"
+        f" {_gigabytes(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
+    )
+    console.print(
+        "decode: weight bytes that a step reads, in units of one plain model's. interference: noise in a retrieved"
+        " delta's weights, in units of the delta; it is not the accuracy: evaluate the models for that."
+    )
 
 
 @app.command()
@@ -292,6 +330,10 @@ def _print_sizes(superposition: Superposition) -> None:
 def _say(text: str) -> None:
     """One line as it stands: names and paths may hold what rich takes for markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
 
 
 def _mebibytes(count: int) -> str:

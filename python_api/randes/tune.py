@@ -48,9 +48,7 @@ def tune(
             known = ", ".join(superposition.names) or "no models"
             raise UnknownModelError(f"batches must be of models that are there, {known}; got {name!r}")
         if len(own) < 2:
-            raise ValueError(
-                f"batches must hold at least 2 for each model, one to check with; got {len(own)} of {name}"
-            )
+            raise ValueError(f"batches must hold at least 2 a model, one to check with; got {len(own)} of {name}")
     found, alphas = {}, {}
     for name, own in batches.items():
         checked = max(1, round(held_out * len(own)))

@@ -11,6 +11,9 @@ fill the chip K is split, and ``reduce.py`` sums the parts in a fixed order.
 Neither a retrieved weight nor a sign ever touches global memory. A permutation is the exception in part: every
 column tile would have to gather and hash all of x again, so ``route.py`` turns x once before, in (M, K) bytes.
 
+Where models have something of their own in a shared basis (``lowrank.py``), that is r more columns of K: the projection
+of x on it, (M, r), comes in, and each row's is multiplied with its own model's part after the loop.
+
 D may be packed in 8, 4 or 2 bits (``packing.py``). A step along K is then one span of packed columns, and so one
 block of signs: its bytes are loaded once and unpacked a plane at a time, each a product of its own with the x of the
 plane's columns. Levels are small odd integers, exact in any dtype; steps multiply sums, in fp32.
@@ -51,19 +54,29 @@ def load_transposed(tile_ptr, stride_n, stride_k, exists, inside, BLOCK_N: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "part_depth", "stride_ss", "stride_yp"],
+    do_not_specialize=[
+        "M",
+        "models",
+        "rows_per_id",
+        "tensor_lo",
+        "tensor_hi",
+        "part_depth",
+        "rank",
+        "stride_ss",
+        "stride_yp",
+    ],
     do_not_specialize_on_alignment=["ids_ptr", "keys_ptr", "scale_ptr", "slots_ptr"],
 )
 def activation_side_kernel(
-    x_ptr, turned_ptr, weight_ptr, delta_ptr, steps_ptr, bias_ptr, biases_ptr, y_ptr,
+    x_ptr, turned_ptr, weight_ptr, delta_ptr, steps_ptr, inner_ptr, own_ptr, bias_ptr, biases_ptr, y_ptr,
     ids_ptr, keys_ptr, scale_ptr, slots_ptr,
-    M, N, K, models, rows_per_id, tensor_lo, tensor_hi, part_depth,
+    M, N, K, models, rows_per_id, tensor_lo, tensor_hi, part_depth, rank,
     stride_xm, stride_xk, stride_tm, stride_tk, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk,
     stride_ss, stride_bj, stride_yp, stride_ym,
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
     HAS_BASE: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BASIS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Row tiles run fastest: the programs that share a weight tile run together and find it in the L2 cache.
     row_tiles = tl.cdiv(M, BLOCK_M)
@@ -151,6 +164,24 @@ def activation_side_kernel(
         passes += 1
         slot = tl.min(tl.where(slots > slot, slots, NO_SLOT))
 
+    if HAS_BASIS:
+        # Each row's projection times its own model's part, one model after the other; of a split K in the first part.
+        across = tl.arange(0, BLOCK_R)
+        inner = tl.load(
+            inner_ptr + x_rows[:, None] * rank + across[None, :],
+            mask=row_exists[:, None] & (across < rank)[None, :], other=0.0,
+        )  # fmt: skip
+        own_ids = tl.where(adapted & (rows < tl.where(part == 0, M, 0)), ids, NO_SLOT)
+        model = tl.min(own_ids)
+        while model < NO_SLOT:
+            own_rows = own_ptr + (model.to(tl.int64) * rank + across[:, None]) * N
+            own = tl.load(
+                own_rows + columns[None, :], mask=(across < rank)[:, None] & column_exists[None, :], other=0.0
+            )
+            inner_own = tl.where((own_ids == model)[:, None], inner, 0.0)
+            base_y = tl.dot(inner_own, own, base_y, input_precision="ieee")
+            model = tl.min(tl.where(own_ids > model, own_ids, NO_SLOT))
+
     scale = tl.load(scale_ptr + ids, mask=adapted, other=0.0)
     scale = tl.where(adapted | (ids == -1), scale, float("nan"))
     if FLIP_OUT:
@@ -166,12 +197,12 @@ def activation_side_kernel(
 def activation_side(
     x: Tensor, turned: Tensor | None, weight: Tensor | None, delta: Packed, bias: Tensor | None,
     biases: Tensor | None, ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int,
-    sides: Sides, plan: Plan,
+    sides: Sides, plan: Plan, inner: Tensor | None = None, own: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch over ``x``. ``turned``: what D is multiplied with, where it is not x itself: x with its columns permuted.
 
     ``weight`` (N, K) and an unpacked ``delta`` (S, N, K) may have any strides: their transposes make the backward pass.
-    Without a weight only the second term is computed.
+    Without a weight only the second term is computed. ``inner``, ``own``: (M, r), and (J, r, N), to be added.
     """
     words, steps, bits, group, _ = delta
     (m, k), n, tile = x.shape, words.shape[1], plan.tile
@@ -182,15 +213,18 @@ def activation_side(
     multiplied = x if turned is None else turned
     base = x if weight is None else weight  # some pointer, which is not read then
     activation_side_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n), plan.parts)](
-        x, multiplied, base, words, steps, bias, biases, parts, ids, keys, scale, slots,
+        x, multiplied, base, words, steps, inner, own, bias, biases, parts, ids, keys, scale, slots,
         m, n, k, keys.shape[0], rows_per_id, *signed_words(tensor), triton.cdiv(k, tile.k * plan.parts) * tile.k,
+        1 if inner is None else inner.shape[1],
         *x.stride(), *multiplied.stride(), *base.stride(), *words.stride(), steps.stride(0),
         0 if biases is None else biases.stride(0), parts.stride(0), y.stride(0),
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
         HAS_BASE=weight is not None, TURNED=turned is not None or weight is None,
         HAS_BIAS=whole and bias is not None, HAS_BIASES=whole and biases is not None,
-        BITS=bits, GROUP=group,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
+        BITS=bits, GROUP=group, HAS_BASIS=inner is not None,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        BLOCK_R=16 if inner is None else max(16, triton.next_power_of_2(inner.shape[1])),
+        num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
     return y if whole else reduce(y, parts, bias, biases, ids, keys.shape[0], rows_per_id)
