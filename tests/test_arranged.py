@@ -134,6 +134,15 @@ def test_one_matrix_is_read_at_a_time_and_a_store_is_opened_without_reading(
     assert sum(count for _, count in read) == sum(value.numel() for value in tensors().values())
 
 
+def test_a_plan_counts_the_matrices(tmp_path: Path) -> None:
+    path = on_disk(tmp_path, {"base": tensors()})["base"]
+    sup = randes.compress(path, {f"m{number}": tuned(number + 1) for number in range(3)}, CONFIG)
+    for row in randes.plan(path, 3, CONFIG):
+        held = sup if row.bits == 16 else sup.pack(row.bits)
+        assert held.sizes.total == row.store
+        assert row.separate == held.sizes.separate_models
+
+
 @pytest.mark.parametrize("name", ["qkv.weight", "experts.down_proj", "plain.weight"])
 def test_a_base_file_that_changes_underneath_is_noticed(name: str, tmp_path: Path) -> None:
     path = on_disk(tmp_path, {"base": tensors()})["base"]

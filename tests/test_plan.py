@@ -75,7 +75,7 @@ def test_values_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(ValueError, match="models must be at least 1, got 0"):
         randes.plan(net(), 0)
-    with pytest.raises(CheckpointError, match="must have a matrix to superpose, got none in 2 tensors"):
+    with pytest.raises(CheckpointError, match=r"must have a matrix to superpose.*got none in 2 tensors"):
         randes.plan(nn.LayerNorm(4), 2)
 
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randes import checkpoint
 from randes.arranged import JoinedTensors, SplitTensors
-from randes.checkpoint import Tensors
+from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
 from randes.stored import StoredTensors
@@ -151,6 +152,35 @@ class Layout:
             for name, view in values["views"].items()
         }
         return cls(views, dict(values["ties"]))
+
+
+def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list[str]]:
+    """A base's tensors as they are superposed or kept, how they are that, and which of them are superposed.
+
+    Raises ``CheckpointError`` for a base without a matrix to superpose, and for a matrix whose columns
+    ``config.segments`` does not divide.
+    """
+    tensors = checkpoint.read(base)
+    layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
+    tensors = layout.split(tensors)
+    superposed = superposed_names(tensors, layout, config)
+    if not superposed:
+        raise CheckpointError(
+            f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"
+            f" matching {config.include} and not {config.exclude}; got none in {len(tensors)} tensors"
+        )
+    for name in superposed:
+        if (columns := headers(tensors)[name].shape[1]) % config.segments:
+            raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
+    return tensors, layout, superposed
+
+
+def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
+    """The model of a Transformers folder, where its tensors have the names that the folder's files have."""
+    from randes.pretrained import skeleton
+
+    model = skeleton(base)
+    return model if model is not None and tensors.keys() <= model.state_dict().keys() else None
 
 
 def layout_of(tensors: Tensors, config: Config, module: nn.Module | None = None) -> Layout:

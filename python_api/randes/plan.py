@@ -4,14 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from randes import checkpoint
 from randes.checkpoint import Checkpoint
 from randes.config import Config
-from randes.errors import CheckpointError
-from randes.layout import layout_of, superposed_names, tied_in
+from randes.layout import matrices_of
 from randes.packed import ERROR
 from randes.streams import headers, size
 from randes_kernels.packing import BITS, packed_bytes
@@ -46,28 +43,19 @@ class Row:
 def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Row]:
     """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
 
-    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base without a matrix to
-    superpose. (Design, sections 2 and 4.)
+    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that nothing can be
+    superposed over. (Design, sections 2 and 4.)
     """
     config = config or Config()
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    module = base if isinstance(base, nn.Module) else None
-    aliases = tied_in(module) if module is not None else {}
-    tensors = {
-        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
-        for name, value in headers(checkpoint.read(base)).items()
-        if name not in aliases
-    }
-    layout = layout_of(tensors, config, module)
-    split = layout.split(tensors)
-    matrices = {name: split[name] for name in superposed_names(split, layout, config)}
-    if not matrices:
-        raise CheckpointError(f"the base must have a matrix to superpose, got none in {len(tensors)} tensors")
+    split, _, names = matrices_of(base, config)
+    tensors = headers(split)
+    matrices = {name: tensors[name] for name in names}
     superposed = models + config.centre
     sharing = min(superposed, config.group_size + config.centre)
     groups = -(-models // config.group_size)
-    others = size(split) - size(matrices)
+    others = size(tensors) - size(matrices)
     copies = {"keep": models, "base": 0, "average": 1}[config.others]
     rows = []
     for bits in (16, *BITS):

@@ -17,7 +17,7 @@ from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
 from randes.integers import AVERAGE_STEP
 from randes.layers import families, shuffled
-from randes.layout import Layout, layout_of, superposed_names, tied
+from randes.layout import Layout, matrices_of, tied
 from randes.members import BASE_NAME, Member, Sizes
 from randes.packed import Held, Packing, packed
 from randes.retrieved import Retrieved
@@ -78,18 +78,7 @@ class Superposition:
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
-        tensors = checkpoint.read(base)
-        layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
-        tensors = layout.split(tensors)
-        superposed = superposed_names(tensors, layout, config)
-        if not superposed:
-            raise CheckpointError(
-                f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"
-                f" matching {config.include} and not {config.exclude}; got none in {len(tensors)} tensors"
-            )
-        for name in superposed:
-            if (columns := headers(tensors)[name].shape[1]) % config.segments:
-                raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
+        tensors, layout, superposed = matrices_of(base, config)
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=checkpoint.check_finite, step=step)
         if isinstance(tensors, StoredTensors | SplitTensors):
@@ -365,14 +354,6 @@ class Superposition:
         if taken.count(group) >= self.config.group_size:
             raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
         return group
-
-
-def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
-    """The model of a Transformers folder, where its tensors have the names that the folder's files have."""
-    from randes.pretrained import skeleton
-
-    model = skeleton(base)
-    return model if model is not None and tensors.keys() <= model.state_dict().keys() else None
 
 
 def _changed(path: Path, tensor: str) -> BaseMismatchError:
