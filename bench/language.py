@@ -1,350 +1,269 @@
-"""How much of each fine-tune's gain in bits per byte survives: a byte-level language model and 16 kinds of text.
+"""How much of each fine-tune's gain in bits per byte survives: a byte-level language model and kinds of text.
 
-    python bench/language.py                 writes bench/results/language.json, minutes a seed on 2 cores
-    python bench/language.py --table         prints the Markdown table of what is there
+    python bench/language.py                    measures into bench/results/language.json: half an hour a seed and core,
+                                                and draws language.png, what survives by storage
+    python bench/language.py --setting wide     the same for a wider model: language-wide.json
+    python bench/language.py --table [NAME]     prints a Markdown table of what is there: methods, bits or frontier
 
-Beside the rows it draws language.png: what survives by storage.
-
-The text is what the test dependencies bring: Python's own library, headers, stubs, fonts, tables. A small transformer
-is trained on all kinds mixed, then its layers' matrices are fine-tuned on each kind alone. The share that survives
-is ``(L_base − L) / (L_base − L_own)`` on held-out bytes, L in bits per byte: 100 is the fine-tune itself, 0 the base,
-less is worse than the base. Storage is counted in bits a superposed parameter and model, as each method would have
-to store its deltas (ours: D in 16 bits shared by a group, and what the shared basis holds).
+The share that survives is ``(L_base − L) / (L_base − L_own)`` on held-out bytes, L in bits per byte: 100 % is the
+fine-tune itself, 0 the base, less is worse than the base. Models are trained once and kept (finetunes.py); what each
+method stores is counted in survival.py.
 """
 
 import argparse
-import copy
 import json
-import math
 import statistics
-import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
+from finetunes import MODELS, SETTINGS, finetunes
 from measure import machine
 from rich.progress import Progress
-from torch import Tensor, nn
+from survival import GROUPS, measured
 
-import randes
-from randes.demo.baselines import task_arithmetic
-
+SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "language.json"
 PLOT = RESULTS.with_suffix(".png")
-SEEDS = (0, 1, 2)
-WIDTH, LAYERS, HEADS, LENGTH, BATCH = 128, 4, 4, 128, 16
-BASE_STEPS, TUNE_STEPS = 600, 80
-KIND_BYTES = 400_000
-HELD_OUT = 32  # sequences of each kind
-GROUPS = (2, 4, 8, 16)
-LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+Rows = list[dict[str, Any]]
+
+BUDGETS = (0.14, 0.28, 0.56, 1.0, 2.0)
+SLACK = 1.125
+"""A method may take an eighth more than a budget: levels of 2 bits are 2.25 with their steps."""
+FAMILIES: dict[str, Callable[[str], bool]] = {
+    "ours": lambda method: method.startswith(("two-sided", "shared")),
+    "column signs, with or without layer shuffle": lambda method: method.endswith("column signs"),
+    "merged: task arithmetic, TIES": lambda method: method.endswith("best λ"),
+    "truncated SVD per task, fp16 or 4 bits": lambda method: method.startswith("per-task rank"),
+    "1 or 2 bits per task": lambda method: method.startswith("per-task") and "bit" in method and "rank" not in method,
+}
+"""What is compared at equal storage."""
 
 
-def sources() -> dict[str, Iterator[Path]]:
-    """Where each kind of text is found."""
+class Share(NamedTuple):
+    """In %: the mean over kinds and seeds, half the range over seeds, the worst kind's mean over seeds; and storage."""
 
-    def package(name: str) -> Path:
-        spec = find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        return Path(spec.origin).parent
-
-    library, torch_folder = Path(sysconfig.get_path("stdlib")), package("torch")
-    return {
-        "torch headers": (torch_folder / "include" / "ATen").rglob("*.h"),
-        "torch operators": (torch_folder / "include" / "c10").rglob("*.h"),
-        "torch stubs": torch_folder.rglob("*.pyi"),
-        "type stubs": (package("mypy") / "typeshed" / "stdlib").rglob("*.pyi"),
-        "numpy tests": (package("numpy") / "_core" / "tests").rglob("*.py"),
-        "sympy": (package("sympy") / "polys").rglob("*.py"),
-        "sklearn descriptions": (package("sklearn") / "datasets" / "descr").rglob("*.rst"),
-        "tables of numbers": (package("sklearn") / "datasets" / "data").rglob("*.csv"),
-        "font metrics": (package("matplotlib") / "mpl-data").rglob("*.afm"),
-        "pictures": (package("matplotlib") / "mpl-data" / "images").rglob("*.svg"),
-        "Python topics": (library / "pydoc_data").rglob("*.py"),
-        "encodings": (library / "encodings").rglob("*.py"),
-        "asyncio": (library / "asyncio").rglob("*.py"),
-        "email": (library / "email").rglob("*.py"),
-        "idle": (library / "idlelib").rglob("*.py"),
-        "unittest": (library / "unittest").rglob("*.py"),
-    }
+    mean: float
+    spread: float
+    worst: float
+    bits: float
 
 
-def texts() -> dict[str, Tensor]:
-    """Each kind's bytes, (sequences, LENGTH + 1) uint8, the held-out ones last."""
+def shares(rows: Rows, method: str, group: int, d: int = 16, coordinates: int = 16) -> Share | None:
+    """Of one method, with D and coordinates in so many bits; None where it was not measured."""
+    wanted = method, group, d, coordinates
+    chosen = [row for row in rows if "kept" in row and _key(row) == wanted]
+    if not chosen:
+        return None
+    means = [100 * statistics.mean(row["kept"]) for row in chosen]
+    worst = min(100 * statistics.mean(kept) for kept in zip(*(row["kept"] for row in chosen), strict=True))
+    return Share(statistics.mean(means), (max(means) - min(means)) / 2, worst, chosen[0]["bits"])
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    return row["method"], row["group"], row.get("d", 16), row.get("coordinates", 16)
+
+
+def every(rows: Rows) -> dict[tuple[str, int, int, int], Share]:
+    """All that was measured, by method, group and bits."""
     found = {}
-    for kind, files in sources().items():
-        data = b"".join(file.read_bytes() for file in sorted(files))[:KIND_BYTES]
-        rows = len(data) // (LENGTH + 1)
-        # Held-out sequences are spread over the files, and no sequence overlaps another.
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-        found[kind] = torch.frombuffer(bytearray(data), dtype=torch.uint8)[: rows * (LENGTH + 1)].view(rows, -1)[order]
-        assert rows > 2 * HELD_OUT, f"{kind} has {len(data)} bytes"
+    for key in dict.fromkeys(_key(row) for row in rows if "kept" in row):
+        share = shares(rows, *key)
+        assert share is not None
+        found[key] = share
     return found
 
 
-class Block(nn.Module):
-    """Pre-norm causal attention and a feed-forward layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (p(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+def groups_of(rows: Rows) -> list[int]:
+    """Sizes of groups that were measured."""
+    return sorted({row["group"] for row in rows} - {1})
 
 
-class LanguageModel(nn.Module):
-    """Bytes (B, T) to logits (B, T, 256); the embedding is the head."""
+def table(rows: Rows) -> str:
+    """By method, at 16 bits: % of the gain that survives ± half the range over seeds, the worst kind in brackets."""
+    groups = groups_of(rows)
+    found = every(rows)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+    def cell(method: str, group: int) -> str:
+        share = found.get((method, group, 16, 16))
+        if share is None:
+            return "–"
+        return f"{share.mean:.1f} ± {share.spread:.1f} ({share.worst:.0f}), {share.bits:.2f} bit"
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.place(torch.arange(tokens.shape[1]))
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x) @ self.embed.weight.mT
-
-
-def loss_of(model: nn.Module, sequences: Tensor) -> Tensor:
-    """Nats a byte."""
-    sequences = sequences.long()
-    logits = model(sequences[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
-
-
-def train(model: nn.Module, data: Tensor, steps: int, rate: float, seed: int) -> nn.Module:
-    """Adam with a cosine to zero; only matrices move in a fine-tune, so that nothing else tells models apart."""
-    generator = torch.Generator().manual_seed(seed)
-    moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(moved, lr=rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, data[torch.randint(len(data), (BATCH,), generator=generator)]).backward()
-        optimizer.step()
-        schedule.step()
-    return model
-
-
-@torch.no_grad()
-def bits(model: nn.Module, held_out: Tensor) -> float:
-    """Bits a byte."""
-    return float(loss_of(model, held_out)) / math.log(2)
-
-
-def finetunes(seed: int, step: Callable[[], None]) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Tensor]]:
-    """The base, a fine-tune for each kind, and what they are judged on."""
-    data = texts()
-    torch.manual_seed(seed)
-    training = {kind: rows[:-HELD_OUT] for kind, rows in data.items()}
-    base = train(LanguageModel(), torch.cat(list(training.values())), BASE_STEPS, 2e-3, seed)
-    step()
-    models = {}
-    for number, (kind, rows) in enumerate(training.items()):
-        tuned = copy.deepcopy(base)
-        for name, parameter in tuned.named_parameters():
-            parameter.requires_grad_("layers" in name and parameter.dim() == 2)
-        models[kind] = train(tuned, rows, TUNE_STEPS, 1e-3, seed + number)
-        step()
-    return base, models, {kind: rows[-HELD_OUT:] for kind, rows in data.items()}
-
-
-def configurations() -> dict[str, randes.Config]:
-    """What is superposed how; ``group_size`` is varied on top."""
-    plain = randes.Config(include=("layers*weight",))
-    ranks = {f"shared basis of rank {rank}": replace(plain, rank=rank) for rank in (4, 8, 16, 32)}
-    return {
-        "column signs": replace(plain, signs="columns"),
-        "layer shuffle + column signs": replace(plain, signs="columns", shuffle_layers=-1),
-        "two-sided signs": plain,
-        "two-sided, centred": replace(plain, centre=True),
-        **ranks,
-        **{f"{name}, centred": replace(config, centre=True) for name, config in ranks.items()},
-    }
-
-
-def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, float]:
-    """A truncated singular value decomposition, and bits a parameter in fp16."""
-    u, s, v = torch.linalg.svd(delta)
-    n, k = delta.shape
-    return u[:, :rank] * s[:rank] @ v[:rank], 16 * rank * (n + k) / (n * k)
-
-
-def one_bit(delta: Tensor, _: int) -> tuple[Tensor, float]:
-    """Signs and one scale (BitDelta)."""
-    return delta.sign() * delta.abs().mean(), 1.0
-
-
-def two_bits(delta: Tensor, group: int) -> tuple[Tensor, float]:
-    """Four levels around zero with a scale for every ``group`` columns."""
-    blocks = delta.unflatten(1, (-1, group))
-    step = blocks.abs().amax(-1, keepdim=True) * 0.5
-    levels = ((blocks / step - 0.5).round().clamp(-2, 1) + 0.5) * step
-    return levels.flatten(1), 2 + 16 / group
-
-
-PER_TASK = {
-    "per-task rank 2": (low_rank, 2), "per-task rank 8": (low_rank, 8), "per-task 1 bit": (one_bit, 0),
-    "per-task 2 bits": (two_bits, 64),
-}  # fmt: skip
-
-
-def measure(seed: int, step: Callable[[], None]) -> list[dict[str, Any]]:
-    """A row for each method and number of models in a group."""
-    base, models, held_out = finetunes(seed, step)
-    before = {kind: bits(base, rows) for kind, rows in held_out.items()}
-    own = {kind: bits(models[kind], rows) for kind, rows in held_out.items()}
-    probe = copy.deepcopy(base)
-    origin = {name: value.clone() for name, value in base.state_dict().items()}
-    states = {kind: model.state_dict() for kind, model in models.items()}
-    rows: list[dict[str, Any]] = []
-
-    def add(method: str, group: int, storage: float, state_of: Callable[[str], dict[str, Tensor]]) -> None:
-        kept = {}
-        for kind in models:
-            probe.load_state_dict(state_of(kind))
-            kept[kind] = (before[kind] - bits(probe, held_out[kind])) / (before[kind] - own[kind])
-        rows.append({"method": method, "group": group, "bits": storage, "seed": seed, "kept": kept})
-        step()
-
-    matrices = [name for name, value in origin.items() if name.startswith("layers") and value.dim() == 2]
-    entries = sum(origin[name].numel() for name in matrices)
-    deltas = {kind: {name: state[name] - origin[name] for name in matrices} for kind, state in states.items()}
-    for group in GROUPS:
-        sums = {}
-        for first in range(0, len(models), group):
-            kinds = list(models)[first : first + group]
-            sums |= dict.fromkeys(kinds, task_arithmetic([deltas[kind] for kind in kinds]))
-
-        def merged(kind: str, scale: float, sums: dict[str, dict[str, Tensor]] = sums) -> dict[str, Tensor]:
-            return {**origin, **{name: origin[name] + scale * total for name, total in sums[kind].items()}}
-
-        best = []
-        for scale in LAMBDAS:
-            found = []
-            for kind in models:
-                probe.load_state_dict(merged(kind, scale))
-                found.append((before[kind] - bits(probe, held_out[kind])) / (before[kind] - own[kind]))
-            best.append((statistics.mean(found), scale))
-        chosen = max(best)[1]
-        add("task arithmetic, best λ", group, 16 / group, lambda kind, scale=chosen: merged(kind, scale))  # type: ignore[misc]
-        for method, config in configurations().items():
-            sup = randes.compress(origin, states, replace(config, group_size=group))
-            extra = 8 * sup.sizes.basis / (entries * len(models))
-            add(method, group, 16 / group + extra, sup.retrieve)
-    for method, (approximate, size) in PER_TASK.items():
-        made = {
-            kind: {
-                name: origin[name] + approximate(deltas[kind][name], size)[0] if name in matrices else value
-                for name, value in state.items()
-            }
-            for kind, state in states.items()
-        }
-        storage = sum(approximate(origin[name], size)[1] * origin[name].numel() for name in matrices) / entries
-        add(method, 1, storage, made.__getitem__)
-    rows.append({"method": "fine-tunes", "group": 1, "bits": 16.0, "seed": seed, "base": before, "own": own})
-    return rows
-
-
-def shares(rows: list[dict[str, Any]], method: str, group: int) -> tuple[float, float, float] | None:
-    """Mean over kinds and seeds, half the range over seeds, and the worst kind's mean over seeds: in %."""
-    chosen = [row["kept"] for row in rows if (row["method"], row["group"]) == (method, group) and "kept" in row]
-    if not chosen:
-        return None
-    means = [100 * statistics.mean(kept.values()) for kept in chosen]
-    worst = min(100 * statistics.mean(kept[kind] for kept in chosen) for kind in chosen[0])
-    return statistics.mean(means), (max(means) - min(means)) / 2, worst
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: % of the gain that survives, mean ± half the range over seeds, the worst kind in brackets."""
-    methods = dict.fromkeys(row["method"] for row in rows if row["group"] > 1)
-    lines = ["| method | " + " | ".join(f"groups of {g}" for g in GROUPS) + " |", "|---" * (len(GROUPS) + 1) + "|"]
-    for method in methods:
-        cells = []
-        for group in GROUPS:
-            found = shares(rows, method, group)
-            storage = next(row["bits"] for row in rows if (row["method"], row["group"]) == (method, group))
-            cells.append(
-                "–" if found is None else f"{found[0]:.1f} ± {found[1]:.1f} ({found[2]:.0f}), {storage:.2f} bit"
-            )
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    for method in PER_TASK:
-        found = shares(rows, method, 1)
-        storage = next(row["bits"] for row in rows if row["method"] == method)
-        assert found is not None
-        cell = f"{found[0]:.1f} ± {found[1]:.1f} ({found[2]:.0f}), {storage:.2f} bit"
-        lines.append(f"| {method}, no group | {cell} |" + " – |" * (len(GROUPS) - 1))
+    lines = ["| method | " + " | ".join(f"groups of {g}" for g in groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows if row["group"] > 1 and "rank 64" not in row["method"]):
+        lines.append(f"| {method} | " + " | ".join(cell(method, group) for group in groups) + " |")
+    for method in ("per-task rank 8", "per-task rank 16 in 4 bits", "per-task 1 bit", "per-task 2 bits"):
+        lines.append(f"| {method}, no group | {cell(method, 1)} |" + " – |" * (len(groups) - 1))
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """What survives by storage: one line a method over the sizes of groups, a point for what is stored per task."""
+def table_of_bits(rows: Rows) -> str:
+    """By bits of D, with coordinates in as many, or in 4 where D has 2: the mean and in brackets the worst kind."""
+    found, groups = every(rows), groups_of(rows)
+    columns = [(group, d) for group in groups for d in (16, 8, 4, 2)]
+    lines = [
+        "| | " + " | ".join(f"groups of {group}, {d} bit" for group, d in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if FAMILIES["ours"](method)]
+    for method in methods:
+        ranked = "rank" in method
+        for name, held in ((method, (16, 8, 4, 4)), (f"{method}, coordinates in 8 bits", (0, 0, 8, 8)))[: 1 + ranked]:
+            by_bits = dict(zip((16, 8, 4, 2), held if ranked else (16, 16, 16, 16), strict=True))
+            cells = [found.get((method, group, d, by_bits[d])) for group, d in columns]
+            if any(cells):
+                shown = ["–" if share is None else f"{share.mean:.1f} ({share.worst:.0f})" for share in cells]
+                lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def described(key: tuple[str, int, int, int]) -> str:
+    """A method with its bits and its group."""
+    method, group, d, held = key
+    packed = f", D in {d} bits" if group > 1 and FAMILIES["ours"](method) else ""
+    packed += f", coordinates in {held}" if "rank" in method and packed else ""
+    return f"{method}{packed}, groups of {group}" if group > 1 else method
+
+
+def table_of_frontier(rows: Rows) -> str:
+    """The best of each family at equal storage: mean ± half the range over seeds, the worst kind, and what it is."""
+    found = every(rows)
+    lines = ["| at most | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
+    for budget in BUDGETS:
+        cells = []
+        for belongs in FAMILIES.values():
+            fits = {key: s for key, s in found.items() if belongs(key[0]) and s.bits <= budget * SLACK}
+            best = max(fits, key=lambda key: fits[key].mean, default=None)
+            if best is None:
+                cells.append("–")
+                continue
+            mean, spread, worst, bits = fits[best]
+            cells.append(f"**{mean:.1f}** ± {spread:.1f} ({worst:.0f}), {bits:.2f} bit: {described(best)}")
+        lines.append(f"| {budget:g} bit | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"methods": table, "bits": table_of_bits, "frontier": table_of_frontier}
+
+
+def results(setting: str) -> Path:
+    """The file of a setting."""
+    return RESULTS if setting == "narrow" else RESULTS.with_stem(f"language-{setting}")
+
+
+def read(path: Path) -> Rows:
+    """The rows that are there."""
+    rows: Rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return rows
+
+
+def write(path: Path, kinds: list[str], rows: Rows) -> None:
+    """A row a line; ``kept`` is in the order of the kinds."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    head = f'"machine": {json.dumps(machine("cpu"))},\n"kinds": {json.dumps(kinds)}'
+    path.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
+    """What is drawn: (bits, share) by storage, each curve by its label."""
+    found = every(rows)
+
+    def over_groups(method: str, d: int = 16, held: int = 16) -> list[tuple[float, float]]:
+        return [(s.bits, s.mean) for key, s in found.items() if (key[0], *key[2:]) == (method, d, held)]
+
+    def over(*methods: str) -> list[tuple[float, float]]:
+        return [(s.bits, s.mean) for key, s in found.items() if key[0] in methods]
+
+    ranks = [method for method in dict.fromkeys(key[0] for key in found) if method.startswith("per-task rank")]
+    best: dict[str, list[tuple[float, float]]] = {"ours, the best at each storage": []}
+    for share in sorted((s for key, s in found.items() if FAMILIES["ours"](key[0])), key=lambda s: (s.bits, -s.mean)):
+        envelope = best["ours, the best at each storage"]
+        if not envelope or share.mean > envelope[-1][1]:
+            envelope.append((share.bits, share.mean))
+    return {
+        **best,
+        "ours: centred, D in 16 bits": over_groups("two-sided, centred"),
+        "ours: centred, D in 4 bits": over_groups("two-sided, centred", 4),
+        "ours: centred, D in 2 bits": over_groups("two-sided, centred", 2),
+        "ours: rank 16, centred, D and coordinates in 4 bits": over_groups("shared basis of rank 16, centred", 4, 4),
+        "column signs, layer shuffle (RanDeS)": over_groups("layer shuffle + column signs"),
+        "column signs": over_groups("column signs"),
+        "task arithmetic": over("task arithmetic, best λ"),
+        "TIES": over("TIES, best λ"),
+        "truncated SVD per task, fp16": over(*(method for method in ranks if "bits" not in method)),
+        "truncated SVD per task, 4 bits": over(*(method for method in ranks if "bits" in method)),
+        "1 bit per task": over("per-task 1 bit", "per-task 1 bit, a scale a row"),
+        "2 and 4 bits per task": over("per-task 2 bits", "per-task 4 bits"),
+    }
+
+
+STYLES = (
+    ("black", "", "-"), ("tab:blue", "o", "-"), ("tab:cyan", "o", "-"), ("tab:green", "o", "-"),
+    ("tab:purple", "o", "-"), ("tab:olive", "v", "--"), ("tab:brown", "v", "--"), ("tab:gray", "s", ":"),
+    ("silver", "s", ":"), ("tab:orange", "x", "--"), ("tab:red", "x", "--"), ("deeppink", "D", "--"),
+    ("crimson", "D", "--"),
+)  # fmt: skip
+"""Colour, marker and line of each curve."""
+
+
+def draw() -> None:
+    """What survives by storage: a row of pictures a setting, on the right what is above 85 %."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for method in dict.fromkeys(row["method"] for row in rows if "kept" in row):
-        sizes = sorted({row["group"] for row in rows if row["method"] == method})
-        points = []
-        for group in sizes:
-            found = shares(rows, method, group)
-            assert found is not None
-            points.append((next(r["bits"] for r in rows if (r["method"], r["group"]) == (method, group)), found[0]))
-        alone, ours = method in PER_TASK, method not in PER_TASK and "arithmetic" not in method
-        style = {"marker": "x" if alone else "o", "linestyle": "-" if ours else "--", "markersize": 7 if alone else 5}
-        axes.plot(*zip(*points, strict=True), label=method, **style)
-    axes.set(
-        xscale="log", ylim=(-5, 103), xlabel="bits a superposed parameter and model",
-        ylabel="share of the fine-tuning gain that survives (%)",
-        title=f"16 fine-tunes of a byte-level language model {WIDTH} wide",
-    )  # fmt: skip
-    axes.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right", ncols=2)
-    figure.savefig(path, dpi=130)
+    measured_settings = [setting for setting in SETTINGS if results(setting).exists()]
+    figure, axes = plt.subplots(
+        len(measured_settings), 2, figsize=(13, 5.2 * len(measured_settings) + 1), squeeze=False, layout="constrained"
+    )
+    for setting, row in zip(measured_settings, axes, strict=True):
+        rows, size = read(results(setting)), SETTINGS[setting]
+        kinds = len(next(row["kept"] for row in rows if "kept" in row))
+        seeds = len({row["seed"] for row in rows})
+        for axis, (low, high) in zip(row, ((0, 102), (85, 100.5)), strict=True):
+            for (label, points), (color, marker, line) in zip(curves(rows).items(), STYLES, strict=True):
+                x, y = zip(*sorted(points), strict=True)
+                axis.plot(
+                    x, y, line, label=label, color=color, marker=marker, markersize=5, linewidth=1.5 if marker else 3
+                )
+            ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+            axis.set(xscale="log", xlim=(0.1, 17), ylim=(low, high), xlabel="bits a superposed parameter and model")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        row[0].set(ylabel="share of the fine-tuning gain that survives (%)")
+        row[0].set_title(f"{kinds} fine-tunes of a model {size.width} wide, {seeds} seed{'s' * (seeds > 1)}")
+        row[1].set_title("the same, above 85 %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(PLOT, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table of the committed rows")
+    parser.add_argument("--setting", choices=SETTINGS, default="narrow")
+    parser.add_argument("--models", type=Path, default=MODELS, help="where models are kept (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="measure these, and keep the others' rows")
+    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="models to a group (%(default)s)")
+    parser.add_argument("--table", choices=TABLES, nargs="?", const="methods", help="print what is there")
+    parser.add_argument("--draw", action="store_true", help="draw what is there")
     given = parser.parse_args()
-    if not given.table:
-        rows: list[dict[str, Any]] = []
-        if RESULTS.exists():
-            held = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
-            rows = [row for row in held if row["seed"] not in given.seeds]
-        steps = 1 + 16 + len(GROUPS) * (1 + len(configurations())) + len(PER_TASK)
-        with Progress() as bars:
-            for seed in given.seeds:
-                task = bars.add_task(f"seed {seed}", total=steps)
-                rows += measure(seed, lambda task=task: bars.advance(task))  # type: ignore[misc]
-                lines = ",\n".join(json.dumps(row) for row in rows)
-                head = json.dumps(machine("cpu"))
-                RESULTS.write_text(f'{{"machine": {head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-        draw(rows, PLOT)
-    print(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]))
+    path = results(given.setting)
+    if given.table:
+        print(TABLES[given.table](read(path)))
+        return
+    with Progress() as bars:
+        for seed in () if given.draw else given.seeds:
+            task = bars.add_task(f"seed {seed}", total=None)
+            tuned = finetunes(SETTINGS[given.setting], seed, given.models)
+            found: Rows = []
+            for row in measured(
+                tuned, given.groups, lambda what, task=task: bars.update(task, advance=1, description=what)
+            ):
+                found.append({**row, "seed": seed})
+                write(path, list(tuned.models), [row for row in read(path) if row["seed"] != seed] + found)
+    draw()
 
 
 if __name__ == "__main__":
