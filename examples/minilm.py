@@ -264,13 +264,20 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def print_table(found: Mapping[str, Any], console: Console) -> None:
-    """The same in a terminal, and the times."""
-    shown = Table(title="Accuracy on held-out docstrings in %, share of the individual fine-tunes' in %, and size")
-    for place, column in enumerate(header(found)):
-        shown.add_column(column, justify="right" if place else "left")
-    for row in found["rows"]:
-        shown.add_row(*figures(found["rows"], row))
-    console.print(shown)
+    """The same in a terminal, in two tables that fit into 80 columns; and the times."""
+    columns, rows = header(found), [figures(found["rows"], row) for row in found["rows"]]
+    shown = Table(title="Share of the individual fine-tunes' accuracy in %, and size", title_justify="left")
+    tasks = Table(title="Accuracy on held-out docstrings in %, by method", title_justify="left")
+    shown.add_column("method")
+    tasks.add_column("task (classes)")
+    for column in columns[-3:]:
+        shown.add_column(column, justify="right")
+    for number, row in enumerate(rows, 1):
+        shown.add_row(f"{number} {row[0]}", *row[-3:])
+        tasks.add_column(str(number), justify="right")
+    for place, task in enumerate(columns[1:-3], 1):
+        tasks.add_row(task, *(row[place] for row in rows))
+    console.print(shown, tasks)
     console.print("seconds: " + ", ".join(f"{name} {value}" for name, value in found["seconds"].items()))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ def test_held_out_docstrings_are_not_trained_on(bert: Path) -> None:
         docstrings.make_task("randes", ("config",), tokenizer, training=400, held_out=100, length=12)
     with pytest.raises(ValueError, match="the tasks need no_such_package, which is not installed"):
         next(docstrings.docstrings("no_such_package.part"))
+
+
+def test_the_readmes_table_of_minilm_is_that_of_the_rows() -> None:
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- minilm: .*? -->\n(.*?)\n<!-- /minilm -->", text, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == minilm.table(json.loads(minilm.RESULTS.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
