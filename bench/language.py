@@ -199,7 +199,7 @@ def curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
 
 
 STYLES = (
-    ("black", "", "-"), ("tab:blue", "o", "-"), ("tab:cyan", "o", "-"), ("tab:green", "o", "-"),
+    ("lightgray", "", "-"), ("tab:blue", "o", "-"), ("tab:cyan", "o", "-"), ("tab:green", "o", "-"),
     ("tab:purple", "o", "-"), ("tab:olive", "v", "--"), ("tab:brown", "v", "--"), ("tab:gray", "s", ":"),
     ("silver", "s", ":"), ("tab:orange", "x", "--"), ("tab:red", "x", "--"), ("deeppink", "D", "--"),
     ("crimson", "D", "--"),
@@ -225,9 +225,8 @@ def draw() -> None:
         for axis, (low, high) in zip(row, ((0, 102), (85, 100.5)), strict=True):
             for (label, points), (color, marker, line) in zip(curves(rows).items(), STYLES, strict=True):
                 x, y = zip(*sorted(points), strict=True)
-                axis.plot(
-                    x, y, line, label=label, color=color, marker=marker, markersize=5, linewidth=1.5 if marker else 3
-                )
+                axis.plot(x, y, line, label=label, color=color, marker=marker, markersize=5,
+                          linewidth=1.5 if marker else 7, zorder=2 if marker else 1)  # fmt: skip
             ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
             axis.set(xscale="log", xlim=(0.1, 17), ylim=(low, high), xlabel="bits a superposed parameter and model")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -144,6 +144,7 @@ def calls(run: Run) -> dict[str, Any]:
     from cases import LinearCase, linear_case, root_mean_square
 
     from randes_kernels import Transform, gpu, reference
+    from randes_kernels.packing import of_operands
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = torch.bfloat16 if device == "cuda" else torch.float16
@@ -161,7 +162,8 @@ def calls(run: Run) -> dict[str, Any]:
         held = case.to(device)
         y = gpu.superposed_linear(*held, transposed).cpu().float()
         weight, delta = (held.weight.mT, held.delta.mT) if transposed else (held.weight, held.delta)
-        plan = gpu.plan_of(held.x, weight, delta, held.ids, held.keys, case.transform.granule > 0)
+        packed = of_operands(delta, None, (), delta.shape[2])
+        plan = gpu.plan_of(held.x, weight, packed, held.ids, held.keys, case.transform.granule > 0)
         if not transposed:
             right = reference.superposed_linear(*case.to(torch.float32))
             error = root_mean_square(y - right) / root_mean_square(right)

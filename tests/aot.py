@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that are not here and reports what came out, one JSON row a kernel and target.
 
-    python tests/aot.py [sm_90]    (with the Triton on the path; no GPU, no interpreter)
+    python tests/aot.py [sm_90] [--whole]    (with the Triton on the path; no GPU, no interpreter)
 
 Registers, stack and spills are read from the binary, instructions from its disassembly.
 """
@@ -199,32 +199,42 @@ def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield weight_case("fp16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed, grouped=True)
 
 
-def packed_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Both sides with D in few bits. 4 and 2 bits differ in their planes alone: of 2 only the ends of a table."""
-    for bits in (8, 4, 2):
+def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Both sides with D in few bits. 4 and 2 bits differ in their planes alone: of 2 only the ends of a table.
+
+    ``whole``: every mode, which minutes of tests have room for on one target; else every tile.
+    """
+    for bits in (8, 4, 2) if whole else (8, 4):
         kind = PACKED[bits]
         entries = table["activation_side"]["half" + kind]
         for entry in entries if bits > 2 else (entries[0], entries[-1]):
             yield activation_case("bf16", Tile(*entry["tile"]), turned=entry["turn_first"], bits=bits)
+        if bits > 2:
+            for tile in {Tile(*entry["tile"]) for entry in table["activation_side"]["fp32" + kind]}:
+                yield activation_case("fp32", tile, bits=bits)
+        numbers = table["weight_side"]["half" + kind]
+        yield weight_case("bf16", Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits)
+        if not whole:
+            continue
         tile = Tile(*entries[0]["tile"])
         yield activation_case("fp16", tile, bits=bits)
         yield activation_case("fp16", tile, turned=True, bits=bits)  # as a permutation does
+        yield weight_case("fp16", Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits, grouped=True)
         if bits == 4:
             yield activation_case("bf16", tile, bits=bits, basis=True)
-        if bits > 2:
-            yield activation_case("fp32", Tile(*table["activation_side"]["fp32" + kind][0]["tile"]), bits=bits)
-        numbers = table["weight_side"]["half" + kind]
-        for short in ("fp16", "bf16"):
-            yield weight_case(short, Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits, grouped=short == "fp16")
 
 
-def cases(target: str) -> dict[str, tuple[Any, Any]]:
+def cases(target: str, *, whole: bool = False) -> dict[str, tuple[Any, Any]]:
     """Every kernel in every mode and tile that a launch on ``target`` may choose: name to source and options."""
     found: list[tuple[str, Any, Any]] = [*finishing_cases()]
     tables = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(TABLES.glob("*.json"))}
     own = [table for name, table in tables.items() if name.startswith(target)]
     for table in own or [tables["default"]]:
-        found += [*activation_cases(table), *weight_cases(table), *packed_cases(table)]
+        found += [
+            *activation_cases(table),
+            *weight_cases(table),
+            *packed_cases(table, whole=whole or target == "sm_90"),
+        ]
     found += weight_cases(tables["default"])  # for operands that no descriptor describes
     for short in ("fp16", "fp32"):
         for transform in (Transform(), Transform(granule=1)):
@@ -288,8 +298,9 @@ def report(target: str, binary: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    for target in sys.argv[1:] or TARGETS:
-        for name, (built, options) in cases(target).items():
+    whole = "--whole" in sys.argv
+    for target in [name for name in sys.argv[1:] if name in TARGETS] or TARGETS:
+        for name, (built, options) in cases(target, whole=whole).items():
             binary = triton.compile(built, target=TARGETS[target], options=dict(options))
             row = {"kernel": name, "target": target, "triton": triton.__version__, **report(target, binary)}
             print(json.dumps(row), flush=True)

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from randes_kernels import gpu, reference
 from randes_kernels.format import Transform, model_key
 from randes_kernels.kernels.group import group
+from randes_kernels.packing import of_operands
 from randes_kernels.tiles import Plan, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +158,8 @@ def test_no_descriptor_is_made_of_what_none_can_describe() -> None:
     for x in (wide[:, :24], case.x.mT.contiguous().mT, case.x[:1].expand(20, 24)):
         assert_exact(case._replace(x=x), False, bulk)
     nowhere = case._replace(delta=case.delta[:0], slots=torch.full_like(case.slots, -1))
-    operands = nowhere.x.repeat(100, 1), nowhere.weight, nowhere.delta, nowhere.ids, nowhere.keys
+    held = of_operands(nowhere.delta, None, (), 24)
+    operands = nowhere.x.repeat(100, 1), nowhere.weight, held, nowhere.ids, nowhere.keys
     assert gpu.plan_of(*operands, permuted=False).path == "activation side"
     assert_exact(nowhere, False)
 
