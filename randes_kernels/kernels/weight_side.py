@@ -66,6 +66,13 @@ def load_tile(
 
 
 @triton.jit
+def load_steps(steps_ptr, first_column, columns, BLOCK_N: tl.constexpr):
+    """The steps of a tile's rows of D, its columns of y; zeros beyond."""
+    own = first_column + tl.arange(0, BLOCK_N)
+    return tl.load(steps_ptr + own, mask=own < columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M: tl.constexpr):
     """The model of each row of a tile; NO_MODEL beyond the last."""
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -129,11 +136,9 @@ def weight_side_kernel(
             delta_row, delta_column = first_column, 0
         stored_columns = tl.cdiv(K, SIGNS_PER_BLOCK) * WIDTH if BITS < 8 else K  # whole spans, in bytes
         delta_columns = tl.where(slot >= 0, stored_columns, 0)
-        if BITS < 16:
-            columns = first_column + tl.arange(0, BLOCK_N)
-            steps, has_steps = steps_ptr + slot.to(tl.int64) * stride_ss + columns, columns < tl.where(slot >= 0, N, 0)
-            if BITS == 8:
-                scale *= tl.load(steps, mask=has_steps, other=0.0).to(tl.float32)
+        steps, step_columns = steps_ptr + slot.to(tl.int64) * stride_ss, tl.where(slot >= 0, N, 0)
+        if BITS == 8:
+            scale *= load_steps(steps, first_column, step_columns, BLOCK_N)
 
         y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
@@ -155,7 +160,10 @@ def weight_side_kernel(
                 if BITS < 16:
                     delta_tile = levels_of(packed_tile, plane, BITS, FINE)
                 if BITS < 8:
-                    own_scale *= tl.load(steps + at // GROUP * N, mask=has_steps, other=0.0).to(tl.float32)
+                    # Their columns again, not kept through the loop: the product needs the registers.
+                    own_scale *= load_steps(
+                        steps + at // GROUP * N, unhoisted(first_column, start), step_columns, BLOCK_N
+                    )
                 if FLIP_IN:
                     within = plane * WIDTH if BITS < 8 else position % SIGNS_PER_BLOCK
                     delta_tile = flip_sign_bit(delta_tile, signs_of(words, within, WIDTH))
