@@ -13,6 +13,7 @@ from torch import Tensor
 from randes.integers import STEP
 from randes.streams import LazyTensors
 from randes_kernels import Packed, pack, unpack
+from randes_kernels.packing import check
 
 if TYPE_CHECKING:
     from randes.superposition import Superposition
@@ -50,8 +51,7 @@ def packed(
         raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
     _one_of("bits", bits, (8, 4, 2))
     _one_of("coordinates", coordinates, (16, 8, 4))
-    if not isinstance(group, int) or group < 64 or group % 64:
-        raise ValueError(f"group must be a multiple of 64 columns, got {group!r}")
+    check(bits, group)
     made = Superposition(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from randes.checkpoint import Checkpoint
 from randes.config import Config
+from randes.layout import SUPERPOSABLE
 from randes.members import Member, Sizes
 from randes.packed import ERROR, Held, Packing, coordinates_of
 from randes.report.cosines import Cosines, of_originals, of_retrieved
@@ -20,7 +20,6 @@ from randes.summary import Verification, verify
 from randes.superposition import Superposition
 from randes_kernels.format import SIGNS_PER_BLOCK as SPAN
 
-SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 COORDINATES = 8
 """Bits of a model's coordinates in shared bases that ``Superposition.pack`` takes by default; its group is 64."""
 
