@@ -1,6 +1,7 @@
 """The command line: ``randes --help``."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from randes.basis import MOST
 from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
@@ -32,7 +34,7 @@ from randes.report import write as write_report
 from randes.store import MANIFEST, check_new
 from randes.streams import Progress as Begin
 from randes.streams import size
-from randes.summary import summary
+from randes.summary import ranks, summary
 from randes.summary import verify as verify_model
 from randes.superposition import Superposition
 
@@ -50,6 +52,14 @@ NamedModel = Annotated[
     typer.Argument(
         metavar="NAME=PATH",
         help="A model and its checkpoint: safetensors, a folder of shards, their index, or a LoRA adapter's folder.",
+    ),
+]
+
+Rank = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|INTEGER",
+        help="Directions of each matrix in which every model keeps its own delta; 0 for none.",
     ),
 ]
 
@@ -93,6 +103,11 @@ def _steps() -> Iterator[Callable[[str, int], Callable[[], None]]]:
         yield begin
 
 
+def _rank(text: str) -> int | str:
+    """A number where it is one; ``Config`` says what else there can be."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
 def _name_and_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
@@ -131,16 +146,14 @@ def compress(
     centre: Annotated[
         bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
     ] = False,
-    rank: Annotated[
-        int, typer.Option(help="Directions of each matrix in which every model keeps its own delta; 0 for none.")
-    ] = 0,
+    rank: Rank = "auto",
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with _errors(), _progress() as begin:
         if (out / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         options: dict[str, Any] = {} if exclude is None else {"exclude": tuple(exclude)}
-        options |= {"centre": centre, "rank": rank}
+        options |= {"centre": centre, "rank": _rank(rank)}
         config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
         models = _named(model)
         check_new(out)
@@ -157,14 +170,14 @@ def plan(
     group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
     others: Annotated[str, typer.Option(help="What is not a matrix: keep, base or average.")] = "keep",
     centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
-    rank: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    rank: Rank = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what a store will take and cost at each number of bits, before anything is compressed."""
     with _errors():
         if memory is not None and not memory > 0:
             raise ValueError(f"--memory must be above 0, got {memory}")
-        config = Config(group_size=group_size, others=others, centre=centre, rank=rank)  # type: ignore[arg-type]
+        config = Config(group_size=group_size, others=others, centre=centre, rank=_rank(rank))  # type: ignore[arg-type]
         rows = plan_of(base, models, config)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
@@ -179,6 +192,11 @@ def plan(
         f"As separate models {_gigabytes(rows[0].separate)}. Of store and memory at most"
         f" {_gigabytes(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
     )
+    if config.rank == "auto":
+        console.print(
+            f"rank auto: the models decide how many directions each matrix keeps, {MOST} at most; this counts all of"
+            " those. With --rank 0 there are none."
+        )
     console.print(
         "decode: weight bytes that a step reads, in units of one plain model's. interference: noise in a retrieved"
         " delta's weights, in units of the delta; it is not the accuracy: evaluate the models for that."
@@ -219,7 +237,10 @@ def pack(
     out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
     bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4 or 2.")] = 4,
     group: Annotated[int, typer.Option(help="Columns that share a scale, at 4 and 2 bits.")] = 64,
-    coordinates: Annotated[int, typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4.")] = 8,
+    coordinates: Annotated[
+        int | None,
+        typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4. By default as D, 4 at least."),
+    ] = None,
 ) -> None:
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with _errors(), _progress() as begin:
@@ -264,7 +285,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"signs {config.signs}, permute {config.permute}, shuffle_layers {config.shuffle_layers},"
         f" groups of {config.group_size}, seed {config.seed}, others {config.others}"
         f"{', deltas centred on their mean' if config.centre else ''}"
-        f"{f', shared bases of rank {config.rank}' if config.rank else ''}"
+        f"{f', shared bases of {ranks(superposition)}' if config.rank else ''}"
     )
     if (packing := superposition.packing) is not None:
         _say(f"packed for serving in {packing.bits} bits, of the store with checksum {packing.master}")

@@ -9,8 +9,9 @@ from torch import Tensor
 from randes import checkpoint, superposing
 from randes.arranged import SplitTensors
 from randes.basis import PASSES, loudest
+from randes.calibration import calibrated, matched
 from randes.checkpoint import Checkpoint, Tensors
-from randes.config import Config
+from randes.config import TOGETHER, Config
 from randes.members import BASE_NAME
 from randes.stored import Layers, StoredTensors, in_files
 from randes.streams import Progress, headers, parts, runs, silent, size
@@ -23,9 +24,10 @@ def compress(
     models: Mapping[str, Checkpoint],
     config: Config | None = None,
     *,
+    calibration: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> Superposition:
-    """Superpose all of ``models``, fine-tunes of ``base`` by name.
+    """Superpose all of ``models``, fine-tunes of ``base`` by name; by default with ``Config(rank="auto")``.
 
     Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
     there are. A base that is a path stays on the disk.
@@ -36,29 +38,42 @@ def compress(
     model added later is measured from the same centre.
 
     With ``config.rank`` each superposed matrix gets a shared basis of that many directions, the loudest of the deltas
-    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model.
-    (``basis.py``; design, section 2.)
+    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model. With
+    "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
+    added later keep their own delta in the same directions. (``basis.py``; design, section 2.)
 
+    calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models, and whatever ``Superposition.create`` and ``add`` raise.
+    Raises ``ValueError`` for no models and for a calibration that does not fit, and whatever ``Superposition.create``
+    and ``add`` raise.
     """
-    config = config or Config()
+    config = config or TOGETHER
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
+    if calibration is not None and not config.rank:
+        raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     original, superposed = superposition.base, superposition.superposed
+    moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
     sources = {name: superposition.read(model) for name, model in models.items()}
     matrices = sum(headers(original)[tensor].nbytes for tensor in superposed)
     stored = original
     if config.centre:
         stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
+    bases: dict[str, Tensor] = {}
     if config.rank:
-        step = progress("shared bases", matrices * len(sources) * PASSES)
-        bases = loudest(sources, stored, superposed, config.rank, config.seed, step)
+        passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in superposed}
+        read = sum(passes[name] * headers(original)[name].nbytes for name in superposed)
+        step = progress("shared bases", read * len(sources))
+        bases = loudest(sources, stored, [n for n in superposed if n not in moments], config.rank, config.seed, step)
+        for name, where in moments.items():
+            assert calibration is not None
+            found = calibrated(name, calibration[where], where, sources, stored, config.rank, step)
+            bases |= {name: found} if found.shape[1] else {}
     if config.centre or config.rank:
         companions, layout = superposition.companions, superposition.layout
-        superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {}, layout=layout)
+        superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
         superposition.companions = companions
     joining = [Joining(BASE_NAME, 0, 1.0, original)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from randes_kernels.format import Transform
 
 Signs = Literal["both", "columns", "none"]
+Rank = int | Literal["auto"]
 LATER = ("centre", "rank", "transposed", "fused")
 """Options that the first version did not have."""
 Others = Literal["keep", "base", "average"]
@@ -29,8 +30,9 @@ class Config:
     min_width: matrices narrower than this on either side (class heads) are not superposed.
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
-    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none. All
-        models must be there at once here, too.
+    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none,
+        "auto" for those that hold at least 2 % of the matrix's delta energy, which may be none. All models must be
+        there at once here, too.
     transposed: patterns of weights that are (K, N), for layers that multiply from the right (Transformers' Conv1D).
         Where the base is a module, or a Transformers folder, its layers say so themselves.
     fused: weights that are the concatenation of others, which signs and gains come from: the rows of each part by
@@ -60,7 +62,7 @@ class Config:
     )
     min_width: int = 32
     centre: bool = False
-    rank: int = 0
+    rank: Rank = 0
     transposed: tuple[str, ...] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
 
@@ -73,7 +75,8 @@ class Config:
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
-        _at_least("rank", self.rank, 0)
+        if self.rank != "auto" and (not isinstance(self.rank, int) or self.rank < 0):
+            raise ValueError(f"rank must be an integer of at least 0, or 'auto', got {self.rank!r}")
         if not isinstance(self.centre, bool):
             raise ValueError(f"centre must be True or False, got {self.centre!r}")
         if self.seed >= 1 << 64:
@@ -133,3 +136,8 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def _at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+TOGETHER = Config(rank="auto")
+"""What is taken where no config is given and all models are at hand: at equal storage a basis keeps more of each than
+smaller groups do (docs/method.md). Models that come one by one cannot know one, so ``Config()`` has none."""
