@@ -1,7 +1,7 @@
 """How much of each fine-tune survives: every method of ``randes demo``, over seeds and settings.
 
     python bench/quality.py                 writes bench/results/quality.json, about 20 minutes on 2 cores
-    python bench/quality.py --bits          centring, shared bases and few bits: quality-bits.json, half an hour
+    python bench/quality.py --bits          centring, shared bases and few bits: 10 minutes a seed and core
     python bench/quality.py --table [bits]  prints a Markdown table of what is there
 
 Sixteen fine-tunes are trained once for each seed and setting and superposed three ways: the first 8 in one group,
@@ -37,7 +37,7 @@ CONFIGURATIONS = {
     "two-sided signs": randes.Config(),
     **{f"shared basis of rank {rank}": randes.Config(rank=rank) for rank in RANKS},
     "two-sided, centred": randes.Config(centre=True),
-    **{f"shared basis of rank {rank}, centred": randes.Config(rank=rank, centre=True) for rank in RANKS},
+    "shared basis of rank auto, centred": randes.Config(rank="auto", centre=True),
 }
 GROUPS = (2, 4, 8, 16)
 BITS = {16: 16, 8: 8, 4: 4, 2: 4}
@@ -140,7 +140,9 @@ def main() -> None:
     if given.bits:
         for seed in given.seeds:
             kept = [row for row in read(path) if row["seed"] != seed] if path.exists() else []
-            write(path, kept + list(measure_bits(seed)))
+            for row in measure_bits(seed):
+                kept.append(row)
+                write(path, kept)
     elif not given.table:
         write(path, measure())
     print(shown(read(path)))

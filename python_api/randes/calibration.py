@@ -96,10 +96,10 @@ def _signs(name: str, columns: int) -> Tensor:
 
 def matched(
     calibration: Mapping[str, Tensor], base: Tensors, superposed: Iterable[str], layout: Layout
-) -> dict[str, str]:
-    """Of superposed matrices that there are moments for, their names in ``calibration``: a part has its tensor's.
+) -> dict[str, tuple[str, Tensor]]:
+    """Of superposed matrices that there are moments for, those and their name: a part has its tensor's.
 
-    Raises ``ValueError`` for moments of another shape than the matrix's, and where none fits any.
+    Raises ``ValueError`` for moments of another shape than the matrix's or not finite, and where there are none of any.
     """
     found = {}
     for name in superposed:
@@ -112,7 +112,7 @@ def matched(
             raise ValueError(f"calibration[{tensor!r}] must be (K, min(K, {COLUMNS})) = {wanted}, got {shape}")
         if not torch.isfinite(calibration[tensor]).all():
             raise ValueError(f"calibration[{tensor!r}] must be finite, got NaN or infinity")
-        found[name] = tensor
+        found[name] = tensor, calibration[tensor]
     if not found:
         raise ValueError(
             "calibration must be what randes.calibrate found of this base's layers;"
@@ -122,7 +122,7 @@ def matched(
 
 
 def calibrated(
-    name: str, sketch: Tensor, where: str, models: Mapping[str, Tensors], base: Tensors, rank: Rank,
+    name: str, where: str, sketch: Tensor, models: Mapping[str, Tensors], base: Tensors, rank: Rank,
     step: Callable[[int], None],
 ) -> Tensor:  # fmt: skip
     """``U`` of one matrix, (K, r) int16 of ``basis.UNIT``, from its moments.

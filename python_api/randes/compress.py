@@ -67,9 +67,8 @@ def compress(
         read = sum(passes[name] * headers(original)[name].nbytes for name in superposed)
         step = progress("shared bases", read * len(sources))
         bases = loudest(sources, stored, [n for n in superposed if n not in moments], config.rank, config.seed, step)
-        for name, where in moments.items():
-            assert calibration is not None
-            found = calibrated(name, calibration[where], where, sources, stored, config.rank, step)
+        for name, seen in moments.items():
+            found = calibrated(name, *seen, sources, stored, config.rank, step)
             bases |= {name: found} if found.shape[1] else {}
     if config.centre or config.rank:
         companions, layout = superposition.companions, superposition.layout
