@@ -186,7 +186,7 @@ def curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
         "ours: centred, D in 16 bits": over_groups("two-sided, centred"),
         "ours: centred, D in 4 bits": over_groups("two-sided, centred", 4),
         "ours: centred, D in 2 bits": over_groups("two-sided, centred", 2),
-        "ours: rank 16, centred, D and coordinates in 4 bits": over_groups("shared basis of rank 16, centred", 4, 4),
+        "ours: rank auto, D and coordinates in 4 bits": over_groups("shared basis of rank auto", 4, 4),
         "column signs, layer shuffle (RanDeS)": over_groups("layer shuffle + column signs"),
         "column signs": over_groups("column signs"),
         "task arithmetic": over("task arithmetic, best λ"),
