@@ -1,9 +1,12 @@
 """A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from randes.checkpoint import digest
 from randes.errors import BaseMismatchError
@@ -11,7 +14,7 @@ from randes.kept import KeptTable, Routed
 from randes.layer_kinds import SuperposedLayer, kind_of
 from randes.layout import View, tied_in
 from randes.linear import DeltaPool, Superposed, SuperposedLinear, SuperposedMatrix, check_is_base
-from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer
+from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
 from randes.routing import Router
 from randes.streams import headers
 from randes.superposition import BASE_NAME, Superposition
@@ -33,9 +36,48 @@ class Layer:
     tensors: dict[str, str] = field(default_factory=dict)
 
 
-def layers_of(module: nn.Module, superposition: Superposition) -> list[Layer]:
+@dataclass
+class Room:
+    """For how much a model's tables have rows.
+
+    numbers: of models. groups, kept: of superpositions of groups, and of tensors of each name that models keep; None
+    for what there is at first.
+    """
+
+    numbers: int
+    groups: int | None = None
+    kept: int | None = None
+
+
+class Original:
+    """A layer as it was before it was taken over."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.kind = layer, type(layer)
+        self._names = [set(names) for names in self._held()]
+
+    def _held(self) -> list[Any]:
+        layer = self.layer
+        return [vars(layer), layer._buffers, layer._modules, layer._non_persistent_buffers_set]
+
+    def is_changed(self) -> bool:
+        """Whether it has been taken over since; what was added to it counts from now on, and nothing later does."""
+        self._names = [set(names) - before for names, before in zip(self._held(), self._names, strict=True)]
+        return type(self.layer) is not self.kind or any(self._names)
+
+    def restore(self) -> None:
+        """Make it that again, with the parameters that it has now."""
+        self.layer.__class__ = self.kind
+        for held, added in zip(self._held(), self._names, strict=True):
+            for name in added & set(held):
+                held.discard(name) if isinstance(held, set) else held.pop(name)
+
+
+def layers_of(module: nn.Module, superposition: Superposition, wanted: Collection[str] | None = None) -> list[Layer]:
     """The layers with superposed or kept tensors.
 
+    wanted: of which layers all tensors that are not superposed may come to be kept, beside those that take each row's
+    own in one pass: those that hold one of these. By default only what some model has of its own is kept.
     Raises ``BaseMismatchError`` where the module has other tensors than the base, and ``ValueError`` where one layer
     is to be two.
     """
@@ -51,8 +93,13 @@ def layers_of(module: nn.Module, superposition: Superposition) -> list[Layer]:
             raise ValueError(f"{path} is shared with {layer.path}, and cannot have other tensors than that")
         if tensor in views:
             layer.views[last] = views[tensor]
-        elif tensor in others:
+        elif tensor in others or wanted is not None:
             layer.kept[last] = tensor
+    if wanted is not None:
+        for layer in layers.values():
+            own = others.union(wanted).intersection(layer.tensors.values())
+            if not layer.views and not own and routing_of(layer.module, layer.kept) is RoutedByModel:
+                layer.kept = {}
     return [layer for layer in layers.values() if layer.views or layer.kept]
 
 
@@ -85,6 +132,14 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
     what serves it."""
     superposition.check_base()
     _check_values(module, superposition)
+    for layer in layers:
+        if isinstance(layer.module, Superposed | Routed):
+            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
+    check_calls(module, layers)
+
+
+def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise ``ValueError`` for a layer that would not call what serves it."""
     for path, layer in module.named_modules():
         # These read the weights of the layers inside them without calling those.
         if isinstance(layer, nn.TransformerEncoderLayer) or (
@@ -95,8 +150,6 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
                 " instead, and would silently answer as the base"
             )
     for layer in layers:
-        if isinstance(layer.module, Superposed | Routed):
-            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
         if "forward" in vars(layer.module):
             raise ValueError(
                 f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
@@ -142,24 +195,58 @@ def take_centre(layers: Sequence[Layer], superposition: Superposition) -> None:
 
 def take_over(
     layer: Layer, superposition: Superposition, router: Router, pools: Mapping[str, DeltaPool],
-    tables: Mapping[str, KeptTable],
+    tables: Mapping[str, KeptTable], room: Room,
 ) -> None:  # fmt: skip
     """Turn a layer, in place, into what serves it: its hooks and all references to it stay."""
     module = layer.module
     if _is_plain(layer):
         assert isinstance(module, nn.Linear)
         weight, bias = layer.tensors["weight"], layer.tensors.get("bias", "")
-        SuperposedLinear.take_over(module, superposition, weight, bias, router, pools[weight])
+        keeps_bias = "bias" in layer.kept
+        SuperposedLinear.take_over(
+            module, superposition, weight, bias, router, pools[weight], room.numbers, keeps_bias
+        )  # fmt: skip
         return
     kind: type[Routed] | None = kind_of(module, layer.views) if layer.views else None
     if _is_relative(layer):
         kind = Routed  # read for one model at a time: see RoutedBias
-    weights = {name: _matrices(module, name, view, superposition, pools) for name, view in layer.views.items()}
+    weights = {
+        name: [
+            SuperposedMatrix(superposition, part, own, pools[part], room.numbers)
+            for part, own in view.matrices(getattr(module, name).detach()).items()
+        ]
+        for name, view in layer.views.items()
+    }
+    if kind is None and routing_of(module, layer.kept) is RoutedEmbedding:
+        module.of_positions = "position" in layer.path  # type: ignore[assignment]
     route_layer(module, {name: tables[tensor] for name, tensor in layer.kept.items()}, router, kind, layer.views)
-    if isinstance(module, RoutedEmbedding):
-        module.of_positions = "position" in layer.path
     if isinstance(module, SuperposedLayer):
-        module.take_weights(weights, layer.views, superposition)
+        module.take_weights(weights, layer.views)
+
+
+def make_pools(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, DeltaPool]:
+    """The superpositions of each matrix; layers that are shuffled or tied share one."""
+    by_family: dict[str, DeltaPool] = {}
+    pools = {}
+    for layer in layers:
+        for name, view in layer.views.items():
+            for matrix, weight in view.matrices(getattr(layer.module, name).detach()).items():
+                first = superposition.family(matrix)[0]
+                if first not in by_family:
+                    by_family[first] = DeltaPool(superposition, matrix, weight, room.groups)
+                pools[matrix] = by_family[first]
+    return pools
+
+
+def make_tables(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, KeptTable]:
+    """Of every tensor that some model may have its own of, what each has: one for all layers that are tied."""
+    tables: dict[str, KeptTable] = {}
+    for layer in layers:
+        for name, tensor in layer.kept.items():
+            if tensor not in tables and not (_is_plain(layer) and name == "bias"):
+                like = getattr(layer.module, name)
+                tables[tensor] = KeptTable(superposition, tensor, like, room.numbers, room.kept)
+    return tables
 
 
 def _is_relative(layer: Layer) -> bool:
@@ -174,20 +261,15 @@ def _is_plain(layer: Layer) -> bool:
     )  # fmt: skip
 
 
-def _matrices(
-    module: nn.Module, name: str, view: View, superposition: Superposition, pools: Mapping[str, DeltaPool]
-) -> list[SuperposedMatrix]:
-    weight: Tensor = getattr(module, name).detach()
-    return [SuperposedMatrix(superposition, part, own, pools[part]) for part, own in view.matrices(weight).items()]
-
-
-def follow_calls(module: nn.Module, router: Router) -> None:
+def follow_calls(module: nn.Module, router: Router) -> list[RemovableHandle]:
     """Have every Transformers model in ``module`` tell the router the shape of each call of it: its rows, and their
     length. So a part that is called by itself is known (one tower of two, a decoder step of ``generate``)."""
+    hooks = []
     for layer in module.modules():
         if hasattr(layer, "config") and hasattr(layer, "get_input_embeddings"):
-            layer.register_forward_pre_hook(router.enter, prepend=True, with_kwargs=True)
-            layer.register_forward_hook(router.leave, always_call=True)
+            hooks.append(layer.register_forward_pre_hook(router.enter, prepend=True, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(router.leave, always_call=True))
+    return hooks
 
 
 def route_containers(module: nn.Module, router: Router) -> None:
@@ -210,3 +292,40 @@ def _with(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Iterator[nn.
     for parent in list(module.modules()):
         if isinstance(getattr(parent, name, None), kinds):
             yield parent
+
+
+def merged_tensors(module: nn.Module, superposition: Superposition, name: str) -> dict[str, Tensor]:
+    """A model's retrieved tensors by the module's names, in its dtypes and on its devices; what it has already, itself."""
+    names, made = _base_names(module, superposition), {}
+    own: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    if name not in superposition.members:  # the base, whose parameters the module never lost
+        return own
+    values = superposition.retrieved(name)
+    for place, held in own.items():
+        if id(held) not in made:
+            value = values[names[place]].to(held.device, held.dtype)
+            if value.shape == held.shape and torch.equal(value, held):
+                value = held
+            elif isinstance(held, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=held.requires_grad)
+            made[id(held)] = value
+    return {place: made[id(held)] for place, held in own.items()}
+
+
+def give(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of a plain module's, by name; those that were tied are one."""
+    for place, value in tensors.items():
+        path, _, last = place.rpartition(".")
+        layer = module.get_submodule(path)
+        held: dict[str, Any] = layer._parameters if last in layer._parameters else layer._buffers
+        held[last] = value
+        if isinstance(layer, nn.Linear) and last == "weight":
+            layer.out_features = len(value)  # a head of other classes
+
+
+class Unloaded(nn.Module):
+    """In the place of a base module that was given back."""
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        """Raises ``RuntimeError``."""
+        raise RuntimeError("this model was unloaded: call the module that merge_and_unload returned")
