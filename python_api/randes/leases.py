@@ -1,5 +1,6 @@
 """Rows of tables of a fixed size, each taken for as long as somebody holds its lease."""
 
+import gc
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,7 +27,10 @@ class Rows:
 
     def take(self, what: str) -> Lease:
         """The first free row. what: it is for, in the ``CapacityError`` that is raised where there is none."""
-        row = next((row for row in range(self.count) if row not in self._taken), None)
+        row = self._free()
+        if row is None:
+            gc.collect()  # a compiler, or an error's traceback, may have left a batch in a cycle
+            row = self._free()
         if row is None:
             raise CapacityError(
                 f"there is no free {what} among {self.count}: they are in use, some maybe by calls or batches that began"
@@ -34,6 +38,9 @@ class Rows:
             )
         lease = self._taken[row] = Lease(row)
         return lease
+
+    def _free(self) -> int | None:
+        return next((row for row in range(self.count) if row not in self._taken), None)
 
     @property
     def taken(self) -> list[int]:
