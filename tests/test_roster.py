@@ -205,6 +205,20 @@ def test_a_batch_means_the_same_models_for_as_long_as_it_lives() -> None:
     check(model, sup, base, ["m0", "m2", "m4"])
 
 
+def test_an_error_that_is_kept_holds_no_model() -> None:
+    model, _, _, tuned = made()
+    kept: list[Exception] = []
+    for _ in range(3):
+        for change in (model.delete_adapter, model.add_adapter):
+            change("m0", tuned["m0"])
+            try:
+                model(tokens(), adapter_names=["m9"] * 3)
+            except randes.UnknownModelError as error:
+                kept.append(error)
+    assert len(kept) == 6
+    assert len(model._roster._groups.taken) == 1
+
+
 def test_a_backward_pass_after_a_change_is_that_of_its_forward() -> None:
     model, _, _, tuned = made()
     x, mix = tokens(), ["m0", "m1", "__base__"]
@@ -257,7 +271,7 @@ def test_threads_get_their_own_models_answers_while_others_come_and_go() -> None
     start.wait()
     made_changes = 0
     try:
-        while made_changes < 16:
+        while made_changes < 8:
             name, comes = changes[made_changes % len(changes)]
             try:
                 (model.add_adapter if comes else model.delete_adapter)(name, tuned[name])
@@ -283,7 +297,6 @@ def test_nothing_is_compiled_anew_when_models_come_and_go() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
-    model.base_model.compile(fullgraph=True, dynamic=True, backend=count)
     steps = [("m3", True), ("m4", True), ("m0", False), ("m2", False), ("m5", True), ("m1", False), ("m0", True)]
     for rows, (name, comes) in enumerate(steps, 3):
         (model.add_adapter if comes else model.delete_adapter)(name, tuned[name])
@@ -291,8 +304,7 @@ def test_nothing_is_compiled_anew_when_models_come_and_go() -> None:
         x = tokens(rows)
         answer = expected(base, sup, x, mix[:rows])
         torch.testing.assert_close(compiled(x, adapter_names=model.batch(mix[:rows])), answer, **CLOSE)
-        torch.testing.assert_close(model(x, adapter_names=mix[:rows]), answer, **CLOSE)
-    assert len(programs) == 2  # one inside each of the two ways to call it
+    assert len(programs) == 1
     torch._dynamo.reset()
 
 

@@ -215,7 +215,10 @@ class Router:
         versions = self.versions  # may be replaced meanwhile
         if unknown := [name for name in names if not isinstance(name, str) or name not in versions]:
             known = ", ".join(self.names) or "no models"
-            raise UnknownModelError(f"no model is called {', '.join(sorted({*map(repr, unknown)}))}; there are: {known}")
+            del versions  # an error may be kept long, with this frame, and they would be
+            raise UnknownModelError(
+                f"no model is called {', '.join(sorted({*map(repr, unknown)}))}; there are: {known}"
+            )
         ids = [versions[name].number for name in names]
         of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
         alike = len(set(ids)) == 1
