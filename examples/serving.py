@@ -111,7 +111,7 @@ def change(model: randes.SuperposedModel, verb: str, name: str, checkpoint: nn.M
 
 @dataclass
 class Found:
-    """answered, refused: requests. changes: seconds of each. longest: seconds for one and the ``rows`` requests meanwhile."""
+    """answered, refused: requests. changes: seconds of each. longest: seconds for one and ``rows`` requests with it."""
 
     answered: int
     refused: int

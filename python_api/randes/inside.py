@@ -2,10 +2,8 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from randes.checkpoint import digest
@@ -13,7 +11,8 @@ from randes.errors import BaseMismatchError
 from randes.kept import KeptTable, Routed
 from randes.layer_kinds import SuperposedLayer, kind_of
 from randes.layout import View, tied_in
-from randes.linear import DeltaPool, Superposed, SuperposedLinear, SuperposedMatrix, check_is_base
+from randes.linear import Superposed, SuperposedLinear, SuperposedMatrix, check_is_base
+from randes.pools import DeltaPool
 from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
 from randes.routing import Router
 from randes.streams import headers
@@ -49,30 +48,6 @@ class Room:
     kept: int | None = None
 
 
-class Original:
-    """A layer as it was before it was taken over."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.kind = layer, type(layer)
-        self._names = [set(names) for names in self._held()]
-
-    def _held(self) -> list[Any]:
-        layer = self.layer
-        return [vars(layer), layer._buffers, layer._modules, layer._non_persistent_buffers_set]
-
-    def is_changed(self) -> bool:
-        """Whether it has been taken over since; what was added to it counts from now on, and nothing later does."""
-        self._names = [set(names) - before for names, before in zip(self._held(), self._names, strict=True)]
-        return type(self.layer) is not self.kind or any(self._names)
-
-    def restore(self) -> None:
-        """Make it that again, with the parameters that it has now."""
-        self.layer.__class__ = self.kind
-        for held, added in zip(self._held(), self._names, strict=True):
-            for name in added & set(held):
-                held.discard(name) if isinstance(held, set) else held.pop(name)
-
-
 def layers_of(module: nn.Module, superposition: Superposition, wanted: Collection[str] | None = None) -> list[Layer]:
     """The layers with superposed or kept tensors.
 
@@ -82,7 +57,7 @@ def layers_of(module: nn.Module, superposition: Superposition, wanted: Collectio
     is to be two.
     """
     views = _views(superposition)
-    names = _base_names(module, superposition)
+    names = base_names(module, superposition)
     others = set(superposition.others)
     layers: dict[int, Layer] = {}
     for name, tensor in names.items():
@@ -111,7 +86,7 @@ def _views(superposition: Superposition) -> dict[str, View]:
     return {**superposition.layout.views, **{name: View(shapes[name], {name: shapes[name][0]}) for name in plain}}
 
 
-def _base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
+def base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
     """Of every tensor of the module its name in the base: its own, or that of one it is tied to."""
     held = {superposition.layout.parts.get(name, name) for name in superposition.base}
     own = list(module.state_dict())
@@ -169,7 +144,7 @@ def _runs_by_model(attention: nn.MultiheadAttention, path: str, layers: Sequence
 
 
 def _check_values(module: nn.Module, superposition: Superposition) -> None:
-    own = {tensor: module.state_dict()[name] for name, tensor in _base_names(module, superposition).items()}
+    own = {tensor: module.state_dict()[name] for name, tensor in base_names(module, superposition).items()}
     own = {name: value.detach().cpu() for name, value in own.items()}
     added = superposition.members.get(BASE_NAME)
     for name, value in superposition.layout.split(own).items():
@@ -292,40 +267,3 @@ def _with(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Iterator[nn.
     for parent in list(module.modules()):
         if isinstance(getattr(parent, name, None), kinds):
             yield parent
-
-
-def merged_tensors(module: nn.Module, superposition: Superposition, name: str) -> dict[str, Tensor]:
-    """A model's retrieved tensors by the module's names, in its dtypes and on its devices; what it has already, itself."""
-    names, made = _base_names(module, superposition), {}
-    own: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    if name not in superposition.members:  # the base, whose parameters the module never lost
-        return own
-    values = superposition.retrieved(name)
-    for place, held in own.items():
-        if id(held) not in made:
-            value = values[names[place]].to(held.device, held.dtype)
-            if value.shape == held.shape and torch.equal(value, held):
-                value = held
-            elif isinstance(held, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=held.requires_grad)
-            made[id(held)] = value
-    return {place: made[id(held)] for place, held in own.items()}
-
-
-def give(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the place of a plain module's, by name; those that were tied are one."""
-    for place, value in tensors.items():
-        path, _, last = place.rpartition(".")
-        layer = module.get_submodule(path)
-        held: dict[str, Any] = layer._parameters if last in layer._parameters else layer._buffers
-        held[last] = value
-        if isinstance(layer, nn.Linear) and last == "weight":
-            layer.out_features = len(value)  # a head of other classes
-
-
-class Unloaded(nn.Module):
-    """In the place of a base module that was given back."""
-
-    def forward(self, *_: Any, **__: Any) -> None:
-        """Raises ``RuntimeError``."""
-        raise RuntimeError("this model was unloaded: call the module that merge_and_unload returned")

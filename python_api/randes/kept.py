@@ -14,7 +14,7 @@ from randes.streams import headers
 from randes.superposition import Superposition
 
 RESERVED_ELEMENTS = 1 << 16
-"""Of a tensor that models with room for others reserve rows of; a larger one's are made when a model first needs one."""
+"""Of a tensor that models with room for others reserve rows of; a larger one's are made when somebody needs one."""
 
 
 class KeptTable(nn.Module):
@@ -69,8 +69,8 @@ class KeptTable(nn.Module):
             self.register_buffer(f"value_{lease.row}", value.to(*place, copy=True), persistent=False)
         elif value.shape != self.shape:
             raise CheckpointError(
-                f"{self.tensor} of {name!r} must be {tuple(self.shape)}, got {tuple(value.shape)}: a model with a head of"
-                " another shape can join only where one was served from the start"
+                f"{self.tensor} of {name!r} must be {tuple(self.shape)}, got {tuple(value.shape)}: a model with a head"
+                " of another shape can join only where one was served from the start"
             )
         else:
             if not self.used:

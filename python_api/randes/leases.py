@@ -33,8 +33,8 @@ class Rows:
             row = self._free()
         if row is None:
             raise CapacityError(
-                f"there is no free {what} among {self.count}: they are in use, some maybe by calls or batches that began"
-                " before a change; try again when those have ended, or make the model with a larger capacity"
+                f"there is no free {what} among {self.count}: they are in use, some maybe by calls or batches that"
+                " began before a change; try again when those have ended, or make the model with a larger capacity"
             )
         lease = self._taken[row] = Lease(row)
         return lease

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from randes.checkpoint import Checkpoint
-from randes.inside import Unloaded, check_layers, follow_calls, give, merged_tensors, take_centre
+from randes.inside import check_layers, follow_calls, take_centre
 from randes.layer_kinds import SuperposedLayer
 from randes.linear import Superposed, SuperposedLinear
 from randes.roster import Roster
 from randes.routing import Batch, Router, first_input
 from randes.streams import Progress, silent
 from randes.superposition import BASE_NAME, Superposition
+from randes.unloading import Unloaded, give, merged_tensors
 from randes_kernels.tiles import device_name, rows_of_plans
 
 
@@ -31,8 +32,8 @@ class SuperposedModel(nn.Module):
     memory for the superpositions of so many groups and one more, and for what models keep (``roster.py``,
     docs/serving.md). Without it the model serves those that the superposition holds now.
 
-    It keeps the superposition, which ``add_adapter`` and ``delete_adapter`` change, in memory alone: a store that it was
-    loaded from stays as it is until ``save_pretrained`` writes one.
+    It keeps the superposition, which ``add_adapter`` and ``delete_adapter`` change, in memory alone: the store that it
+    was loaded from stays as it is, and ``save_pretrained`` writes another.
 
     Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
     stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
@@ -153,7 +154,7 @@ class SuperposedModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """What answers this thread's calls that name no model: a scope's models, or the one that was chosen, or none."""
+        """What answers this thread's calls that name no model: a scope's models, the one that was chosen, or none."""
         batch = self.router.current()
         return [] if batch is None else _names_of(batch)
 
@@ -284,8 +285,8 @@ class SuperposedModel(nn.Module):
             yield
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the superposition as it is now to a store, with the base's configuration and tokenizer where it has any:
-        also the models in it that are not served."""
+        """Write the superposition as it is now to a store, also its models that are not served, with the base's
+        configuration and tokenizer where it has any."""
         with self.router.changing:
             self.superposition.save(path)
 

@@ -1,9 +1,9 @@
 """Which models a ``SuperposedModel`` serves, and how that changes while it answers.
 
-What tells models apart is data, in tables of a fixed size: a model has a number, its row of the tables by model, and its
-group a row of every pool of superpositions. A change fills rows that nobody reads, and then gives the names their new
-numbers, all at once. A call that began before goes on with the numbers that it has, whose rows stay as they are until
-it has ended. So nobody waits for anybody, a call sees one version of everything, no buffer moves, and nothing is
+What tells models apart is data, in tables of a fixed size: a model has a number, its row of the tables by model, and
+its group a row of every pool of superpositions. A change fills rows that nobody reads, and then gives the names their
+new numbers, all at once. A call that began before goes on with the numbers that it has, whose rows stay as they are
+until it has ended. So nobody waits for anybody, a call sees one version of everything, no buffer moves, and nothing is
 compiled anew.
 """
 
@@ -15,23 +15,15 @@ import torch
 from torch import nn
 
 from randes.errors import CapacityError, CheckpointError
-from randes.inside import (
-    Layer,
-    Original,
-    Room,
-    check_calls,
-    layers_of,
-    make_pools,
-    make_tables,
-    route_containers,
-    take_over,
-)  # fmt: skip
+from randes.inside import Layer, Room, check_calls, layers_of, make_pools, make_tables, route_containers, take_over
 from randes.kept import KeptTable, Routed
 from randes.layer_kinds import SuperposedEmbedding
 from randes.leases import Lease, Rows
-from randes.linear import DeltaPool, Superposed, SuperposedLinear, group_rows
+from randes.linear import Superposed, SuperposedLinear
+from randes.pools import DeltaPool, group_rows
 from randes.routing import Router, Version
 from randes.superposition import BASE_NAME, Superposition
+from randes.unloading import Original
 
 
 class Roster:
@@ -97,8 +89,8 @@ class Roster:
                 fresh.add(group)
         _wait(module)  # for what is still under way in rows that are free
         parts = list(module.modules())
-        for pool in parts:
-            for group in fresh if isinstance(pool, DeltaPool) else ():
+        for pool in [part for part in parts if isinstance(part, DeltaPool)]:
+            for group in fresh:
                 pool.write(superposition, group, rows[group].row)
         tables = [part for part in parts if isinstance(part, KeptTable)]
         averages: dict[str, Lease] = {}
@@ -119,7 +111,7 @@ class Roster:
             leases = number, rows[member.group]
             new.append(Version(name, number.row, rows[member.group].row, kept, member, leases))
         for part in parts:
-            if isinstance(part, Superposed | SuperposedEmbedding):
+            if isinstance(part, Superposed) or isinstance(part, SuperposedEmbedding):
                 part.write(superposition, new)
         for table in tables:
             table.write(new)
@@ -130,8 +122,8 @@ class Roster:
         self._rows, self._made_of = rows, made_of
 
     def check_room(self, group: int, models: int = 0) -> None:
-        """Raise ``ValueError`` unless there is room for changes at all, and ``CapacityError`` unless there is some for a
-        group's next superposition and for so many more models."""
+        """Raise ``ValueError`` unless there is room for changes at all, and ``CapacityError`` unless there is some for
+        a group's next superposition and for so many more models."""
         if self.capacity is None:
             raise ValueError(
                 "the model must be made with room to change what it serves,"

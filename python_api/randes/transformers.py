@@ -67,7 +67,7 @@ class Adapters:
     """Mixed into a model's class: ``adapter_names`` for its calls, and the methods that choose a model."""
 
     def add_adapter(self, name: str, checkpoint: Checkpoint | None = None) -> None:
-        """See ``SuperposedModel.add_adapter``: one of the store's models that was deleted, as there is room for no more;
+        """See ``SuperposedModel.add_adapter``: for models that were deleted, as there is room for no others;
         ``randes.from_pretrained(store, capacity=...)`` has some."""
         served(self).add_adapter(name, checkpoint)
 
@@ -80,8 +80,8 @@ class Adapters:
         return served(self).active_adapters
 
     def merge_and_unload(self, name: str | None = None) -> nn.Module:
-        """See ``SuperposedModel.merge_and_unload``: this model itself, of its own class again, which ``save_pretrained``
-        writes as Transformers does."""
+        """See ``SuperposedModel.merge_and_unload``: this model itself, of its own class again, whose
+        ``save_pretrained`` is Transformers'."""
         plain, model = type(self).__bases__[1], served(self).merge_and_unload(name)
         if isinstance(model, Adapters):
             model.__class__ = plain
