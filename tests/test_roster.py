@@ -308,6 +308,17 @@ def test_nothing_is_compiled_anew_when_models_come_and_go() -> None:
     torch._dynamo.reset()
 
 
+def test_other_groups_answer_as_before_to_the_bit() -> None:
+    model, _, _, tuned = made(randes.Config(group_size=2), models=3)
+    x, mix = tokens(), ["m1", "__base__", "m0"]
+    before, neighbour = model(x, adapter_names=mix), model(x, adapter_names=["m2"] * 3)
+    model.add_adapter("m3", tuned["m3"])  # beside m2
+    assert torch.equal(model(x, adapter_names=mix), before)
+    assert not torch.allclose(model(x, adapter_names=["m2"] * 3), neighbour, atol=1e-3)
+    model.delete_adapter("m3", tuned["m3"])
+    assert torch.equal(model(x, adapter_names=["m2"] * 3), neighbour)
+
+
 def test_no_buffer_moves_or_grows() -> None:
     model, _, _, tuned = made()
     places = {name: (value.data_ptr(), value.shape) for name, value in model.named_buffers()}

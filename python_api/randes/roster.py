@@ -111,7 +111,7 @@ class Roster:
             leases = number, rows[member.group]
             new.append(Version(name, number.row, rows[member.group].row, kept, member, leases))
         for part in parts:
-            if isinstance(part, Superposed) or isinstance(part, SuperposedEmbedding):
+            if isinstance(part, Superposed | SuperposedEmbedding):
                 part.write(superposition, new)
         for table in tables:
             table.write(new)
