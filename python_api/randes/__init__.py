@@ -9,7 +9,7 @@ model(x, adapter_names=["german", "__base__"])
 from randes.calibration import calibrate
 from randes.compress import compress
 from randes.config import Config
-from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
+from randes.errors import BaseMismatchError, CapacityError, CheckpointError, RandesError, StoreError, UnknownModelError
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
 from randes.plan import plan
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BaseMismatchError",
+    "CapacityError",
     "CheckpointError",
     "Config",
     "RandesError",

@@ -238,9 +238,15 @@ class Superposition:
         if own is not None:
             return own
         base = self.base[tensor]
-        if tensor in self.averages and self._differs(tensor) and name != BASE_NAME:
+        if name != BASE_NAME and self.is_averaged(tensor):
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
         return base
+
+    def is_averaged(self, tensor: str) -> bool:
+        """Whether all models have the average of a tensor, because any of them did not have the base's."""
+        if tensor not in self.averages:
+            return False
+        return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
 
     def read(self, finetuned: Checkpoint) -> Tensors:
         """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
@@ -276,7 +282,7 @@ class Superposition:
     @property
     def others(self) -> list[str]:
         """The tensors that some model has its own of, or that are averaged."""
-        names = {tensor for tensor in self.averages if self._differs(tensor)}
+        names = {tensor for tensor in self.averages if self.is_averaged(tensor)}
         for member in self.members.values():
             names |= member.kept.keys()
         return sorted(names)
@@ -325,10 +331,6 @@ class Superposition:
             check(tensors, step)
 
     # ---------------------------------------------------------------- inside
-
-    def _differs(self, tensor: str) -> bool:
-        """Whether any model's own tensor is not the base's."""
-        return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
 
     def check_master(self) -> None:
         """Raise ``ValueError`` for what is packed for serving: the integers it was made of are what can be changed."""
