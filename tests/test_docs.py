@@ -119,7 +119,7 @@ def test_what_compress_does_by_default_keeps_the_most_at_its_storage() -> None:
             more = next(number for number, other in enumerate(fixed) if other.bits > auto.bits)
             below, above = fixed[more - 1 : more + 1]
             between = (auto.bits - below.bits) / (above.bits - below.bits)
-            assert auto.mean > below.mean + between * (above.mean - below.mean) - 0.1  # a point is ten times that
+            assert auto.mean > below.mean + between * (above.mean - below.mean)
     rows = language.read(language.RESULTS)
     smaller = share(rows, "two-sided signs", 4, 16)
     assert share(rows, AUTO, 8, 4).bits < smaller.bits
@@ -127,13 +127,6 @@ def test_what_compress_does_by_default_keeps_the_most_at_its_storage() -> None:
     # More directions in 4 bits against fewer with coordinates in 8: the default of pack.
     more, fewer = (share(rows, f"shared basis of rank {r}, centred", 8, held) for r, held in ((32, 4), (16, 8)))
     assert more.mean > fewer.mean + 1
-
-
-def test_the_digits_table_by_bits_is_that_of_the_rows() -> None:
-    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- quality bits: .*? -->\n(.*?)\n<!-- /quality bits -->", text, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == quality.table_of_bits(quality.read(quality.BITS_RESULTS))
 
 
 def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:
