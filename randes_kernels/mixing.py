@@ -142,7 +142,8 @@ def dense(key: int, tensor: int, k: int) -> Tensor:
 def inverse(matrix: Tensor) -> Tensor:
     """Of a dense matrix, fp64; its pseudo-inverse, where it has none."""
     found, info = torch.linalg.inv_ex(matrix)
-    return found if not info.any() else torch.linalg.pinv(matrix)
+    own: Tensor = found if not info.any() else torch.linalg.pinv(matrix)
+    return own
 
 
 def reciprocals() -> Tensor:
