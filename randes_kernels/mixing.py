@@ -260,7 +260,7 @@ def hadamard(rows: Tensor) -> Tensor:
 def _taken(rows: Tensor, order: Tensor) -> Tensor:
     """Columns of rows (B, n, K) in an order of each, (B, K)."""
     if len(order) == 1:
-        return rows[..., order[0]]
+        return rows.index_select(-1, order[0])
     return rows.gather(-1, order[:, None].expand(rows.shape))
 
 
