@@ -1,7 +1,10 @@
-"""``superpose_`` and ``retrieve`` on a CPU, some rows of a matrix at a time: the same bits as ``reference``.
+"""``superpose_`` and ``retrieve``, some rows of a matrix at a time: the same bits as ``reference``.
+
+On a CPU, and on a GPU where a matrix mixes columns, which takes no kernel of its own.
 
     superpose_rows_   A[i] ± rint( (W[i] − W0[i]) · (rate · c) · r_i ) · P     A int16 or int32, i from ``first``
     retrieve_rows     W0[i] + (D[i] Pᵀ) · (scale · c) · r_i
+    with a matrix R   A[i] ± rint( rint( (W[i] − W0[i]) · rate · r_i ) R )    W0[i] + (D[i] R⁻¹) · scale · r_i
 
 Signs go onto the float, which rounds a half to the even number on both sides of zero, so the integers are those of
 rounding first. A slice of rows stays in the cache through all of its steps, in scratch that is allocated once: most of
@@ -13,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from randes_kernels.format import Stream, Transform, column_permutation, signs
+from randes_kernels.format import Matrix, Stream, Transform, column_permutation, signs
+from randes_kernels.mixing import Mixer
 
 SLICE_ELEMENTS = 1 << 16
 """Of a slice: with its copies it fits a second-level cache, and its operators' overhead is a fifth. Twice as many cost
@@ -24,17 +28,24 @@ _WHOLE = 1.5 * 2.0**23
 
 
 class Turn(NamedTuple):
-    """How one model turns one tensor: its signs as fp32, (N, 1) and (K,), and where columns go and come from."""
+    """How one model turns one tensor: its signs as fp32, (N, 1) and (K,), and where columns go and come from; or what
+    mixes them."""
 
     rows: Tensor | None
     columns: Tensor | None
     target: Tensor | None
     source: Tensor | None
+    mixer: Mixer | None = None
 
 
-def turn(key: int, tensor: int, shape: torch.Size, transform: Transform) -> Turn:
+def turn(
+    key: int, tensor: int, shape: torch.Size, transform: Transform, device: torch.device | str = "cpu"
+) -> Turn:  # fmt: skip
     """What ``key`` and ``tensor`` make of a matrix (N, K)."""
     n, k = shape
+    if transform.matrix != Matrix.SIGNS:
+        rows = signs(key, tensor, Stream.ROW_SIGNS, n).float()[:, None].to(device) if transform.row_signs else None
+        return Turn(rows, None, None, None, Mixer(key, tensor, k, transform.matrix, device))
     moves = transform.granule > 0
     return Turn(
         signs(key, tensor, Stream.ROW_SIGNS, n).float()[:, None] if transform.row_signs else None,
@@ -82,7 +93,9 @@ def superpose_rows_(
         steps.mul_(factor if columns is None else columns)
         if turn.rows is not None:
             steps.mul_(turn.rows[first + start : first + end])
-        if short:  # torch's round_ splits the smallest slice over threads
+        if turn.mixer is not None:  # after which what lay beyond int16 may lie within
+            steps = turn.mixer.turn(steps.round_().double()).round_()
+        elif short:  # torch's round_ splits the smallest slice over threads
             steps.add_(_WHOLE).sub_(_WHOLE)
         else:
             steps.round_()
@@ -107,11 +120,13 @@ def retrieve_rows(base: Tensor, delta: Tensor, scale: float, turn: Turn, *, firs
     base: (n, K), fp32, fp16, bf16 or fp64. delta: (n, K), integers or floats.
     """
     exact = torch.promote_types(base.dtype, torch.float32)
-    retrieved = torch.empty(base.shape, dtype=base.dtype, device="cpu")
+    retrieved = torch.empty_like(base, memory_format=torch.contiguous_format)
     columns = None if turn.columns is None else turn.columns.to(exact) * scale
     one, other = _scratch(base, exact)
     for start, end in spans(len(base), base.shape[1], SLICE_ELEMENTS):
         turned_back, spare = one[: end - start].copy_(delta[start:end]), other[: end - start]
+        if turn.mixer is not None:
+            turned_back = turn.mixer.back(turned_back)
         if turn.target is not None:
             turned_back, spare = torch.index_select(turned_back, 1, turn.target, out=spare), turned_back
         turned_back.mul_(scale if columns is None else columns)
@@ -126,7 +141,7 @@ def _scratch(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     again each time."""
     rows, columns = matrix.shape
     height = max(end - start for start, end in spans(rows, columns, SLICE_ELEMENTS))
-    one, other = (torch.empty(height, columns, dtype=dtype, device="cpu") for _ in range(2))
+    one, other = (torch.empty(height, columns, dtype=dtype, device=matrix.device) for _ in range(2))
     return one, other
 
 
@@ -141,9 +156,10 @@ def superpose_(
     transform: Transform, subtract: bool,
 ) -> None:  # fmt: skip
     """``reference.superpose_`` of whole matrices: what the operator runs."""
-    superpose_rows_(accumulator, finetuned, base, rate, turn(key, tensor, base.shape, transform), subtract=subtract)
+    own = turn(key, tensor, base.shape, transform, base.device)
+    superpose_rows_(accumulator, finetuned, base, rate, own, subtract=subtract)
 
 
 def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, transform: Transform) -> Tensor:
     """``reference.retrieve`` of whole matrices: what the operator runs."""
-    return retrieve_rows(base, delta, scale, turn(key, tensor, base.shape, transform))
+    return retrieve_rows(base, delta, scale, turn(key, tensor, base.shape, transform, base.device))

@@ -79,9 +79,10 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
 
 
 def test_every_command_that_the_readme_shows_exists() -> None:
-    shown = set(re.findall(r"(?:^    | && )randes (\w+)", README, re.MULTILINE))
+    shown = set(re.findall(r"(?:^    | && )randes ([\w-]+)", README, re.MULTILINE))
     commands = app.registered_commands
-    assert shown == {command.name or command.callback.__name__ for command in commands if command.callback}
+    names = {command.name or command.callback.__name__ for command in commands if command.callback}
+    assert shown == {name.replace("_", "-") for name in names}
 
 
 def test_the_methods_table_of_the_language_model_is_that_of_the_rows() -> None:

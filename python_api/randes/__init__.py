@@ -10,6 +10,7 @@ from randes.calibration import calibrate
 from randes.compress import compress
 from randes.config import Config
 from randes.errors import BaseMismatchError, CapacityError, CheckpointError, RandesError, StoreError, UnknownModelError
+from randes.factors import merge_adapter, superpose_adapters
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
 from randes.plan import plan
@@ -32,5 +33,7 @@ __all__ = [
     "calibrate",
     "compress",
     "from_pretrained",
+    "merge_adapter",
     "plan",
+    "superpose_adapters",
 ]

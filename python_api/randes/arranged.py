@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from randes.stored import StoredTensors
+from randes.stored import Layers, StoredTensors, in_files
 from randes.streams import LazyTensors, digests, headers, parts, rows, runs
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class SplitTensors(LazyTensors):
         own, view = self.where[name]
         if view is None:
             yield from parts(self.source, own)
+            return
+        if view.vector:
+            yield self.source[own][None]
             return
         first = 0 if view.stacked else view.first_row(name)
         if not view.stacked and not view.transposed:
@@ -90,7 +93,7 @@ class JoinedTensors(LazyTensors):
             for start, end in runs(header):
                 some = torch.stack([self._matrices[part] for part in names[start:end]])
                 yield some.mT if view.transposed else some
-        elif view.transposed:
+        elif view.transposed or view.vector:
             whole = view.tensor(self._matrices)
             yield from (whole[start:end] for start, end in runs(header))
         else:
@@ -101,7 +104,7 @@ class JoinedTensors(LazyTensors):
         view = self._views.get(name)
         if view is None:
             return rows(self._matrices, name, start, end)
-        if view.stacked or view.transposed:
+        if view.stacked or view.transposed or view.vector:
             return super().rows(name, start, end)
         some, first = [], 0
         for part, count in view.parts.items():
@@ -109,6 +112,14 @@ class JoinedTensors(LazyTensors):
                 some.append(rows(self._matrices, part, max(start - first, 0), min(end - first, count)))
             first += count
         return torch.cat(some).reshape(end - start, *view.shape[1:])
+
+
+def replaced(base: Mapping[str, Tensor], held: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """A base's tensors with some others in their place, which are held in memory."""
+    if in_files(base):
+        assert isinstance(base, StoredTensors | SplitTensors)
+        return Layers(held, base.renamed({name: name for name in base if name not in held}))
+    return {**base, **held}
 
 
 def source_of(tensors: Mapping[str, Tensor], name: str) -> tuple[Mapping[str, Tensor], str]:

@@ -1,5 +1,6 @@
 """A base and all of its fine-tunes, made into one superposition."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -7,13 +8,12 @@ import torch
 from torch import Tensor
 
 from randes import checkpoint, superposing
-from randes.arranged import SplitTensors
+from randes.arranged import replaced
 from randes.basis import PASSES, loudest
 from randes.calibration import calibrated, matched
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import TOGETHER, Config
 from randes.members import BASE_NAME
-from randes.stored import Layers, StoredTensors, in_files
 from randes.streams import Progress, headers, parts, runs, silent, size
 from randes.superposing import Joining
 from randes.superposition import Superposition
@@ -24,6 +24,7 @@ def compress(
     models: Mapping[str, Checkpoint],
     config: Config | None = None,
     *,
+    alpha: float = 1.0,
     calibration: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> Superposition:
@@ -42,15 +43,20 @@ def compress(
     "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
     added later keep their own delta in the same directions. (``basis.py``; design, section 2.)
 
+    alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
+        or 1 / J for the average of a model soup (``origin="zero"``).
     calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models and for a calibration that does not fit, and whatever ``Superposition.create``
+    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite and for a calibration that does not fit, and
+    whatever ``Superposition.create``
     and ``add`` raise.
     """
     config = config or TOGETHER
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha}")
     if calibration is not None and not config.rank:
         raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
@@ -63,21 +69,25 @@ def compress(
         stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
     bases: dict[str, Tensor] = {}
     if config.rank:
-        passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in superposed}
-        read = sum(passes[name] * headers(original)[name].nbytes for name in superposed)
+        matrices_alone = [name for name in superposed if name not in superposition.layout.vectors]
+        passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in matrices_alone}
+        read = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
         step = progress("shared bases", read * len(sources))
-        bases = loudest(sources, stored, [n for n in superposed if n not in moments], config.rank, config.seed, step)
+        unseen = [name for name in matrices_alone if name not in moments]
+        bases = loudest(sources, stored, unseen, config.rank, config.seed, step)
         for name, seen in moments.items():
             found = calibrated(name, *seen, sources, stored, config.rank, step)
             bases |= {name: found} if found.shape[1] else {}
     if config.centre or config.rank:
         companions, layout = superposition.companions, superposition.layout
+        config = replace(config, include=superposition.config.include)
         superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
         superposition.companions = companions
-    joining = [Joining(BASE_NAME, 0, 1.0, original)] if config.centre else []
+    shifts = config.shuffle_layers > 0
+    joining = [Joining(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):
         superposition.check_name(name)
-        joining.append(Joining(name, number // config.group_size, 1.0, tensors))
+        joining.append(Joining(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
     step = progress("superposing", size(original) * len(joining))
     superposing.join_all(superposition, joining, step)
     return superposition
@@ -91,10 +101,7 @@ def _centred(
     Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
     """
     means = {tensor: _mean(tensor, base, [models[name] for name in sorted(models)], step) for tensor in superposed}
-    if in_files(base):
-        assert isinstance(base, StoredTensors | SplitTensors)
-        return Layers(means, base.renamed({name: name for name in base if name not in means}))
-    return {**base, **means}
+    return replaced(base, means)
 
 
 def _mean(tensor: str, base: Tensors, models: list[Tensors], step: Callable[[int], None]) -> Tensor:

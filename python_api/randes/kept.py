@@ -37,6 +37,8 @@ class KeptTable(nn.Module):
         members = superposition.members.values()
         own = [headers(member.kept)[tensor].shape for member in members if tensor in member.kept]
         count = len(own) + superposition.is_averaged(tensor)
+        if superposition.has_own(tensor):
+            count = len(members)
         self.tensor, self.shape = tensor, like.shape
         self.ragged = any(shape != like.shape for shape in own)
         self.leases = Rows(max(count, room or 0))
@@ -54,9 +56,10 @@ class KeptTable(nn.Module):
 
         Raises ``CapacityError`` where no row is free, and ``CheckpointError`` for another shape where all have one.
         """
-        own = self.tensor in superposition.members[name].kept
+        own = self.tensor in superposition.members[name].kept or self.tensor in superposition.layout.vectors
         if not own and (name == BASE_NAME or not superposition.is_averaged(self.tensor)):
             return None
+        own = own or superposition.has_own(self.tensor)
         if not own and self.tensor in averages:
             return averages[self.tensor]
         lease = self.leases.take(f"row for {self.tensor} of {name!r}")
@@ -205,7 +208,7 @@ class Routed(nn.Module):
 
     def extra_repr(self) -> str:
         """The base's: a layer is printed where no model is chosen."""
-        with self._router.during(self._router.of([BASE_NAME])):
+        with self._router.during(self._router.of_base()):
             return super().extra_repr()
 
 

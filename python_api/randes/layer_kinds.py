@@ -22,6 +22,7 @@ from randes.leases import put
 from randes.linear import SuperposedMatrix
 from randes.routing import Version
 from randes.superposition import Superposition
+from randes_kernels import mixing
 from randes_kernels.reference import transform_parts
 
 
@@ -107,6 +108,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     row_signs: Tensor
     column_signs: Tensor
     columns: Tensor
+    mixed: Tensor  # what turns columns back in place of signs
 
     def _prepare(self) -> None:
         (matrix,), weight = self._matrices("weight"), _plain(self, "weight")
@@ -114,6 +116,9 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         for name, like in zip(SIGNS, parts, strict=True):
             table = torch.zeros((len(matrix.keys), *like.shape), dtype=like.dtype, device=weight.device)
             self.register_buffer(name, table, persistent=False)
+        mixed = mixing.tables_back([0], matrix.tensor, weight.shape[1], matrix.transform.matrix)[0]
+        table = torch.zeros((len(matrix.keys), *mixed.shape), dtype=mixed.dtype, device=weight.device)
+        self.register_buffer("mixed", table, persistent=False)
 
     def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
         """Fill these models' rows, which nobody reads yet."""
@@ -122,6 +127,9 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
             parts = transform_parts(superposition.key(version.name), matrix.tensor, shape, matrix.transform)
             for name, own in zip(SIGNS, parts, strict=True):
                 put(getattr(self, name), version.number, own)
+            keys = [superposition.key(version.name)]
+            own = mixing.tables_back(keys, matrix.tensor, shape[1], matrix.transform.matrix)[0]
+            put(self.mixed, version.number, own)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""
@@ -135,6 +143,8 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         model = ids.clamp(min=0)[:, None]
         slot = matrix.slots[model]
         delta = matrix.pool.rows(slot.clamp(min=0), tokens).to(torch.promote_types(weight.dtype, torch.float32))
+        if matrix.transform.matrix:
+            delta = mixing.back_by_tables(delta, model[:, 0], self.mixed, matrix.inverses, matrix.transform.matrix)
         if matrix.transform.granule:
             delta = delta.gather(-1, self.columns[model].expand_as(delta))
         delta = delta * (matrix.scale[model] * self.row_signs[model, tokens])[..., None] * self.column_signs[model]

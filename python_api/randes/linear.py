@@ -15,7 +15,8 @@ from randes.packed import Held, coordinates_of
 from randes.pools import DeltaPool, group_rows
 from randes.routing import Batch, Router, Version
 from randes.superposition import Superposition
-from randes_kernels import Basis, superposed_linear, tensor_id
+from randes_kernels import Basis, mixing, superposed_linear
+from randes_kernels.format import Matrix
 
 
 def first_versions(superposition: Superposition) -> list[Version]:
@@ -36,6 +37,10 @@ def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> N
     """Raise ``BaseMismatchError`` unless ``value`` is the base's tensor of that name, cast to its own dtype."""
     base = superposition.base.get(tensor)
     value = value.detach().cpu()
+    if value.dim() == 1 and tensor in superposition.layout.vectors:
+        if not superposition.has_base:
+            return  # each model has its own, measured from zero
+        value = value[None]
     if base is None or value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
         hint = (
             " (deltas are centred: build it in the stored dtype, then cast it)" if superposition.config.centre else ""
@@ -54,6 +59,7 @@ class Superposed(nn.Module):
     scale: Tensor
     shared_basis: Tensor | None
     corrections: Tensor | None
+    inverses: Tensor | None  # of dense matrices (Config.matrix), one a model
 
     def _take_deltas(
         self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
@@ -63,8 +69,11 @@ class Superposed(nn.Module):
         numbers: of models that there is room for; ``write`` says which those are.
         """
         self.pool, self.matrix = pool, tensor
-        self.tensor, self.transform = tensor_id(tensor), superposition.config.transform
-        shared = corrections = None
+        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.config.transform
+        shared = corrections = inverses = None
+        if self.transform.matrix == Matrix.DENSE:
+            columns = weight.shape[1]
+            inverses = torch.zeros(numbers, columns, columns, dtype=torch.float32, device=weight.device)
         if tensor in superposition.bases:  # U (K, r), and for each model what is added and taken off in it
             shared = (superposition.bases[tensor].float() * UNIT).to(weight)
             corrections = weight.new_zeros(numbers, shared.shape[1], weight.shape[0])
@@ -74,6 +83,7 @@ class Superposed(nn.Module):
             "scale": torch.zeros(numbers, dtype=torch.float32, device=weight.device),
             "shared_basis": shared,
             "corrections": corrections,
+            "inverses": inverses,
         }
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
@@ -90,7 +100,13 @@ class Superposed(nn.Module):
             for version, member in zip(versions, members, strict=True)
         ]
         keys = [superposition.key(version.name) for version in versions]
-        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
+        units = [self.pool.units.get(slot, 1.0) for slot in slots]
+        if self.inverses is not None:
+            inverses, factors = mixing.inverses_of(keys, self.tensor, self.inverses.shape[1])
+            put(self.inverses, numbers, inverses)
+            units = [unit * factor for unit, factor in zip(units, factors, strict=True)]
+        gains = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
+        scale = [gain * unit for gain, unit in zip(gains, units, strict=True)]
         put(self.keys, numbers, torch.tensor(keys, dtype=torch.int64, device="cpu"))
         put(self.slots, numbers, torch.tensor(slots, dtype=torch.int32, device="cpu"))
         put(self.scale, numbers, torch.tensor(scale, dtype=torch.float32, device="cpu"))
@@ -107,11 +123,12 @@ class Superposed(nn.Module):
         put(self.corrections, numbers, corrections)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
-        scale = self.scale
+        scale, inverses = self.scale, self.inverses
         super()._apply(fn, recurse)
-        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes.
+        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes. So do inverses.
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
+            self.inverses = None if inverses is None else inverses.to(self.scale.device)
         return self
 
     def _product(
@@ -122,7 +139,7 @@ class Superposed(nn.Module):
         x, weight, bias, delta, biases, shared, corrections = _in_one_dtype(*operands)
         return superposed_linear(
             x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases,
-            basis=None if shared is None else Basis(shared, corrections),
+            basis=None if shared is None else Basis(shared, corrections), inverses=self.inverses,
         )  # fmt: skip
 
 
@@ -185,20 +202,24 @@ class SuperposedLinear(Superposed, nn.Linear):
         if linear.weight.shape != superposition.base[tensor].shape:
             shape = tuple(superposition.base[tensor].shape)
             raise ValueError(f"{tensor} must be (N, K) = {shape}, got {tuple(linear.weight.shape)}")
-        check_is_base(superposition, tensor, linear.weight)
+        if superposition.has_base:
+            check_is_base(superposition, tensor, linear.weight)
         if linear.bias is not None:
             check_is_base(superposition, tensor_of(name, "bias"), linear.bias)
         layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
+        if not superposition.has_base:  # deltas are measured from zero
+            layer.weight = nn.Parameter(torch.zeros_like(linear.weight), requires_grad=linear.weight.requires_grad)
         layer.train(linear.training)
-        router = router or Router(superposition.served)
+        router = router or Router(superposition.served, superposition.has_base)
         versions = first_versions(superposition)
         if pool is None:
             pool = DeltaPool(superposition, tensor, linear.weight)
             for version in {version.group: version for version in versions}.values():
                 pool.write(superposition, superposition.members[version.name].group, version.group)
         bias = tensor_of(name, "bias")
-        cls.take_over(layer, superposition, tensor, bias, router, pool, len(versions), bias in superposition.others)
+        keeps_bias = bias in superposition.others or bias in superposition.layout.vectors
+        cls.take_over(layer, superposition, tensor, bias, router, pool, len(versions), keeps_bias)
         assert isinstance(layer, cls)
         layer.write(superposition, versions)
         return layer

@@ -37,7 +37,8 @@ class SuperposedModel(nn.Module):
 
     Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
     stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
-    models.
+    models. Where the fine-tuned weights themselves are superposed (``origin="zero"``), the superposed layers' weights
+    become zeros, whatever they were, and ``"__base__"`` is a name like any other that nobody added.
 
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
     dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called,
@@ -46,13 +47,13 @@ class SuperposedModel(nn.Module):
 
     def __init__(self, base_module: nn.Module, superposition: Superposition, *, capacity: int | None = None) -> None:
         super().__init__()
-        self.router = Router(())
+        self.router = Router((), superposition.has_base)
         self._roster = Roster(superposition, self.router, capacity)
         layers = self._roster.layers(base_module)
         check_layers(base_module, layers, superposition)
         own = [(layer.module, dict(layer.module._parameters)) for layer in layers]
         try:
-            if superposition.config.centre:
+            if superposition.config.centre or not superposition.has_base:
                 take_centre(layers, superposition)
             self._roster.take_over(base_module, layers)
             self._roster.serve(base_module, superposition.served)
@@ -143,7 +144,7 @@ class SuperposedModel(nn.Module):
             try:
                 roster.serve(self.base_model, names)
             except BaseException:
-                superposition.add(name, checkpoint, group=member.group, alpha=member.alpha)
+                superposition.add(name, checkpoint, group=member.group, alpha=member.alpha, index=member.index)
                 superposition.members[name] = member
                 raise
 
@@ -228,7 +229,8 @@ class SuperposedModel(nn.Module):
                 if isinstance(own, SuperposedLinear):
                     modes += [own.bias is None, own.biases is None]
                 kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (own, weight))
-        first, names = self.names[:1] or [BASE_NAME], [*self.names, BASE_NAME]
+        names = [*self.names, *([BASE_NAME] if self.router.has_base else [])]
+        first = names[:1]
         for own, weight in kinds.values():
             for count in self._rows_of_plans(own, weight) if rows is None else rows:
                 x = weight.new_zeros(count, weight.shape[1])
@@ -241,7 +243,7 @@ class SuperposedModel(nn.Module):
     def _rows_of_plans(self, layer: Superposed, weight: Tensor) -> list[int]:
         if weight.device.type == "cpu":
             return [1]  # nothing is compiled there
-        turned = layer.transform.granule > 0 or not layer.pool.slots
+        turned = layer.transform.granule > 0 or layer.transform.matrix > 0 or not layer.pool.slots
         n, k = weight.shape
         bits = 16 if layer.pool.packing is None else layer.pool.packing[0]
         return rows_of_plans(

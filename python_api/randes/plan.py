@@ -28,8 +28,8 @@ class Row:
         that is not superposed, if every model changed all of it. separate: as that many whole models.
     decode, decode_all: weight bytes that a decode step reads, in units of one plain model's, for rows of one group's
         models, and for rows of all groups' models.
-    interference: predicted size of the noise in a retrieved delta, in units of the delta; with a shared basis it is
-        less, by what of the delta lies in there. It is not the accuracy.
+    interference: predicted size of the noise in a retrieved delta, in units of the delta, under signs, permutations and
+        rotations; with a shared basis it is less, by what of the delta lies in there. It is not the accuracy.
     """
 
     bits: int
@@ -53,14 +53,15 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
     config = config or TOGETHER
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    split, _, names = matrices_of(base, config)
+    split, _, names, _ = matrices_of(base, config)
     tensors = headers(split)
     matrices = {name: tensors[name] for name in names}
     superposed = models + config.centre
     sharing = min(superposed, config.group_size + config.centre)
     groups = -(-models // config.group_size)
     others = size(tensors) - size(matrices)
-    copies = {"keep": models, "base": 0, "average": 1}[config.others]
+    copies = {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
+    inverses = superposed * _sum(matrices, lambda value: 4 * value.shape[1] ** 2) if config.matrix == "dense" else 0
     rows = []
     for bits in (16, *BITS):
         held = _sum(matrices, lambda value, bits=bits: _delta_bytes(value, bits))  # type: ignore[misc]
@@ -72,7 +73,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
             Row(
                 bits=bits,
                 store=size(tensors) + groups * stored + basis + copies * others,
-                serving=size(tensors) + groups * held + corrections + copies * others,
+                serving=size(tensors) + groups * held + corrections + copies * others + inverses,
                 kept=copies * others,
                 separate=models * size(tensors),
                 decode=(plain + held + corrections / superposed) / plain,

@@ -1,6 +1,7 @@
 """What models' deltas are superposed in, as it is served."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,9 @@ from randes.packed import Held, values_of
 from randes.superposition import Superposition
 from randes_kernels import Packed, unpack
 
+PEAK_BITS = 3
+"""The largest of what is near a normal distribution of size 1 lies about there: below 2³."""
+
 
 class DeltaPool(nn.Module):
     """The superpositions that a layer reads, ``(S, N, K)``: one slot a group of models, in its dtype or in few bits.
@@ -19,6 +23,9 @@ class DeltaPool(nn.Module):
 
     rows: how many superpositions of groups to have room for. By default there is room for those that are, where they
     have this tensor at all; ``slots`` tells of a group's row, and of the tensor's name, the slot.
+
+    units: what one number of a slot is worth, in units of a gain: 1, but where models share one gain, which says
+    nothing of the deltas' size; a power of two then, which brings them near 1 as half precision needs them.
     """
 
     values: Tensor
@@ -35,6 +42,7 @@ class DeltaPool(nn.Module):
         }
         places = held if rows is None else itertools.product(range(rows), self.family)
         self.slots = {where: slot for slot, where in enumerate(places)}
+        self.units = dict.fromkeys(self.slots.values(), 1.0)
         self.packing: tuple[int, int, int] | None = None
         values, steps = torch.zeros((len(self.slots), *weight.shape), dtype=weight.dtype, device=weight.device), None
         if held and superposition.packing is not None:
@@ -60,9 +68,12 @@ class DeltaPool(nn.Module):
                 put(self.values, self.slots[row, place], held.words)
                 put(self.steps, self.slots[row, place], held.steps)
             elif held is not None:
-                numbers, unit = values_of(held)
-                put(self.values, self.slots[row, place], numbers.to(self.values.device).float().mul_(unit))
-                self._check_finite(self.slots[row, place])
+                (numbers, unit), slot = values_of(held), self.slots[row, place]
+                if superposition.config.gains == "shared":
+                    peak = max(abs(int(bound)) for bound in torch.aminmax(numbers))
+                    self.units[slot] = 2.0 ** (math.frexp(peak * unit)[1] - PEAK_BITS)
+                put(self.values, slot, numbers.to(self.values.device).float().mul_(unit / self.units[slot]))
+                self._check_finite(slot)
 
     @property
     def delta(self) -> Held:

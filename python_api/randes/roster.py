@@ -103,7 +103,7 @@ class Roster:
             kept: dict[str, Lease] = {}
             for table in tables:
                 held = old.kept.get(table.tensor) if old and old.member is member else None
-                if held is None or table.tensor in superposition.averages:
+                if held is None or table.tensor in superposition.averages or superposition.has_own(table.tensor):
                     held = table.hold(superposition, name, averages)
                 if held is not None:
                     kept[table.tensor] = held
@@ -141,7 +141,7 @@ class Roster:
         """The tensors that a model has its own of, or the average."""
         superposition = self.superposition
         averaged = {t for t in superposition.averages if name != BASE_NAME and superposition.is_averaged(t)}
-        return averaged | superposition.members[name].kept.keys()
+        return averaged | superposition.layout.vectors | superposition.members[name].kept.keys()
 
     def _route(self, module: nn.Module, tensors: set[str]) -> None:
         """Have the layers that hold these kept tensors take each row's own, where they do not yet."""
@@ -176,8 +176,11 @@ def _room(superposition: Superposition, capacity: int | None) -> Room:
     size = superposition.config.group_size
     groups = max(len(group_rows(superposition)), -(-capacity // size))
     # Beside what is served, what the next change makes: one group, or all models where they share an average.
-    again = capacity if superposition.config.others == "average" else min(capacity, size)
-    return Room(capacity + again + 2 * (served - models), groups + 1, capacity + 1)
+    again = capacity if superposition.config.others in ("average", "sum") else min(capacity, size)
+    numbers = capacity + again + 2 * (served - models)
+    # What a group's change alters of all its models' own needs as many rows again.
+    changes = superposition.config.others == "sum" or superposition.layout.vectors
+    return Room(numbers, groups + 1, numbers if changes else capacity + 1)
 
 
 def _same(these: list[object], those: list[object]) -> bool:

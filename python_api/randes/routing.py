@@ -160,16 +160,20 @@ class Router:
     Which models there are is replaced as a whole, so that no call waits: one that began goes on with what it found.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], has_base: bool = True) -> None:
+        """has_base: whether the base can be asked for beside ``names``."""
+        self.has_base = has_base
         self.chosen: Batch | None = None
         self.changing = threading.RLock()  # held by who adds and deletes models
         self._lock = threading.RLock()
         self._scoped = _Scoped()
-        self.versions: Mapping[str, Version] = _with_base(Version(name, number) for number, name in enumerate(names))
+        self.versions: Mapping[str, Version] = self._with_base(
+            Version(name, number) for number, name in enumerate(names)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy has calls of its own.
-        return Router, ((),), {"chosen": self.chosen, "versions": self.versions}
+        return Router, ((), self.has_base), {"chosen": self.chosen, "versions": self.versions}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -179,7 +183,7 @@ class Router:
     def serve(self, versions: Sequence[Version]) -> None:
         """Calls that begin from now on find these models."""
         with self._lock:
-            self.versions = _with_base(versions)
+            self.versions = self._with_base(versions)
             if self.chosen is not None:
                 name = self.chosen.named.versions[0].name
                 self.chosen = self.of([name]) if name in self.versions else None
@@ -225,6 +229,11 @@ class Router:
         named = Named(self, tuple(versions[name] for name in dict.fromkeys(names)))
         return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, named, of_rows)
 
+    def of_base(self) -> Batch:
+        """The batch that runs every layer as the base's own: to look at layers with."""
+        base = torch.tensor([-1], dtype=torch.int32, device="cpu")
+        return Batch(base, True, Named(self, (Version(BASE_NAME, -1),)), base)
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
         scoped = self._scoped
@@ -262,7 +271,7 @@ class Router:
         finally:
             self._scoped.batch = before
 
-
-def _with_base(versions: Iterable[Version]) -> dict[str, Version]:
-    # Where deltas are centred the base is superposed too, and has a number of its own.
-    return {BASE_NAME: Version(BASE_NAME, -1)} | {version.name: version for version in versions}
+    def _with_base(self, versions: Iterable[Version]) -> dict[str, Version]:
+        # Where deltas are centred the base is superposed too, and has a number of its own.
+        base = {BASE_NAME: Version(BASE_NAME, -1)} if self.has_base else {}
+        return base | {version.name: version for version in versions}

@@ -11,6 +11,7 @@ from randes.checkpoint import Checkpoint
 from randes.packed import ERROR, coordinates_of
 from randes.streams import Progress, ahead, digests, headers, parts, silent, size
 from randes.superposition import Superposition
+from randes_kernels.mixing import amplification
 from randes_kernels.slices import squares as row_squares
 
 
@@ -19,9 +20,10 @@ class Verification:
     """How near a retrieved model is to its original, in weights.
 
     relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together.
-    predicted_error: √(J−1), what J models that share a buffer give under every transform (for α = 1), of what is not in
-        a shared basis. Neither is the accuracy: transforms with the same weight error keep very different shares of it
-        (design, section 2).
+    predicted_error: √(J−1), what J models that share a buffer give under signs, permutations and rotations (for α = 1,
+        and deltas of one size where gains are shared), of what is not in a shared basis; more with a diagonal or dense
+        matrix, by what its inverse adds. Neither is the accuracy: transforms with the same weight error keep very
+        different shares of it (design, section 2).
     tensors: the relative error of each superposed tensor that the model changed.
     kept_exact: whether every tensor that is kept per model came back bit for bit.
     """
@@ -82,15 +84,17 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     """‖δ‖² of a model's delta of one tensor, and ‖Ŵ − W‖² of what comes back where so many models share the buffer.
 
     Every neighbour comes as large as the delta itself, and packing adds a share of all of them; a shared basis takes
-    its directions' part of that away. A delta scaled by α keeps an error of 1 − α of its own.
+    its directions' part of that away. What turns columns back may amplify it. A delta scaled by α keeps an error of 1 − α of its own.
     """
     member, packing = superposition.members[name], superposition.packing
     header = headers(superposition.base)[tensor]
     size = member.gains[tensor] ** 2 * header.numel()
-    noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size
+    columns, matrix = header.shape[1], superposition.config.transform.matrix
+    amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
+    noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size * amplified
     if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
         own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
-        noise *= 1 - _rank(superposition, tensor) / header.shape[1]
+        noise *= 1 - _rank(superposition, tensor) / columns
         if packing is not None and packing.coordinates < 16:
             noise += own * ERROR[packing.coordinates] ** 2
         size += own
@@ -123,7 +127,9 @@ def summary(superposition: Superposition) -> dict[str, Any]:
                 name: f"{text}, rank {rank}" if (rank := _rank(superposition, name)) else text
                 for name, text in _described(superposition, superposition.superposed).items()
             },
-            "kept" if superposition.config.others == "keep" else "averaged": _described(superposition, sorted(kept)),
+            {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
+                superposition, sorted(kept)
+            ),
             "shared_with_base": _described(superposition, sorted(shared)),
         },
     }

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from randes import checkpoint, superposing
-from randes.arranged import SplitTensors
+from randes.arranged import SplitTensors, replaced
 from randes.checkpoint import Checkpoint, Tensors
 from randes.companions import companions
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
-from randes.integers import AVERAGE_STEP
-from randes.layers import families, shuffled
+from randes.integers import AVERAGE_STEP, shared_gain
+from randes.layers import families, shifted, shuffled
 from randes.layout import Layout, matrices_of, tied
 from randes.members import BASE_NAME, Member, Sizes
 from randes.packed import Held, Packing, packed
 from randes.retrieved import Retrieved
 from randes.stored import Layers, StoredTensors, check, in_files, unchecked
-from randes.streams import LazyTensors, Progress, digests, headers, silent, size
+from randes.streams import LazyTensors, Progress, digests, headers, parts, silent, size
 from randes.superposing import Joining
 from randes.tune import Tuned, tune
-from randes_kernels import Packed, model_key
+from randes_kernels import Packed, model_key, slices, tensor_id
 
 __all__ = ["BASE_NAME", "Superposition"]
 
@@ -56,13 +56,14 @@ class Superposition:
         self.packing: Packing | None = None
         self.few_bits: dict[int, dict[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
-        self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average"
+        self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
         self.companions: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), self.superposed)
         self._family_of = {name: family for family, names in self._families.items() for name in names}
+        self._shared_gains: dict[str, float] = {}
 
     @classmethod
     def create(cls, base: Checkpoint, config: Config | None = None, *, progress: Progress = silent) -> "Superposition":
@@ -78,11 +79,14 @@ class Superposition:
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
-        tensors, layout, superposed = matrices_of(base, config)
+        tensors, layout, superposed, config = matrices_of(base, config)
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=checkpoint.check_finite, step=step)
         if isinstance(tensors, StoredTensors | SplitTensors):
             tensors.expect(found, _changed)
+        if config.origin == "zero":
+            zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
+            tensors, found = replaced(tensors, zeros), found | digests(zeros)
         superposition = cls(config, tensors, superposed, found, layout=layout)
         superposition.companions = companions(base)
         return superposition
@@ -108,22 +112,24 @@ class Superposition:
 
     def add(
         self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0,
-        progress: Progress = silent,
+        index: int | None = None, progress: Progress = silent,
     ) -> None:  # fmt: skip
-        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding.
+        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding, but
+        where layers shift by a model's place, which it takes when it is added (``shuffle_layers`` above 0).
 
         finetuned: a model, a state dict, or a path, which is read tensor by tensor: safetensors, or a LoRA adapter.
         group: the superposition it joins; by default the first that has room.
         alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
+        index: its place, where layers shift; by default the first that is free.
         progress: told of each stage and its bytes, for a progress bar.
-        Raises ``ValueError`` for a name that is taken or not allowed or a group that is full, and
-        ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
+        Raises ``ValueError`` for a name that is taken or not allowed, a group that is full or an index that is
+        taken, and ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
         """
         self.check_master()
         self.check_name(name)
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha}")
-        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned))
+        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))
         superposing.join(self, model, step)
@@ -218,42 +224,99 @@ class Superposition:
         """Of each group, its superpositions by tensor: integers, or what they were packed to."""
         return self.deltas if self.packing is None else self.few_bits
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the base can be asked for: not where the models' weights themselves are superposed."""
+        return self.config.origin == "base"
+
     def key(self, name: str) -> int:
         """A model's Philox key."""
         return model_key(self.config.seed, name)
+
+    def tensor_id(self, tensor: str) -> int:
+        """What a tensor's transforms are made of beside the key: one number for all where they share a transform."""
+        return tensor_id(tensor if self.config.per_layer else "")
+
+    def shared_gain(self, tensor: str) -> float | None:
+        """The gain that all models have of a tensor; None where each has its own.
+
+        Where layers change places, the largest of theirs: what lies in one place has one gain.
+        """
+        if self.config.gains == "own":
+            return None
+        family = self.family(tensor)
+        if family[0] not in self._shared_gains:
+            described = headers(self.base)
+            found = [
+                shared_gain(
+                    (
+                        total
+                        for part in parts(self.base, name)
+                        for total in slices.squares(part, torch.zeros_like(part))
+                    ),
+                    described[name].numel(),
+                )
+                for name in family
+            ]
+            self._shared_gains[family[0]] = max(found)
+        return self._shared_gains[family[0]]
 
     def family(self, tensor: str) -> list[str]:
         """The tensors whose superpositions a model's ``tensor`` may be in: itself, or its shuffled layers."""
         return self._families[self._family_of[tensor]] if self.config.shuffle_layers else [tensor]
 
-    def place(self, name: str, tensor: str) -> str:
-        """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled."""
+    def place(self, name: str, tensor: str, index: int | None = None) -> str:
+        """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled.
+
+        index: the model's, where it is not a member yet.
+        """
         if not self.config.shuffle_layers:
             return tensor
+        if self.config.shuffle_layers > 0:
+            index = self.members[name].index if index is None else index
+            return shifted(index * self.config.shuffle_layers, self.family(tensor))[tensor]
         return shuffled(self.key(name), self._family_of[tensor], self.family(tensor))[tensor]
 
     def other(self, name: str, tensor: str) -> Tensor:
-        """What a model has of a tensor that is not superposed for it: its own, the average, or the base's."""
+        """What a model has of a tensor that no layer multiplies with: its own, the average or sum, or the base's; of a
+        superposed vector what comes back of it."""
+        if tensor in self.layout.vectors:
+            return Retrieved(self, name)[tensor][0]
         own = self.members[name].kept.get(tensor)
         if own is not None:
             return own
         base = self.base[tensor]
-        if name != BASE_NAME and self.is_averaged(tensor):
+        if name == BASE_NAME or not self.is_averaged(tensor):
+            return base
+        if self.config.others == "average":
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
-        return base
+        total, alpha = self.averages[tensor].double() * AVERAGE_STEP, self.members[name].alpha
+        if not self.has_base:
+            return (alpha * total).to(base.dtype)
+        return (base.double() + alpha * (total - len(self.names) * base.double())).to(base.dtype)
 
     def is_averaged(self, tensor: str) -> bool:
-        """Whether all models have the average of a tensor, because any of them did not have the base's."""
+        """Whether all models have the average or the sum of a tensor, which is not the base's: any of them changed it,
+        or it is summed from zero."""
         if tensor not in self.averages:
             return False
+        if self.config.others == "sum" and not self.has_base:
+            return True
         return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
+
+    def has_own(self, tensor: str) -> bool:
+        """Whether each model may have its own of a tensor that the others decide about as well: a superposed vector,
+        or α times a sum."""
+        return tensor in self.layout.vectors or (self.config.others == "sum" and self.is_averaged(tensor))
 
     def read(self, finetuned: Checkpoint) -> Tensors:
         """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
 
         Raises ``CheckpointError`` for one that does not fit. Kept tensors (``others="keep"``) may have other shapes.
         """
-        base = None if self.config.centre else self.layout.joined(self.base, ties=False)
+        # An adapter is of the base itself, which is not here where deltas are measured from something else.
+        measured = self.config.centre or not self.has_base
+        base = None if measured else self.layout.joined(self.base, ties=False)
         tensors = self.layout.split(checkpoint.read(finetuned, base))
         # A head that this checkpoint ties and the base's omits.
         extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
@@ -281,7 +344,7 @@ class Superposition:
 
     @property
     def others(self) -> list[str]:
-        """The tensors that some model has its own of, or that are averaged."""
+        """The tensors that some model has its own of, or that are averaged or summed."""
         names = {tensor for tensor in self.averages if self.is_averaged(tensor)}
         for member in self.members.values():
             names |= member.kept.keys()
@@ -347,6 +410,17 @@ class Superposition:
         if name in self.members:
             raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
 
+    def next_index(self, wanted: int | None = None) -> int:
+        """A new model's place among those that are there, the first that is free; 0 where no layers are shifted."""
+        if self.config.shuffle_layers <= 0:
+            return 0
+        taken = {member.index for member in self.members.values()}
+        if wanted is None:
+            return next(index for index in range(len(taken) + 1) if index not in taken)
+        if not isinstance(wanted, int) or wanted < 0 or wanted in taken:
+            raise ValueError(f"index must be an integer of at least 0 that no model has, got {wanted!r}")
+        return wanted
+
     def place_for(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
         taken = [self.members[name].group for name in self.names]
@@ -358,6 +432,11 @@ class Superposition:
         if taken.count(group) >= self.config.group_size:
             raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
         return group
+
+
+def _zeros(header: Tensor) -> Tensor:
+    """Of a tensor's shape and dtype, in the memory of one number."""
+    return torch.zeros((), dtype=header.dtype, device="cpu").expand(header.shape)
 
 
 def _changed(path: Path, tensor: str) -> BaseMismatchError:
