@@ -43,19 +43,30 @@ class Stream(IntEnum):
     LAYER_SHUFFLE = 3
 
 
+class Matrix(IntEnum):
+    """What turns the columns of a delta, from the right: random signs, or what ``mixing`` makes."""
+
+    SIGNS = 0
+    ROTATION = 1
+    DIAGONAL = 2
+    DENSE = 3
+
+
 class Transform(NamedTuple):
-    """Which random orthogonal transform turns a delta ``(N, K)`` before it is summed.
+    """Which random transform turns a delta ``(N, K)`` before it is summed.
 
     ``row_signs``, ``column_signs``: whether rows and columns are flipped.
     ``granule``: columns that a permutation moves together; 0 for no permutation, 1 for one by element.
     ``segments``: equal spans of the K columns that the permutation never leaves, so that a
     tensor-parallel shard can regenerate its own part.
+    ``matrix``: a ``Matrix``; with any but signs there are no column signs and no permutation.
     """
 
     row_signs: bool = True
     column_signs: bool = True
     granule: int = 0
     segments: int = 1
+    matrix: int = Matrix.SIGNS
 
 
 def model_key(seed: int, name: str) -> int:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import randes
 from randes_kernels import Transform
+from randes_kernels.format import Matrix
 
 PATTERNS = st.lists(st.sampled_from(["*", "*weight", "layers.?.*", "ü", ""]), max_size=3)
 
@@ -19,14 +20,19 @@ PATTERNS = st.lists(st.sampled_from(["*", "*weight", "layers.?.*", "ü", ""]), m
         randes.Config,
         signs=st.sampled_from(["both", "columns", "none"]),
         permute=st.integers(0, 64),
-        shuffle_layers=st.sampled_from([0, -1]),
+        shuffle_layers=st.integers(-1, 5),
         group_size=st.integers(1, 100),
         seed=st.integers(0, 2**64 - 1),
-        others=st.sampled_from(["keep", "base", "average"]),
+        others=st.sampled_from(["keep", "base", "average", "sum"]),
         segments=st.integers(1, 8),
         include=PATTERNS,
         exclude=PATTERNS,
         min_width=st.integers(1, 100),
+        gains=st.sampled_from(["own", "shared"]),
+        origin=st.sampled_from(["base", "zero"]),
+        every=st.integers(1, 3),
+        per_layer=st.booleans(),
+        vectors=st.booleans(),
     )
 )
 def test_a_config_survives_json(config: randes.Config) -> None:
@@ -48,14 +54,54 @@ def test_the_kernels_get_the_same_choices(signs: Any, permute: int, transform: T
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("signs", "rows"), ("signs", None), ("others", "drop"), ("shuffle_layers", 1), ("shuffle_layers", -2),
+        ("signs", "rows"), ("signs", None), ("others", "drop"), ("shuffle_layers", 1.0), ("shuffle_layers", -2),
         ("permute", -1), ("permute", 1.0), ("group_size", 0), ("group_size", "8"), ("segments", 0),
         ("min_width", 0), ("seed", -1), ("seed", 2**64), ("seed", 0.5), ("include", "*"), ("exclude", "*norm*"),
+        ("matrix", "hadamard"), ("gains", "none"), ("origin", "mean"), ("every", 0), ("per_layer", 1), ("vectors", 1),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must"):
         randes.Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"matrix": "rotation", "permute": 1}, "permute"),
+        ({"matrix": "diagonal", "permute": 8}, "permute"),
+        ({"matrix": "dense", "segments": 2}, "segments"),
+        ({"matrix": "rotation", "segments": 2}, "segments"),
+        ({"matrix": "dense", "rank": 4}, "rank"),
+        ({"origin": "zero", "centre": True}, "centre"),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        randes.Config(**options)
+
+
+def test_the_manifest_has_a_later_option_only_where_it_is_used() -> None:
+    used = {"matrix": "rotation", "gains": "shared", "origin": "zero", "every": 2, "per_layer": False, "vectors": True}
+    assert not used.keys() & randes.Config().to_dict().keys()
+    assert randes.Config(**used).to_dict().items() >= used.items()
+
+
+@pytest.mark.parametrize("matrix", ["rotation", "diagonal", "dense"])
+def test_a_matrix_takes_the_place_of_column_signs(matrix: Any) -> None:
+    both, none = (randes.Config(matrix=matrix, signs=signs).transform for signs in ("both", "none"))
+    assert (both.row_signs, none.row_signs) == (True, False)
+    assert not (both.column_signs or none.column_signs)
+    assert both.matrix == none.matrix == Matrix[matrix.upper()]
+
+
+def test_a_function_can_choose_and_is_not_written_down() -> None:
+    config = randes.Config(include=lambda name, shape: shape[0] == 48)
+    assert config.selects("up.weight", (48, 32))
+    assert not config.selects("down.weight", (32, 48))
+    assert not config.selects("norm.weight", (48, 48))  # excluded
+    with pytest.raises(ValueError, match=r"^include must be"):
+        config.to_dict()
 
 
 def test_an_unknown_choice_is_refused_by_name() -> None:

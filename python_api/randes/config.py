@@ -1,16 +1,23 @@
 """The choices that fix a superposition when it is created."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-from randes_kernels.format import Transform
+from randes_kernels.format import Matrix, Transform
 
 Signs = Literal["both", "columns", "none"]
-LATER = ("centre", "rank", "transposed", "fused")
+Turning = Literal["signs", "rotation", "diagonal", "dense"]
+Gains = Literal["own", "shared"]
+Origin = Literal["base", "zero"]
+Others = Literal["keep", "base", "average", "sum"]
+Chooses: TypeAlias = Callable[[str, tuple[int, ...]], bool]
+"""Of a tensor's name and shape, whether it is superposed."""
+LATER = (
+    "centre", "rank", "transposed", "fused", "matrix", "gains", "origin", "every", "per_layer", "vectors",
+)  # fmt: skip
 """Options that the first version did not have."""
-Others = Literal["keep", "base", "average"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +26,15 @@ class Config:
 
     signs: which sides of a weight are flipped by random signs; "both" keeps the most (docs/method.md).
     permute: granule of the random column permutation in columns; 0 for none, 1 for by element.
-    shuffle_layers: −1 to permute same-named layers at random for each model, 0 not to.
+    shuffle_layers: −1 to permute same-named layers at random for each model, 0 not to; s > 0 to move those of the
+        i-th model by i · s, around.
     group_size: how many models share one superposition: fewer keep more of each, and store more.
     seed: of every sign and permutation, together with the names of models and tensors.
     others: what a model's other tensors are: "keep" its own (exact, stored), "base" the base's,
-        "average" the mean over the models.
+        "average" the mean over the models, "sum" the base's plus α times the sum of all models' deltas.
     segments: equal spans of a weight's columns that the permutation never leaves (tensor parallelism).
     include, exclude: shell patterns of tensor names; a matrix is superposed if the first match and the second do not.
+        include may be a function of name and shape; a superposition then keeps the names that it chose.
     min_width: matrices narrower than this on either side (class heads) are not superposed.
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
@@ -36,6 +45,16 @@ class Config:
     fused: weights that are the concatenation of others, which signs and gains come from: the rows of each part by
         its name, ``{"*.qkv.weight": {"*.q.weight": 64, "*.k.weight": 64, "*.v.weight": 64}}``. Every ``*`` stands for
         the same beginning. Fused or not, the models are then the same.
+    matrix: what the columns are turned by: "signs", as ``signs`` says, or in their place a random "rotation", a
+        "diagonal" of normal numbers, or a "dense" matrix of them (the paper's other modes; docs/method.md). Row signs
+        stay as ``signs`` says.
+    gains: "own" to bring every model's delta to one size before they are summed, "shared" to sum them as they are, as
+        the paper does.
+    origin: what deltas are measured from: the "base", or "zero", which superposes the fine-tuned weights themselves.
+        The base's are then not there to be asked for.
+    every: superpose only the n-th, 2n-th, ... of the tensors that are selected, in the base's order.
+    per_layer: whether each tensor has a transform of its own, or all of a model have the same.
+    vectors: superpose selected biases, norms and other vectors too, as matrices of one row.
 
     Raises ``ValueError`` for a value out of range. (Design, sections 1, 2 and 6.)
     """
@@ -47,7 +66,7 @@ class Config:
     seed: int = 0
     others: Others = "keep"
     segments: int = 1
-    include: tuple[str, ...] = ("*weight", "*experts.*proj")
+    include: tuple[str, ...] | Chooses = ("*weight", "*experts.*proj")
     exclude: tuple[str, ...] = (
         "*embed*",
         "*wte*",
@@ -63,43 +82,83 @@ class Config:
     rank: int = 0
     transposed: tuple[str, ...] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
+    matrix: Turning = "signs"
+    gains: Gains = "own"
+    origin: Origin = "base"
+    every: int = 1
+    per_layer: bool = True
+    vectors: bool = False
 
     def __post_init__(self) -> None:
         _one_of("signs", self.signs, get_args(Signs))
         _one_of("others", self.others, get_args(Others))
-        _one_of("shuffle_layers", self.shuffle_layers, (0, -1))
+        _one_of("matrix", self.matrix, get_args(Turning))
+        _one_of("gains", self.gains, get_args(Gains))
+        _one_of("origin", self.origin, get_args(Origin))
+        _at_least("shuffle_layers", self.shuffle_layers, -1)
         _at_least("permute", self.permute, 0)
         _at_least("group_size", self.group_size, 1)
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
         _at_least("rank", self.rank, 0)
-        if not isinstance(self.centre, bool):
-            raise ValueError(f"centre must be True or False, got {self.centre!r}")
+        _at_least("every", self.every, 1)
+        for name in ("centre", "per_layer", "vectors"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.seed >= 1 << 64:
             raise ValueError(f"seed must be below 2**64, got {self.seed}")
         for name in ("include", "exclude", "transposed"):
+            if name == "include" and callable(self.include):
+                continue
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a tuple of patterns, got the string {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_fused(self.fused)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise for options that exclude each other."""
+        if self.centre and self.origin == "zero":
+            raise ValueError('centre must be False with origin="zero", which measures no deltas; got True')
+        if self.matrix != "signs" and self.permute:
+            raise ValueError(
+                f"permute must be 0 with matrix={self.matrix!r}, which it goes with signs for; got {self.permute}"
+            )
+        if self.matrix in ("rotation", "dense") and self.segments > 1:
+            raise ValueError(
+                f"segments must be 1 with matrix={self.matrix!r}, which mixes all columns; got {self.segments}"
+            )
+        if self.matrix == "dense" and self.rank:
+            raise ValueError(
+                f'rank must be 0 with matrix="dense": what a pseudo-inverse gives back is many times too large to be'
+                f" taken off again in the directions of a basis; got {self.rank}"
+            )
 
     @property
     def transform(self) -> Transform:
         """The same choices as the kernels take them."""
-        return Transform(self.signs == "both", self.signs != "none", self.permute, self.segments)
+        matrix = Matrix[self.matrix.upper()]
+        column_signs = self.signs != "none" and matrix == Matrix.SIGNS
+        return Transform(self.signs == "both", column_signs, self.permute, self.segments, matrix)
 
     def selects(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this name and shape is superposed."""
-        return (
-            len(shape) == 2
-            and min(shape) >= self.min_width
-            and any(fnmatchcase(tensor_name, pattern) for pattern in self.include)
-            and not any(fnmatchcase(tensor_name, pattern) for pattern in self.exclude)
-        )
+        if not (len(shape) == 2 or (self.vectors and len(shape) == 1)) or min(shape) < self.min_width:
+            return False
+        if any(fnmatchcase(tensor_name, pattern) for pattern in self.exclude):
+            return False
+        if callable(self.include):
+            return bool(self.include(tensor_name, shape))
+        return any(fnmatchcase(tensor_name, pattern) for pattern in self.include)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest: an option that came later only where it is used, so that older versions read the rest."""
+        """For the manifest: an option that came later only where it is used, so that older versions read the rest.
+
+        Raises ``ValueError`` where ``include`` is a function, which a superposition has made names of.
+        """
+        if callable(self.include):
+            raise ValueError("include must be a tuple of patterns to be written down, got a function")
         values, plain = asdict(self), asdict(Config())
         return {name: value for name, value in values.items() if name not in LATER or value != plain[name]}
 
