@@ -1,0 +1,217 @@
+"""FusionBench's RanDeS beside ours: its configuration, its results with our matrices, and its command line.
+
+FusionBench is installed into an environment of its own, with the few packages that its RanDeS imports; torch and the rest
+come from this one. ``original.py`` runs there.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import randes
+from randes import analysis, fusionbench
+from randes.checkpoint import write_file
+from randes.cli import app
+from randes.errors import RandesError
+
+PACKAGES = (
+    "fusion-bench==0.2.33", "hydra-core==1.3.2", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3", "lightning",
+    "lightning-utilities", "torchmetrics", "bidict",
+)  # fmt: skip
+DEPTH, NAMES = 3, ("m0", "m1", "m2")
+SOUP, DELTAS, LORA = fusionbench.ALGORITHMS
+COMMON = {
+    "mode": "random_binary_diagonal_matrix", "target_layer": ["mlp_w", "attn_w"], "random_seed": 42,
+    "different_across_layers": True, "joint_matrix_mode": "flatten_hstack", "rank": 1, "random_components": False,
+    "shift_layers": 0, "absorber": "None", "debug": 0, "ms_mode": "original", "verbose": 0, "dropout_rate": 1,
+}  # fmt: skip
+TOLERANCE = {"random_dense_matrix": 1e-3, "random_diagonal_matrix": 1e-4}
+"""Of retrieved weights, relative to the largest of a tensor. Inverses lose digits: a dense matrix's condition is 10³."""
+
+State = dict[str, Tensor]
+
+
+# -------------------------------------------------------------------- the models
+
+
+def base_state() -> State:
+    """Names as CLIP's, three layers, and a vector that the targets' names take along."""
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (10, 32)}
+    for layer in range(DEPTH):
+        at = f"encoder.layers.{layer}"
+        for name in ("q_proj", "out_proj"):
+            shapes |= {f"{at}.self_attn.{name}.weight": (32, 32), f"{at}.self_attn.{name}.bias": (32,)}
+        shapes |= {f"{at}.mlp.fc1.weight": (48, 32), f"{at}.mlp.fc1.bias": (48,), f"{at}.mlp.fc2.weight": (32, 48)}
+        shapes |= {f"{at}.mlp.norm.weight": (32,), f"{at}.layer_norm1.weight": (32,)}
+    shapes["classifier.weight"] = (10, 32)
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def finetuned(base: State, number: int) -> State:
+    generator = torch.Generator().manual_seed(1 + number)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
+
+
+def adapter(base: State, number: int) -> State:
+    """LoRA of rank 4 on every matrix of the layers, under PEFT's names."""
+    generator, found = torch.Generator().manual_seed(10 + number), {}
+    for name, value in base.items():
+        if name.startswith("encoder") and value.dim() == 2:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            found[f"{module}.lora_A.weight"] = torch.randn(4, value.shape[1], generator=generator)
+            found[f"{module}.lora_B.weight"] = torch.randn(value.shape[0], 4, generator=generator)
+    return found
+
+
+BASE = base_state()
+MODELS = {name: finetuned(BASE, number) for number, name in enumerate(NAMES)}
+
+
+# -------------------------------------------------------------------- the cases
+
+
+@dataclass
+class Case:
+    """One run of the original and ours beside it."""
+
+    algorithm: str
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def all_keys(self) -> dict[str, Any]:
+        scale = {} if self.algorithm == SOUP else {"scaling_factor": 0.5}
+        return COMMON | scale | self.keys
+
+    @property
+    def name(self) -> str:
+        told = "-".join(str(value) for value in self.keys.values())
+        return f"{self.algorithm}-{told}".replace("[", "").replace("]", "").replace("'", "").replace(", ", "+")
+
+    def superposed(self) -> randes.Superposition:
+        """Ours, from the original's own keys."""
+        found = fusionbench.options({"_target_": f"a.b.{self.algorithm}", **self.all_keys}, len(NAMES))
+        return randes.compress(BASE, MODELS, found.config, alpha=found.alpha)
+
+
+def of_every_mode(algorithm: str, **keys: Any) -> list[Case]:
+    return [Case(algorithm, {"mode": mode, **keys}) for mode in fusionbench.MODES]
+
+
+CASES = [
+    *of_every_mode(DELTAS),
+    *of_every_mode(DELTAS, shift_layers=1),
+    *of_every_mode(DELTAS, shift_layers=-1),
+    *of_every_mode(DELTAS, different_across_layers=False),
+    *of_every_mode(SOUP),
+    *of_every_mode(SOUP, shift_layers=2, ms_mode="average"),
+    *(Case(DELTAS, {"target_layer": target}) for target in (["mlp"], ["attn"], ["all"], ["mlp_w", "attn"])),
+    *(Case(DELTAS, {"dropout_rate": rate}) for rate in (2, 3)),
+    Case(DELTAS, {"scaling_factor": 1.0, "shift_layers": 1, "dropout_rate": 2}),
+    *(
+        Case(SOUP, {"absorber": absorber, "ms_mode": mode})
+        for absorber in fusionbench.ABSORBERS
+        for mode in fusionbench.MS_MODES
+    ),
+]
+IDS = [case.name for case in CASES]
+
+
+def draws(case: Case, superposition: randes.Superposition) -> tuple[list[Tensor], list[list[int]]]:
+    """Our matrices and orders of layers in the order in which the original draws its own."""
+    keys, matrices, orders = case.all_keys, [], []
+    targets = [name for name in BASE if name in superposition.superposed]
+    if keys["shift_layers"] == -1:
+        for model in NAMES:
+            for family in dict.fromkeys(tuple(superposition.family(target)) for target in targets):
+                places = [superposition.place(model, tensor) for tensor in family]
+                orders.append([next(int(part) for part in place.split(".") if part.isdigit()) for place in places])
+    if keys["mode"] != "identity_matrix":
+        for place in targets:
+            for model in NAMES:
+                lying = next(t for t in superposition.family(place) if superposition.place(model, t) == place)
+                matrices.append(fusionbench.matrix(superposition, model, lying))
+    return matrices, orders
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has FusionBench, which sees this one's packages behind its own."""
+    folder = tmp_path_factory.mktemp("fusionbench")
+    venv.create(folder, symlinks=os.name != "nt")
+    python = next(folder.glob("*/python*"))
+    own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    (Path(own) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "-q", *PACKAGES]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"FusionBench could not be installed from the package index:\n{done.stderr[-2000:]}")
+    return python
+
+
+@pytest.fixture(scope="session")
+def results(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the original retrieved in every case."""
+    folder = tmp_path_factory.mktemp("original")
+    for name, state in {"_pretrained_": BASE, **MODELS}.items():
+        write_file(folder / f"full-{name}.safetensors", state)
+    told = []
+    for case in CASES:
+        matrices, orders = draws(case, case.superposed())
+        if matrices:
+            write_file(folder / f"{case.name}-matrices.safetensors", {str(n): m for n, m in enumerate(matrices)})
+        order = {name: list(BASE) for name in ("_pretrained_", *NAMES)}
+        told.append({"name": case.name, "algorithm": case.algorithm, "keys": case.all_keys, "models": "full",
+                     "names": list(order), "order": order, "matrices": len(matrices), "orders": orders})  # fmt: skip
+    (folder / "cases.json").write_text(json.dumps(told))
+    run_in(environment, Path(__file__).with_name("original.py"), folder)
+    return folder
+
+
+def run_in(python: Path, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+# -------------------------------------------------------------------- the comparison
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_the_original_retrieves_what_we_do(case: Case, results: Path) -> None:
+    superposition, keys = case.superposed(), case.all_keys
+    metadata = json.loads((results / f"{case.name}-metadata.json").read_text())
+    assert metadata["target_layers"] == [name for name in BASE if name in superposition.superposed]
+    for name in NAMES:
+        theirs, ours = load_file(results / f"{case.name}-{name}-retrieved.safetensors"), superposition.retrieve(name)
+        assert theirs.keys() == ours.keys()
+        for tensor, expected in theirs.items():
+            found = ours[tensor]
+            if tensor not in superposition.superposed and keys["ms_mode"] == "average" and keys["absorber"] != "None":
+                found = found / len(NAMES)  # the original divides what it absorbed too
+            budget = TOLERANCE.get(keys["mode"], 3e-6) * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0, atol=budget, msg=lambda m, t=tensor: f"{t}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_the_original_counts_what_we_say_it_counts(case: Case, results: Path) -> None:
+    metadata = json.loads((results / f"{case.name}-metadata.json").read_text())
+    found = analysis.fusionbench_storage(case.superposed())
+    assert found.total_param_count_original == metadata["total_param_count_original"]
+    assert found.nonzero_param_count_context == metadata["nonzero_param_count_context"]
+    assert found.nonzero_parameter_count == metadata["nonzero_parameter_count"]
+    assert found.total_gb_original == pytest.approx(metadata["total_gb_original"])
+    assert found.total_gb_retrieved == pytest.approx(metadata["total_gb_retrieved"])
