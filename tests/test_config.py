@@ -91,7 +91,7 @@ def test_the_manifest_has_a_later_option_only_where_it_is_used() -> None:
 def test_a_matrix_takes_the_place_of_column_signs(matrix: Any) -> None:
     both, none = (randes.Config(matrix=matrix, signs=signs).transform for signs in ("both", "none"))
     assert (both.row_signs, none.row_signs) == (True, False)
-    assert not (both.column_signs or none.column_signs)
+    assert (both.column_signs, none.column_signs) == (False, False)
     assert both.matrix == none.matrix == Matrix[matrix.upper()]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from randes.stored import StoredTensors
+from randes.stored import Layers, StoredTensors, in_files
 from randes.streams import LazyTensors, digests, headers, parts, rows, runs
 
 if TYPE_CHECKING:
@@ -109,6 +109,14 @@ class JoinedTensors(LazyTensors):
                 some.append(rows(self._matrices, part, max(start - first, 0), min(end - first, count)))
             first += count
         return torch.cat(some).reshape(end - start, *view.shape[1:])
+
+
+def replaced(base: Mapping[str, Tensor], held: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """A base's tensors with some others in their place, which are held in memory."""
+    if in_files(base):
+        assert isinstance(base, StoredTensors | SplitTensors)
+        return Layers(held, base.renamed({name: name for name in base if name not in held}))
+    return {**base, **held}
 
 
 def source_of(tensors: Mapping[str, Tensor], name: str) -> tuple[Mapping[str, Tensor], str]:

@@ -1,5 +1,6 @@
 """A base and all of its fine-tunes, made into one superposition."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -7,12 +8,11 @@ import torch
 from torch import Tensor
 
 from randes import checkpoint, superposing
-from randes.arranged import SplitTensors
+from randes.arranged import replaced
 from randes.basis import PASSES, loudest
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import Config
 from randes.members import BASE_NAME
-from randes.stored import Layers, StoredTensors, in_files
 from randes.streams import Progress, headers, parts, runs, silent, size
 from randes.superposing import Joining
 from randes.superposition import Superposition
@@ -23,6 +23,7 @@ def compress(
     models: Mapping[str, Checkpoint],
     config: Config | None = None,
     *,
+    alpha: float = 1.0,
     progress: Progress = silent,
 ) -> Superposition:
     """Superpose all of ``models``, fine-tunes of ``base`` by name.
@@ -39,13 +40,18 @@ def compress(
     at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model.
     (``basis.py``; design, section 2.)
 
+    alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
+        or 1 / J for the average of a model soup (``origin="zero"``).
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models, and whatever ``Superposition.create`` and ``add`` raise.
+    Raises ``ValueError`` for no models and for an ``alpha`` that is not finite, and whatever ``Superposition.create``
+    and ``add`` raise.
     """
     config = config or Config()
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha}")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     original, superposed = superposition.base, superposition.superposed
     sources = {name: superposition.read(model) for name, model in models.items()}
@@ -60,10 +66,11 @@ def compress(
         companions, layout = superposition.companions, superposition.layout
         superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {}, layout=layout)
         superposition.companions = companions
-    joining = [Joining(BASE_NAME, 0, 1.0, original)] if config.centre else []
+    shifts = config.shuffle_layers > 0
+    joining = [Joining(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):
         superposition.check_name(name)
-        joining.append(Joining(name, number // config.group_size, 1.0, tensors))
+        joining.append(Joining(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
     step = progress("superposing", size(original) * len(joining))
     superposing.join_all(superposition, joining, step)
     return superposition
@@ -77,10 +84,7 @@ def _centred(
     Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
     """
     means = {tensor: _mean(tensor, base, [models[name] for name in sorted(models)], step) for tensor in superposed}
-    if in_files(base):
-        assert isinstance(base, StoredTensors | SplitTensors)
-        return Layers(means, base.renamed({name: name for name in base if name not in means}))
-    return {**base, **means}
+    return replaced(base, means)
 
 
 def _mean(tensor: str, base: Tensors, models: list[Tensors], step: Callable[[int], None]) -> Tensor:

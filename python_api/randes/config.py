@@ -136,6 +136,11 @@ class Config:
             )
 
     @property
+    def included(self) -> tuple[str, ...]:
+        """The patterns of ``include``; of a function what it is called."""
+        return (str(self.include),) if callable(self.include) else self.include
+
+    @property
     def transform(self) -> Transform:
         """The same choices as the kernels take them."""
         matrix = Matrix[self.matrix.upper()]

@@ -122,11 +122,13 @@ def _check_values(module: nn.Module, superposition: Superposition) -> None:
     for name, value in superposition.layout.split(own).items():
         if added is not None and digest(value) == added.digests[name]:
             continue  # as it was before deltas were centred on their mean
+        if not superposition.has_base and name in superposition.superposed:
+            continue  # it will be zero
         check_is_base(superposition, name, value)
 
 
 def take_centre(layers: Sequence[Layer], superposition: Superposition) -> None:
-    """The mean of the fine-tunes in place of the base: what deltas are measured from.
+    """The mean of the fine-tunes, or zeros, in place of the base: what deltas are measured from.
 
     As parameters of their own: the base's tensors may be tied to others that are not superposed, and are the caller's.
     """

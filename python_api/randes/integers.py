@@ -18,8 +18,28 @@ AVERAGE_STEP = 2.0**-32
 """The same for the sums behind ``others="average"``, in units of the tensors themselves."""
 
 
-def gain_of(tensor: str, sums: Iterable[float], count: int, group_size: int, peak: Callable[[], float]) -> float:
-    """Root mean square of a delta, computed in fp64 and kept as fp32.
+SHARED_BITS = 12
+"""How far below the size of a base's tensor its models' shared gain lies: a step is 2⁻²¹ of that size."""
+
+
+def shared_gain(sums: Iterable[float], count: int) -> float:
+    """The gain that all models have of a tensor, from the base's alone: a power of two, 2⁻¹² to 2⁻¹¹ times its size.
+
+    sums: the squares of its ``count`` entries, summed row by row. Of a base that is zero it is 2⁻¹². A function of
+    nothing that changes when models come and go, so it has to be small enough for any of them: a fine-tune that moved
+    weights by 0.1 % is rounded to 0.014 % of what it moved them by, and where one moved them by 5 % integers are wide.
+    """
+    mean = math.fsum(sums) / count
+    if not mean:
+        return 2.0**-SHARED_BITS
+    return math.ldexp(1.0, max(math.frexp(math.sqrt(mean))[1] - SHARED_BITS, -100))
+
+
+def gain_of(
+    tensor: str, sums: Iterable[float], count: int, group_size: int, peak: Callable[[], float], *,
+    shared: float | None = None,
+) -> float:  # fmt: skip
+    """Root mean square of a delta, computed in fp64 and kept as fp32; or ``shared``, where all models have that one.
 
     tensor: its name. sums: the squares of its ``count`` entries, summed row by row; added without rounding, they give
     the same gain whatever the number of threads. peak: finds its largest magnitude, where that could be too large.
@@ -30,14 +50,15 @@ def gain_of(tensor: str, sums: Iterable[float], count: int, group_size: int, pea
         raise CheckpointError(f"{tensor} must be finite, got NaN or infinity")
     if total == 0:
         return 0.0
-    gain = float32(math.sqrt(total / count))
+    gain = float32(math.sqrt(total / count)) if shared is None else shared
     # No entry is larger than the root of the sum, which is hardly ever too large itself.
     if not _fits(gain, math.sqrt(total), group_size):
         largest = peak()
         if not (0 < gain < math.inf and math.isfinite(float32(largest)) and math.isfinite(rate(gain))):
             raise CheckpointError(f"{tensor} must have a delta within the range of fp32, got at most {largest:.3g}")
         if not _fits(gain, largest, group_size):
-            raise CheckpointError(f"{tensor} has a delta {largest / gain:.3g} times its own size: too far for int32")
+            of = "its own size" if shared is None else "the gain that models share"
+            raise CheckpointError(f"{tensor} has a delta {largest / gain:.3g} times {of}: too far for int32")
     return gain
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from randes.routing import Router
-from randes.superposition import BASE_NAME, Superposition
+from randes.superposition import Superposition
 
 
 class KeptTable(nn.Module):
@@ -22,14 +22,18 @@ class KeptTable(nn.Module):
         super().__init__()
         values: list[Tensor] = []
         rows: list[int] = []
+        summed: dict[float, int] = {}  # an average is one for all, a sum for all of one α
         for model in superposition.served:
             own = superposition.other(model, tensor)
             if own is superposition.base[tensor]:
                 rows.append(-1)
-            elif tensor in superposition.averages and values:
-                rows.append(0)  # the average is one for all
+                continue
+            if tensor in superposition.averages:
+                alpha = superposition.members[model].alpha if superposition.config.others == "sum" else 1.0
+                rows.append(summed.setdefault(alpha, len(values)))
             else:
                 rows.append(len(values))
+            if rows[-1] == len(values):
                 values.append(own.to(like.device, like.dtype))
         self.ragged = any(value.shape != like.shape for value in values)
         for number, value in enumerate(values if self.ragged else []):
@@ -150,7 +154,7 @@ class Routed(nn.Module):
 
     def extra_repr(self) -> str:
         """The base's: a layer is printed where no model is chosen."""
-        with self._router.during(self._router.of([BASE_NAME])):
+        with self._router.during(self._router.of_base()):
             return super().extra_repr()
 
 

@@ -1,4 +1,4 @@
-"""Same-named layers: which tensors differ in a layer's number alone, and how a model shuffles them."""
+"""Same-named layers: which tensors differ in a layer's number alone, and how a model shuffles or shifts them."""
 
 import re
 from collections.abc import Mapping
@@ -25,6 +25,11 @@ def shuffled(key: int, family: str, members: list[str]) -> dict[str, str]:
     """Where one model keeps the delta of each layer of a family: a permutation keyed by model and family."""
     order = permutation(key, tensor_id(family), len(members), stream=Stream.LAYER_SHUFFLE).tolist()
     return {name: members[place] for name, place in zip(members, order, strict=True)}
+
+
+def shifted(by: int, members: list[str]) -> dict[str, str]:
+    """Where a model that is moved ``by`` layers keeps the deltas of a family: after the last layer comes the first."""
+    return {name: members[(place + by) % len(members)] for place, name in enumerate(members)}
 
 
 def _numbers(name: str) -> list[int]:

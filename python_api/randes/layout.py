@@ -162,12 +162,15 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
     """
     tensors = checkpoint.read(base)
     layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
+    chosen = _every(config.every, tensors, layout, config)
+    layout = Layout({name: view for name, view in layout.views.items() if name in chosen}, layout.ties)
     tensors = layout.split(tensors)
-    superposed = superposed_names(tensors, layout, config)
+    superposed = [name for name in headers(tensors) if layout.parts.get(name, name) in chosen]
     if not superposed:
+        every = f", every = {config.every} of them" if config.every > 1 else ""
         raise CheckpointError(
             f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"
-            f" matching {config.include} and not {config.exclude}; got none in {len(tensors)} tensors"
+            f" matching {config.included} and not {config.exclude}{every}; got none in {len(tensors)} tensors"
         )
     for name in superposed:
         if (columns := headers(tensors)[name].shape[1]) % config.segments:
@@ -268,13 +271,15 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
-def superposed_names(tensors: Tensors, layout: Layout, config: Config) -> list[str]:
-    """The matrices that are superposed, of tensors that ``layout`` has split."""
-    parts = {part for view in layout.views.values() for part in view.parts}
-    return [
+def _every(count: int, tensors: Tensors, layout: Layout, config: Config) -> set[str]:
+    """The tensors that are superposed: of those that the configuration selects, in their order, each ``count``-th."""
+    selected = [
         name for name, value in headers(tensors).items()
-        if name in parts or (value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape)))
+        if name in layout.views or (
+            name not in layout.ties and value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
+        )
     ]  # fmt: skip
+    return set(selected[count - 1 :: count])
 
 
 def _split(tensors: LazyTensors, views: Mapping[str, View], names: Mapping[str, str]) -> Tensors:

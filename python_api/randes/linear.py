@@ -1,5 +1,6 @@
 """``SuperposedLinear``: an ``nn.Linear`` that answers as any of many fine-tunes, row by row."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,15 +11,22 @@ from torch import Tensor, nn
 from randes import basis
 from randes.basis import UNIT
 from randes.errors import BaseMismatchError
+from randes.integers import STEP
 from randes.packed import Held, coordinates_of, values_of
 from randes.routing import Batch, Router
 from randes.streams import headers
 from randes.superposition import Superposition
-from randes_kernels import Basis, Packed, superposed_linear, tensor_id, unpack
+from randes_kernels import Basis, Packed, superposed_linear, unpack
+
+PEAK_BITS = 3
+"""The largest of what is near a normal distribution of size 1 lies about there: below 2³."""
 
 
 class DeltaPool(nn.Module):
     """The superpositions that a layer reads, ``(S, N, K)``: one slot a group of models, in its dtype or in few bits.
+
+    unit: what one of its numbers is worth, in units of a gain; 1, but where models share one gain, which says nothing
+    of the deltas' size: a power of two then, which brings them near 1 as half precision needs them.
 
     A module of its own because layers that are shuffled share one, and must go on sharing it when they move.
     """
@@ -38,6 +46,7 @@ class DeltaPool(nn.Module):
         self.slots = {where: slot for slot, where in enumerate(held)}
         self.tensor = tensor
         self.packing: tuple[int, int, int] | None = None
+        self.unit = 1.0
         steps = None
         if held and superposition.packing is not None:
             packed = [value for value in held.values() if isinstance(value, Packed)]
@@ -45,9 +54,12 @@ class DeltaPool(nn.Module):
             self.packing = packed[0][2:]
         else:
             values = torch.empty((len(held), *headers(superposition.base)[tensor].shape), dtype=dtype)
+            if held and superposition.config.gains == "shared":
+                peak = max(float(values_of(value)[0].abs().max()) for value in held.values())
+                self.unit = 2.0 ** (math.frexp(peak * STEP)[1] - PEAK_BITS)
             for slot, value in enumerate(held.values()):
                 numbers, unit = values_of(value)
-                values[slot] = numbers.float() * unit
+                values[slot] = numbers.float() * (unit / self.unit)
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("steps", steps, persistent=False)
         self._check_finite()
@@ -118,13 +130,14 @@ class Superposed(nn.Module):
         names, device = superposition.served, weight.device
         members = [superposition.members[model] for model in names]
         self.pool = pool
-        self.tensor, self.transform = tensor_id(tensor), superposition.config.transform
+        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.config.transform
         keys = [superposition.key(model) for model in names]
         slots = [
             self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
             for model, member in zip(names, members, strict=True)
         ]
-        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
+        unit = self.pool.unit
+        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) * unit for member in members]
         self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
@@ -223,13 +236,16 @@ class SuperposedLinear(Superposed, nn.Linear):
         if linear.weight.shape != superposition.base[tensor].shape:
             shape = tuple(superposition.base[tensor].shape)
             raise ValueError(f"{tensor} must be (N, K) = {shape}, got {tuple(linear.weight.shape)}")
-        check_is_base(superposition, tensor, linear.weight)
+        if superposition.has_base:
+            check_is_base(superposition, tensor, linear.weight)
         if linear.bias is not None:
             check_is_base(superposition, tensor_of(name, "bias"), linear.bias)
         layer = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         layer.weight, layer.bias = linear.weight, linear.bias
+        if not superposition.has_base:  # deltas are measured from zero
+            layer.weight = nn.Parameter(torch.zeros_like(linear.weight), requires_grad=linear.weight.requires_grad)
         layer.train(linear.training)
-        router = router or Router(superposition.served)
+        router = router or Router(superposition.served, superposition.has_base)
         pool = pool or DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
         return cls.take_over(layer, superposition, tensor, tensor_of(name, "bias"), router, pool)
 

@@ -19,6 +19,8 @@ class Member:
     digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
     kept: its own other tensors, where they differ from the base's (``others="keep"``).
     coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``; or (r, N) packed.
+    index: its place among the models, which its layers are shifted by (``shuffle_layers`` above 0); it stays where
+        others come and go.
     alphas: what a tensor's delta is scaled by where that was tuned (``Superposition.tune``); else ``alpha``.
     """
 
@@ -30,6 +32,7 @@ class Member:
     units: Mapping[str, float] = field(default_factory=dict)
     coordinates: Mapping[str, Tensor | Packed] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    index: int = 0
 
     def alpha_of(self, tensor: str) -> float:
         """What the delta of one tensor is scaled by."""

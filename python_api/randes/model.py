@@ -30,7 +30,8 @@ class SuperposedModel(nn.Module):
 
     Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
     stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
-    models.
+    models. Where the fine-tuned weights themselves are superposed (``origin="zero"``), the superposed layers' weights
+    become zeros, whatever they were, and ``"__base__"`` is a name like any other that nobody added.
 
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
     dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called.
@@ -43,9 +44,9 @@ class SuperposedModel(nn.Module):
         pools = _pools(layers, superposition)
         tables = _kept_tables(layers, superposition)
         # Nothing fails from here on: the model is changed whole or not at all.
-        self.router = Router(superposition.served)
+        self.router = Router(superposition.served, superposition.has_base)
         self.base_model = base_module
-        if superposition.config.centre:
+        if superposition.config.centre or not superposition.has_base:
             take_centre(layers, superposition)
         for layer in layers:
             take_over(layer, superposition, self.router, pools, tables)
@@ -99,7 +100,8 @@ class SuperposedModel(nn.Module):
                 if isinstance(own, SuperposedLinear):
                     modes += [own.bias is None, own.biases is None]
                 kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (own, weight))
-        first, names = self.names[:1] or [BASE_NAME], [*self.names, BASE_NAME]
+        names = [*self.names, *([BASE_NAME] if self.router.has_base else [])]
+        first = names[:1]
         for own, weight in kinds.values():
             for count in self._rows_of_plans(own, weight) if rows is None else rows:
                 x = weight.new_zeros(count, weight.shape[1])

@@ -56,7 +56,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
     sharing = min(superposed, config.group_size + config.centre)
     groups = -(-models // config.group_size)
     others = size(tensors) - size(matrices)
-    copies = {"keep": models, "base": 0, "average": 1}[config.others]
+    copies = {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
     rows = []
     for bits in (16, *BITS):
         held = _sum(matrices, lambda value, bits=bits: _delta_bytes(value, bits))  # type: ignore[misc]

@@ -12,7 +12,7 @@ from randes import basis
 from randes.integers import STEP
 from randes.packed import coordinates_of, values_of
 from randes.streams import LazyTensors, headers, parts, runs
-from randes_kernels import retrieve, slices, tensor_id, unpack
+from randes_kernels import retrieve, slices, unpack
 
 if TYPE_CHECKING:
     from randes.superposition import Superposition
@@ -40,7 +40,7 @@ class Retrieved(LazyTensors):
             yield from (whole[start:end] for start, end in runs(whole))
         else:
             shape = self.headers[name].shape
-            turn = slices.turn(sup.key(self._name), tensor_id(name), shape, sup.config.transform)
+            turn = slices.turn(sup.key(self._name), sup.tensor_id(name), shape, sup.config.transform)
             deltas, unit = self._deltas(name)
             scale, first = member.gains[name] * unit, 0
             for base, delta in zip(parts(sup.base, name), deltas, strict=True):
@@ -65,7 +65,7 @@ class Retrieved(LazyTensors):
         delta, unit = values_of(sup.held[member.group][sup.place(self._name, name)])
         scale = member.gains[name] * unit
         if name not in sup.bases:
-            turning = sup.key(self._name), tensor_id(name), sup.config.transform
+            turning = sup.key(self._name), sup.tensor_id(name), sup.config.transform
             return retrieve(base, delta.to(sup.device), member.alpha_of(name) * scale, *turning).cpu()
         return self._with_basis(name, base, self._turned_back(name), 0).cpu()
 
@@ -74,7 +74,7 @@ class Retrieved(LazyTensors):
         sup, member = self._superposition, self._superposition.members[self._name]
         delta, unit = values_of(sup.held[member.group][sup.place(self._name, name)])
         nothing = torch.zeros(self.headers[name].shape, device=sup.device)
-        turning = sup.key(self._name), tensor_id(name), sup.config.transform
+        turning = sup.key(self._name), sup.tensor_id(name), sup.config.transform
         return retrieve(nothing, delta.to(sup.device), member.gains[name] * unit, *turning)
 
     def delta(self, name: str) -> Tensor:

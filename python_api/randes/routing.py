@@ -124,15 +124,16 @@ class _Scoped(threading.local):
 class Router:
     """Tells layers the batch's models: those of the call under way in this thread, else those chosen for all calls."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], has_base: bool = True) -> None:
+        """has_base: whether the base can be asked for beside ``names``."""
+        self.names, self.has_base = tuple(names), has_base
         self.chosen: Batch | None = None
         self._scoped = _Scoped()
         # Where deltas are centred the base is superposed too, and has a number of its own.
-        self._numbers = {BASE_NAME: -1} | {name: number for number, name in enumerate(self.names)}
+        self._numbers = ({BASE_NAME: -1} if has_base else {}) | {name: number for number, name in enumerate(self.names)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Router, (self.names,), {"chosen": self.chosen}  # a copy has calls of its own
+        return Router, (self.names, self.has_base), {"chosen": self.chosen}  # a copy has calls of its own
 
     def current(self) -> Batch | None:
         """The batch under way, if there is one."""
@@ -163,6 +164,11 @@ class Router:
         of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
         alike = len(set(ids)) == 1
         return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, self.names, of_rows)
+
+    def of_base(self) -> Batch:
+        """The batch that runs every layer as the base's own: to look at layers with."""
+        base = torch.tensor([-1], dtype=torch.int32, device="cpu")
+        return Batch(base, True, self.names, base)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""

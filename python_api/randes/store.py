@@ -248,7 +248,10 @@ def _record(member: Member) -> dict[str, Any]:
         "gains": dict(sorted(member.gains.items())),
         "digests": dict(sorted(member.digests.items())),
     }
-    later = {"units": dict(sorted(member.units.items())), "alphas": dict(sorted(member.alphas.items()))}
+    later = {
+        "units": dict(sorted(member.units.items())), "alphas": dict(sorted(member.alphas.items())),
+        "index": member.index,
+    }  # fmt: skip
     return record | {name: value for name, value in later.items() if value}
 
 

@@ -110,7 +110,9 @@ def summary(superposition: Superposition) -> dict[str, Any]:
         "bytes": {**asdict(sizes), "total": sizes.total},
         "coverage": {
             "superposed": _described(superposition, superposition.superposed),
-            "kept" if superposition.config.others == "keep" else "averaged": _described(superposition, sorted(kept)),
+            {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
+                superposition, sorted(kept)
+            ),
             "shared_with_base": _described(superposition, sorted(shared)),
         },
     }

@@ -26,13 +26,15 @@ from randes.members import BASE_NAME, Member
 from randes.packed import coordinates_of
 from randes.stored import own
 from randes.streams import Digest, ahead, headers, parts, runs
-from randes_kernels import slices, superpose_, tensor_id
+from randes_kernels import slices, superpose_
 
 if TYPE_CHECKING:
     from randes.superposition import Superposition
 
 NOTHING_LEFT = 2.0**-40
 """The gain of a delta that lies wholly in the shared basis; the rest of it is zero."""
+SUMMED = ("average", "sum")
+"""What ``Config.others`` makes of a sum over the models."""
 Pairs = list[tuple[Tensor, Tensor]]
 """One tensor of a model and of the base, part by part."""
 
@@ -45,6 +47,7 @@ class Joining:
     group: int
     alpha: float
     tensors: Mapping[str, Tensor]
+    index: int = 0
     gains: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +55,8 @@ class Joining:
     coordinates: dict[str, Tensor] = field(default_factory=dict)
 
     def member(self) -> Member:
-        return Member(self.group, self.alpha, self.gains, self.digests, self.kept, self.units, self.coordinates)
+        found = self.gains, self.digests, self.kept, self.units, self.coordinates
+        return Member(self.group, self.alpha, *found, index=self.index)
 
 
 def join(sup: Superposition, model: Joining, step: Callable[[int], None]) -> None:
@@ -68,7 +72,7 @@ def join(sup: Superposition, model: Joining, step: Callable[[int], None]) -> Non
 def leave(sup: Superposition, name: str, tensors: Mapping[str, Tensor], step: Callable[[int], None]) -> None:
     """Take a model away, whose ``tensors`` were found to be those that joined. Nothing is changed by what raises."""
     held = sup.members[name]
-    model = Joining(name, held.group, held.alpha, tensors, dict(held.gains))
+    model = Joining(name, held.group, held.alpha, tensors, held.index, dict(held.gains))
     model.units, model.coordinates = (
         dict(held.units),
         {t: coordinates_of(held.coordinates[t]) for t in held.coordinates},
@@ -86,6 +90,7 @@ def join_all(sup: Superposition, models: list[Joining], step: Callable[[int], No
                 pairs = _measure(sup, model, tensor, incoming, hold=True)
                 _superpose(sup, model, tensor, pairs, subtract=False, in_place=True)
                 del pairs  # before the next tensor comes
+            for model in models:
                 if _is_averaged(sup, model, tensor):
                     _average(sup, model, tensor, subtract=False)
     for model in models:
@@ -197,7 +202,7 @@ def _measure(
     for part, hashed, base in incoming:
         if not superposed:
             check_finite(tensor, part)
-            if sup.config.others == "average":
+            if sup.config.others in SUMMED:
                 check_average(tensor, part)
         elif tensor not in sup.bases:
             sums += slices.squares(part, base)
@@ -224,7 +229,8 @@ def _measure(
         differences = _differences(sup, model, tensor, again)
         return max(float((part.double() - base.double()).abs().max()) for part, base in differences)
 
-    gain = gain_of(tensor, sums, headers(sup.base)[tensor].numel(), sup.config.group_size, peak)
+    count, shared = headers(sup.base)[tensor].numel(), sup.shared_gain(tensor)
+    gain = gain_of(tensor, sums, count, sup.config.group_size, peak, shared=shared)
     if gain == 0 and not (tensor in model.coordinates and model.coordinates[tensor].any()):
         # −0.0 for 0.0: other bytes, the same weight.
         model.coordinates.pop(tensor, None)
@@ -255,7 +261,8 @@ def _superpose(
     """Add one tensor's turned delta to its group's integers, or take it away, once all of it is done."""
     if tensor not in model.gains:
         return
-    key, place, steps = sup.key(model.name), sup.place(model.name, tensor), rate(model.gains[tensor])
+    key, place = sup.key(model.name), sup.place(model.name, tensor, model.index)
+    number, steps = sup.tensor_id(tensor), rate(model.gains[tensor])
     group = sup.deltas.setdefault(model.group, {})
     shape = headers(sup.base)[tensor].shape
     if place not in group:
@@ -266,10 +273,10 @@ def _superpose(
     if sup.device.type != "cpu":
         finetuned, base = (torch.cat(side).to(sup.device) for side in zip(*pairs, strict=True))
         wide = held.to(sup.device, torch.int32)
-        superpose_(wide, finetuned, base, steps, key, tensor_id(tensor), sup.config.transform, subtract=subtract)
+        superpose_(wide, finetuned, base, steps, key, number, sup.config.transform, subtract=subtract)
         group[place] = narrow(wide).cpu()
         return
-    turn = slices.turn(key, tensor_id(tensor), shape, sup.config.transform)
+    turn = slices.turn(key, number, shape, sup.config.transform)
     add = partial(slices.superpose_rows_, rate=steps, turn=turn, subtract=subtract)
     first = 0
     for part, base in pairs:
@@ -283,7 +290,7 @@ def _superpose(
 
 
 def _is_averaged(sup: Superposition, model: Joining, tensor: str) -> bool:
-    averaging = sup.config.others == "average" and model.name != BASE_NAME and tensor not in sup.superposed
+    averaging = sup.config.others in SUMMED and model.name != BASE_NAME and tensor not in sup.superposed
     return averaging and headers(sup.base)[tensor].is_floating_point()
 
 

@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from randes import checkpoint, superposing
-from randes.arranged import SplitTensors
+from randes.arranged import SplitTensors, replaced
 from randes.checkpoint import Checkpoint, Tensors
 from randes.companions import companions
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
-from randes.integers import AVERAGE_STEP
-from randes.layers import families, shuffled
+from randes.integers import AVERAGE_STEP, shared_gain
+from randes.layers import families, shifted, shuffled
 from randes.layout import Layout, matrices_of, tied
 from randes.members import BASE_NAME, Member, Sizes
 from randes.packed import Held, Packing, packed
 from randes.retrieved import Retrieved
 from randes.stored import Layers, StoredTensors, check, in_files, unchecked
-from randes.streams import LazyTensors, Progress, digests, headers, silent, size
+from randes.streams import LazyTensors, Progress, digests, headers, parts, silent, size
 from randes.superposing import Joining
 from randes.tune import Tuned, tune
-from randes_kernels import Packed, model_key
+from randes_kernels import Packed, model_key, slices, tensor_id
 
 __all__ = ["BASE_NAME", "Superposition"]
 
@@ -56,13 +56,14 @@ class Superposition:
         self.packing: Packing | None = None
         self.few_bits: dict[int, dict[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
-        self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average"
+        self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
         self.companions: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), self.superposed)
         self._family_of = {name: family for family, names in self._families.items() for name in names}
+        self._shared_gains: dict[str, float] = {}
 
     @classmethod
     def create(cls, base: Checkpoint, config: Config | None = None, *, progress: Progress = silent) -> "Superposition":
@@ -83,6 +84,9 @@ class Superposition:
         found = digests(tensors, look=checkpoint.check_finite, step=step)
         if isinstance(tensors, StoredTensors | SplitTensors):
             tensors.expect(found, _changed)
+        if config.origin == "zero":
+            zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
+            tensors, found = replaced(tensors, zeros), found | digests(zeros)
         superposition = cls(config, tensors, superposed, found, layout=layout)
         superposition.companions = companions(base)
         return superposition
@@ -123,7 +127,7 @@ class Superposition:
         self.check_name(name)
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha}")
-        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned))
+        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index())
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))
         superposing.join(self, model, step)
@@ -216,36 +220,82 @@ class Superposition:
         """Of each group, its superpositions by tensor: integers, or what they were packed to."""
         return self.deltas if self.packing is None else self.few_bits
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the base can be asked for: not where the models' weights themselves are superposed."""
+        return self.config.origin == "base"
+
     def key(self, name: str) -> int:
         """A model's Philox key."""
         return model_key(self.config.seed, name)
+
+    def tensor_id(self, tensor: str) -> int:
+        """What a tensor's transforms are made of beside the key: one number for all where they share a transform."""
+        return tensor_id(tensor if self.config.per_layer else "")
+
+    def shared_gain(self, tensor: str) -> float | None:
+        """The gain that all models have of a tensor; None where each has its own.
+
+        Where layers change places, the largest of theirs: what lies in one place has one gain.
+        """
+        if self.config.gains == "own":
+            return None
+        family = self.family(tensor)
+        if family[0] not in self._shared_gains:
+            described = headers(self.base)
+            found = [
+                shared_gain(
+                    (
+                        total
+                        for part in parts(self.base, name)
+                        for total in slices.squares(part, torch.zeros_like(part))
+                    ),
+                    described[name].numel(),
+                )
+                for name in family
+            ]
+            self._shared_gains[family[0]] = max(found)
+        return self._shared_gains[family[0]]
 
     def family(self, tensor: str) -> list[str]:
         """The tensors whose superpositions a model's ``tensor`` may be in: itself, or its shuffled layers."""
         return self._families[self._family_of[tensor]] if self.config.shuffle_layers else [tensor]
 
-    def place(self, name: str, tensor: str) -> str:
-        """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled."""
+    def place(self, name: str, tensor: str, index: int | None = None) -> str:
+        """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled.
+
+        index: the model's, where it is not a member yet.
+        """
         if not self.config.shuffle_layers:
             return tensor
+        if self.config.shuffle_layers > 0:
+            index = self.members[name].index if index is None else index
+            return shifted(index * self.config.shuffle_layers, self.family(tensor))[tensor]
         return shuffled(self.key(name), self._family_of[tensor], self.family(tensor))[tensor]
 
     def other(self, name: str, tensor: str) -> Tensor:
-        """What a model has of a tensor that is not superposed for it: its own, the average, or the base's."""
+        """What a model has of a tensor that is not superposed for it: its own, the average or sum, or the base's."""
         own = self.members[name].kept.get(tensor)
         if own is not None:
             return own
         base = self.base[tensor]
-        if tensor in self.averages and self._differs(tensor) and name != BASE_NAME:
+        if not self._is_summed(tensor) or name == BASE_NAME:
+            return base
+        if self.config.others == "average":
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
-        return base
+        total, alpha = self.averages[tensor].double() * AVERAGE_STEP, self.members[name].alpha
+        if not self.has_base:
+            return (alpha * total).to(base.dtype)
+        return (base.double() + alpha * (total - len(self.names) * base.double())).to(base.dtype)
 
     def read(self, finetuned: Checkpoint) -> Tensors:
         """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
 
         Raises ``CheckpointError`` for one that does not fit. Kept tensors (``others="keep"``) may have other shapes.
         """
-        base = None if self.config.centre else self.layout.joined(self.base, ties=False)
+        # An adapter is of the base itself, which is not here where deltas are measured from something else.
+        measured = self.config.centre or not self.has_base
+        base = None if measured else self.layout.joined(self.base, ties=False)
         tensors = self.layout.split(checkpoint.read(finetuned, base))
         # A head that this checkpoint ties and the base's omits.
         extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
@@ -273,8 +323,8 @@ class Superposition:
 
     @property
     def others(self) -> list[str]:
-        """The tensors that some model has its own of, or that are averaged."""
-        names = {tensor for tensor in self.averages if self._differs(tensor)}
+        """The tensors that some model has its own of, or that are averaged or summed."""
+        names = {tensor for tensor in self.averages if self._is_summed(tensor)}
         for member in self.members.values():
             names |= member.kept.keys()
         return sorted(names)
@@ -328,6 +378,12 @@ class Superposition:
         """Whether any model's own tensor is not the base's."""
         return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
 
+    def _is_summed(self, tensor: str) -> bool:
+        """Whether the models have a mean or a sum of a tensor, which is not the base's."""
+        return tensor in self.averages and (
+            self._differs(tensor) or (self.config.others == "sum" and not self.has_base)
+        )
+
     def check_master(self) -> None:
         """Raise ``ValueError`` for what is packed for serving: the integers it was made of are what can be changed."""
         if self.packing is not None:
@@ -343,6 +399,13 @@ class Superposition:
         if name in self.members:
             raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
 
+    def next_index(self) -> int:
+        """A new model's place among those that are there, the first that is free; 0 where no layers are shifted."""
+        if self.config.shuffle_layers <= 0:
+            return 0
+        taken = {member.index for member in self.members.values()}
+        return next(index for index in range(len(taken) + 1) if index not in taken)
+
     def place_for(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
         taken = [self.members[name].group for name in self.names]
@@ -354,6 +417,11 @@ class Superposition:
         if taken.count(group) >= self.config.group_size:
             raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
         return group
+
+
+def _zeros(header: Tensor) -> Tensor:
+    """Of a tensor's shape and dtype, in the memory of one number."""
+    return torch.zeros((), dtype=header.dtype, device="cpu").expand(header.shape)
 
 
 def _changed(path: Path, tensor: str) -> BaseMismatchError:

@@ -21,7 +21,7 @@ from randes.integers import STEP
 from randes.packed import coordinates_of
 from randes.streams import headers, parts, runs
 from randes.superposition import Superposition
-from randes_kernels import Packed, slices, tensor_id, unpack
+from randes_kernels import Packed, slices, unpack
 
 SAMPLE = 1 << 22
 """Elements of a tensor that are compared at most: equally spaced runs of its rows, and their sums count for all."""
@@ -152,7 +152,7 @@ def _lying_at(superposition: Superposition, name: str, place: str) -> str:
 
 def _turn(superposition: Superposition, name: str, tensor: str) -> slices.Turn:
     shape = headers(superposition.base)[tensor].shape
-    return slices.turn(superposition.key(name), tensor_id(tensor), shape, superposition.config.transform)
+    return slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.config.transform)
 
 
 def _turned(turn: slices.Turn, delta: Tensor, first: int) -> Tensor:

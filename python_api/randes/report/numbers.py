@@ -221,7 +221,7 @@ def layers(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _kinds(sup: Superposition) -> tuple[Kind, ...]:
-    kept = set(sup.others)
+    kept, joint = set(sup.others), "summed" if sup.config.others == "sum" else "averaged"
     found: dict[tuple[str, str, tuple[int, ...], str, str], list[tuple[int, int, int]]] = {}
     for name, header in headers(sup.base).items():
         own = [member for member in sup.members.values() if name in member.gains or name in member.kept]
@@ -229,9 +229,7 @@ def _kinds(sup: Superposition) -> tuple[Kind, ...]:
             fate, reason = "superposed", ""
             stored = sum(_nbytes(held, name) for held in sup.held.values() if name in held)
         else:
-            fate = (
-                ("averaged" if name in sup.averages else "kept per model") if name in kept else "shared with the base"
-            )
+            fate = (joint if name in sup.averages else "kept per model") if name in kept else "shared with the base"
             reason = why_not(sup.config, name, header)
             stored = sum(headers(member.kept)[name].nbytes for member in own)
             stored += headers(sup.averages)[name].nbytes if name in sup.averages else 0
@@ -254,8 +252,8 @@ def why_not(config: Config, name: str, header: Tensor) -> str:
         return f"dtype {str(header.dtype).removeprefix('torch.')}"
     if excluding := next((pattern for pattern in config.exclude if fnmatchcase(name, pattern)), None):
         return f"excluded by {excluding}"
-    if not any(fnmatchcase(name, pattern) for pattern in config.include):
-        return f"not matched by include ({', '.join(config.include)})"
+    if not any(fnmatchcase(name, pattern) for pattern in config.included):
+        return f"not matched by include ({', '.join(config.included)})"
     if min(shape) < config.min_width:
         return f"narrower than min_width ({config.min_width})"
     return "not chosen when the store was created"

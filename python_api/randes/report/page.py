@@ -46,7 +46,7 @@ def _header(numbers: Numbers, title: str) -> str:
         ("signs", config.signs), ("permute", config.permute), ("shuffle_layers", config.shuffle_layers),
         ("group_size", config.group_size), ("seed", config.seed), ("others", config.others), ("rank", config.rank),
         ("centre", "yes: deltas are measured from the mean of the fine-tunes" if config.centre else "no"),
-        ("include", ", ".join(config.include)), ("exclude", ", ".join(config.exclude)),
+        ("include", ", ".join(config.included)), ("exclude", ", ".join(config.exclude)),
         ("min_width", config.min_width),
         ("packed", "no: integers, models can be added and removed" if packing is None else
          f"{packing.bits} bits, groups of {packing.group} columns, coordinates in {packing.coordinates} bits;"
