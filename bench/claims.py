@@ -3,8 +3,8 @@
     python bench/claims.py                        writes bench/results/claims.json and its plots
     python bench/claims.py --table decorrelation  prints a Markdown table of the rows that are there; see TABLES
 
-Thirty-two fine-tunes on tasks made of digits, of which the first 2, 4, 8, 16 and 32 are superposed; and three sets of
-eight on tasks that are more and more alike. Only matrices are fine-tuned, so that everything which is lost is lost to
+Thirty-two fine-tunes of one base, 64 wide, on tasks made of digits: the first 2, 4, 8, 16 and 32 are superposed; and
+three sets of eight, on tasks that are more and more alike. Only matrices are fine-tuned, so that everything which is lost is lost to
 the superposition. Accuracy is normalised: a share of the individual fine-tune's on the same held-out images.
 """
 
@@ -35,7 +35,10 @@ RESULTS = Path(__file__).parent / "results" / "claims.json"
 MODELS = Path(tempfile.gettempdir()) / "randes-claims"
 SEEDS = (0, 1, 2)
 COUNTS = (2, 4, 8, 16, 32)
-ALPHAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25)
+THERE = (1, 2, 4, 8, 12, 16)
+"""How many models are there when they are evaluated, while they come and go."""
+WIDTH, EPOCHS = 64, 5
 OWN_SHARES = (0.5, 0.25, 0.0)
 """Of the pixels, how many each task of a set moves in its own way; the others all tasks of the set move alike."""
 PAPER = randes.Config(signs="columns", gains="shared")
@@ -86,11 +89,11 @@ def finetuned(seed: int, folder: Path, begin: Any) -> dict[str, Finetunes]:
         if not file.exists():
             folder.mkdir(parents=True, exist_ok=True)
             save_file(make().state_dict(), file)
-        model = DigitEncoder()
+        model = DigitEncoder(WIDTH)
         model.load_state_dict(load_file(file))
         return model.eval()
 
-    base = kept("base", lambda: pretrain(seed, begin))
+    base = kept("base", lambda: pretrain(seed, begin, width=WIDTH))
     _, held_out = load(seed)
     found = {}
     for name, tasks in sets().items():
@@ -99,7 +102,10 @@ def finetuned(seed: int, folder: Path, begin: Any) -> dict[str, Finetunes]:
 
         def make(task: Task, tasks: Sequence[Task] = tasks, made: dict[str, nn.Module] = made) -> nn.Module:
             if not made:
-                made |= finetune_for(base, tasks, seed=seed, matrices_only=True, progress=begin, orders=True).models
+                found = finetune_for(
+                    base, tasks, seed=seed, matrices_only=True, progress=begin, epochs=EPOCHS, orders=True
+                )
+                made |= found.models
             return made[task.name]
 
         for task in tasks:
@@ -186,11 +192,13 @@ def by_coming_and_going(tuned: Finetunes) -> Iterator[Row]:
         made = randes.Superposition.create(tuned.base, config)
         for name in names:
             made.add(name, tuned.models[name])
-            yield {"experiment": "joining", "method": method, "models": len(made.names),
-                   **judge.shares(made, made.names)}  # fmt: skip
-        for number, name in enumerate(names[:-1]):
+            if (there := len(made.names)) in THERE:
+                yield {"experiment": "joining", "method": method, "models": there, **judge.shares(made, made.names)}
+        for number, name in enumerate(names[:-1], 1):
             made.remove(name, tuned.models[name])
-            left = names[number + 1 :]
+            left = names[number:]
+            if len(left) not in THERE:
+                continue
             anew = randes.Superposition.create(tuned.base, config)
             for other in left:
                 anew.add(other, tuned.models[other])

@@ -90,11 +90,11 @@ def finetune(count: int, *, seed: int, matrices_only: bool, progress: Progress) 
     return finetune_for(base, TASKS[:count], seed=seed, matrices_only=matrices_only, progress=progress)
 
 
-def pretrain(seed: int, progress: Progress) -> nn.Module:
-    """A base that knows plain digits."""
+def pretrain(seed: int, progress: Progress, *, width: int = 128) -> nn.Module:
+    """A base of this width that knows plain digits."""
     torch.manual_seed(seed)
     training, _ = load(seed)
-    base = DigitEncoder()
+    base = DigitEncoder(width)
     with _one_thread_a_model():
         step = progress("pre-training", PRETRAINING_EPOCHS)
         train(base, training, epochs=PRETRAINING_EPOCHS, rate=PRETRAINING_RATE, seed=seed, step=step)
@@ -103,17 +103,17 @@ def pretrain(seed: int, progress: Progress) -> nn.Module:
 
 def finetune_for(
     base: nn.Module, tasks: Sequence[Task], *, seed: int, matrices_only: bool, progress: Progress,
-    orders: bool = False,
+    epochs: int = FINETUNING_EPOCHS, orders: bool = False,
 ) -> Finetunes:  # fmt: skip
     """One fine-tune of ``base`` for each task. orders: give each its own order of batches, where tasks may be one."""
     training, held_out = load(seed)
     chosen = set(Superposition.create(base).superposed) if matrices_only else set(base.state_dict())
     with _one_thread_a_model():
-        step = progress("fine-tuning", len(tasks) * FINETUNING_EPOCHS)
+        step = progress("fine-tuning", len(tasks) * epochs)
 
         def finetuned(number: int, task: Task) -> nn.Module:
             model, images, order = copy.deepcopy(base), task.of(training), seed + number * orders
-            train(model, images, epochs=FINETUNING_EPOCHS, rate=FINETUNING_RATE, seed=order, step=step, only=chosen)
+            train(model, images, epochs=epochs, rate=FINETUNING_RATE, seed=order, step=step, only=chosen)
             return model
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -10,8 +10,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from randes.config import Config
 from randes.errors import RandesError
+from randes.streams import headers
+from randes.superposition import Superposition
+from randes_kernels import slices
 
 Algorithm = Literal["superposed_model_soup", "superposed_task_arithmetic", "superposed_task_arithmetic_lora"]
 
@@ -80,7 +86,7 @@ def options(mapping: Mapping[str, Any], models: int) -> Options:
         **_targets(given.get("target_layer", ["mlp_w", "attn_w"])),
         gains="shared",
         origin="zero" if soup else "base",
-        others={"average": "average", "pretrained": "base", "None": "average"}[absorber] if soup else "sum",
+        others={"average": "average", "pretrained": "base", "None": "sum"}[absorber] if soup else "sum",
         shuffle_layers=given.get("shift_layers", 0),
         every=given.get("dropout_rate", 1),
         per_layer=given.get("different_across_layers", True),
@@ -166,7 +172,7 @@ def _notes(method: str, given: Mapping[str, Any], absorber: str, ms_mode: object
         if absorber != "None" and ms_mode == "average":
             notes.append(f"absorber {absorber}: kept as it is; the original divides it by {models} here")
         if absorber == "None" and ms_mode == "original":
-            notes.append(f"absorber None: what is not superposed is the mean; the original's is {models} times that")
+            notes.append(f"absorber None: what is not superposed comes back as the sum of {models} models, as there")
         if "scaling_factor" in given:
             notes.append("scaling_factor: the original's soup has none, and nothing is done with it here")
     else:
@@ -182,3 +188,19 @@ def _notes(method: str, given: Mapping[str, Any], absorber: str, ms_mode: object
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def matrix(superposition: Superposition, name: str, tensor: str) -> Tensor:
+    """What a model's delta of a tensor is multiplied with, from the right, before it is summed; row signs aside.
+
+    fp32: (1, K) where it is diagonal, as FusionBench's contexts are, and (K, K) else. For comparisons with other
+    implementations: nothing of ours makes it. Raises ``UnknownModelError``, and ``ValueError`` for a tensor that is not
+    superposed.
+    """
+    superposition.member(name)
+    if tensor not in superposition.superposed:
+        raise ValueError(f"tensor must be one that is superposed, got {tensor!r}")
+    shape = headers(superposition.base)[tensor].shape
+    turn = slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.config.transform)
+    columns = torch.ones(shape[-1]) if turn.columns is None else turn.columns
+    return columns[None] if turn.source is None else columns.diag()[:, turn.source]
