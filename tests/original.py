@@ -41,13 +41,11 @@ class Model(nn.Module):
 
 
 class Pool(BaseModelPool):
-    """Adapters are dicts of tensors, which a pool does not load."""
+    """Models that are at hand. Adapters are dicts of tensors, which a pool does not load."""
 
     def load_model(self, name, *_, **__):
-        return Model({key: value.clone() for key, value in self.held[name].items()}) if self.modules(name) else dict(self.held[name])
-
-    def modules(self, name):
-        return name == "_pretrained_" or not self.adapters
+        tensors = {key: value.clone() for key, value in self.held[name].items()}
+        return tensors if self.adapters and name != "_pretrained_" else Model(tensors)
 
 
 def hand_over(matrices, orders):
@@ -87,17 +85,54 @@ def run(folder, case):
     (folder / f"{case['name']}-metadata.json").write_text(json.dumps(found["metadata"], default=float))
 
 
+def facts(common):
+    """What docs/paper.md says of it: what it raises, and the seeds that it draws with, by case."""
+    torch.manual_seed(0)
+    told = {}
+
+    def layers(depth, mlps):
+        named = {f"attn.{layer}.weight": torch.randn(4, 4) for layer in range(depth)}
+        return named | {f"mlp.{layer}.weight": torch.randn(4, 4) for layer in range(mlps)} | {"norm": torch.ones(4)}
+
+    def attempt(name, algorithm, states, without=(), **keys):
+        options = {key: value for key, value in (common | keys).items() if key not in without}
+        pool = Pool(models={model: {"_target_": "none"} for model in states})
+        pool.held, pool.adapters = states, False
+        if "parameters" in name:
+            pool.load_model = lambda model, **_: nn.Linear(4, 4)
+        try:
+            found = getattr(original, algorithm)(**options).run(pool)
+            told[name] = found["metadata"]
+        except Exception as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    deltas, soup = "SuperposedTaskArithmeticAlgorithm", "SuperposedModelSoupAlgorithm"
+    even = {name: layers(2, 2) for name in ("_pretrained_", "a", "b", "c")}
+    seeds, seed = [], numpy.random.seed
+    numpy.random.seed = lambda value: (seeds.append(value), seed(value))
+    attempt("seeds", deltas, even, scaling_factor=1.0)
+    numpy.random.seed = seed
+    told["seeds"] = seeds[:3], common["random_seed"] + hash("attn.0.weight") % 1e6
+    attempt("rotation", deltas, even, mode="random_rotation_matrix", scaling_factor=1.0)
+    attempt("manual absorption", soup, even, mode="manual_absorption")
+    attempt("parameters", deltas, even, scaling_factor=1.0, target_layer=["all"])
+    attempt("yaml", deltas, even, without=("absorber", "ms_mode"), scaling_factor=1.0)
+    uneven = {name: layers(2, 3) for name in even}
+    attempt("two depths", deltas, uneven, shift_layers=1, scaling_factor=1.0)
+    attempt("every second", deltas, even, dropout_rate=2, scaling_factor=1.0)
+    alike = {name: value | {"norm": value["norm"] * 100} for name, value in even.items()}
+    attempt("debug 2", soup, alike, debug=2)
+    return told
+
+
 def main():
     folder = Path(sys.argv[1])
+    cases = json.loads((folder / "cases.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts(cases[0]["common"]), default=float))
     moved = torch.Tensor.to
     torch.Tensor.to = lambda self, *args, **options: self if args == ("cuda",) else moved(self, *args, **options)
-    for case in json.loads((folder / "cases.json").read_text()):
-        try:
-            run(folder, case)
-        except Exception as error:
-            if not case.get("fails"):
-                raise
-            (folder / f"{case['name']}-error.txt").write_text(f"{type(error).__name__}: {error}")
+    for case in cases:
+        run(folder, case)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def results(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             write_file(folder / f"{case.name}-matrices.safetensors", {str(n): m for n, m in enumerate(matrices)})
         order = {name: list(BASE) for name in ("_pretrained_", *NAMES)}
         told.append({"name": case.name, "algorithm": case.algorithm, "keys": case.all_keys, "models": "full",
-                     "names": list(order), "order": order, "matrices": len(matrices), "orders": orders})  # fmt: skip
+                     "names": list(order), "order": order, "matrices": len(matrices), "orders": orders,
+                     "common": COMMON})  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(told))
     run_in(environment, Path(__file__).with_name("original.py"), folder)
     return folder
@@ -215,3 +216,87 @@ def test_the_original_counts_what_we_say_it_counts(case: Case, results: Path) ->
     assert found.nonzero_parameter_count == metadata["nonzero_parameter_count"]
     assert found.total_gb_original == pytest.approx(metadata["total_gb_original"])
     assert found.total_gb_retrieved == pytest.approx(metadata["total_gb_retrieved"])
+
+
+# -------------------------------------------------------------------- what docs/paper.md says of the original
+
+
+def test_the_original_is_as_the_page_for_its_readers_says(results: Path) -> None:
+    facts = json.loads((results / "facts.json").read_text())
+    seeds, first = facts["seeds"]
+    assert seeds == [first, first + 1, first + 2]  # by place in the pool, from Python's salted hash
+    assert "cannot be used to seed" in facts["rotation"]
+    assert facts["manual absorption"] == "ValueError: Unsupported mode: manual_absorption"
+    assert "expected Parameter, got Tensor" in facts["parameters"]
+    assert "missing 2 required positional arguments: 'absorber' and 'ms_mode'" in facts["yaml"]
+    assert "extra keys: ['attn.2.weight']" in facts["two depths"]
+    assert facts["every second"]["target_layers"] == ["attn.1.weight", "mlp.1.weight"]
+    after = torch.tensor(facts["debug 2"]["pairwise_cosine_similarity_matrix_after_a"])
+    assert after.min() > 0.99  # of norms that nothing turned
+
+
+# -------------------------------------------------------------------- its configuration
+
+
+def options(**keys: Any) -> fusionbench.Options:
+    return fusionbench.options({"name": "superposed_task_arithmetic", **COMMON, "scaling_factor": 0.3, **keys}, 4)
+
+
+def test_each_key_has_its_meaning() -> None:
+    config, alpha, lora, notes = options(shift_layers=-1, dropout_rate=2, different_across_layers=False)
+    expected = randes.Config(
+        signs="columns", shuffle_layers=-1, group_size=4, seed=42, others="sum", min_width=1, gains="shared", every=2,
+        include=("*mlp*", "*Dense*", "*attn*", "*Attention*"), exclude=("*bias*",), per_layer=False, vectors=True,
+    )  # fmt: skip
+    assert (config, alpha, lora) == (expected, 0.3, False)
+    assert notes == (
+        "joint_matrix_mode, rank, random_components: the original reads none of it, and nothing is done with it here",
+        "absorber, ms_mode: of model soups alone, as in the original",
+    )
+    soup = {"_target_": "fusion_bench.method.randes.SuperposedModelSoupAlgorithm", **COMMON}
+    assert fusionbench.options({"method": soup, "modelpool": {}}, 4).config.origin == "zero"
+    for ms_mode, factor in (("average", 0.25), ("original", 1.0)):
+        assert fusionbench.options({**soup, "ms_mode": ms_mode}, 4).alpha == factor
+    for absorber, others in (("average", "average"), ("pretrained", "base"), ("None", "sum"), (None, "sum")):
+        assert fusionbench.options({**soup, "absorber": absorber}, 4).config.others == others
+    assert fusionbench.options({"name": "superposed_task_arithmetic_lora", **COMMON}, 4).lora
+
+
+def test_targets_are_the_originals() -> None:
+    names = ["a.mlp.w.weight", "a.mlp.w.bias", "DenseReluDense.wi", "a.attn.q.weight", "a.attn.q.bias", "SelfAttention.k", "n"]
+    expected = {
+        ("mlp_w",): {0, 2}, ("attn_w",): {3, 5}, ("mlp",): {0, 1, 2}, ("attn",): {3, 4, 5}, ("all",): set(range(7)),
+        ("mlp_w", "attn_w"): {0, 2, 3, 5}, ("mlp_w", "attn"): {0, 2, 3, 4, 5}, ("mlp", "attn_w"): {0, 1, 2, 3, 5},
+    }  # fmt: skip
+    for targets, chosen in expected.items():
+        config = options(target_layer=list(targets)).config
+        assert {n for n, name in enumerate(names) if config.selects(name, (64, 64))} == chosen
+        assert {n for n, name in enumerate(names) if config.selects(name, (64,))} == chosen
+    assert options(target_layer="all").config == options(target_layer=["all"]).config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"mode": "manual_absorption"}, "mode must be one of random_binary_diagonal_matrix, .*, got 'manual_absorption'"),
+        ({"name": "dummy"}, "name or _target_ must be one of superposed_model_soup, .*, got 'dummy'"),
+        ({"temperature": 1}, "must have FusionBench's keys only, got temperature"),
+        ({"target_layer": ["mlps"]}, "target_layer must be one of mlp_w, attn_w, mlp, attn, all, got 'mlps'"),
+        ({"target_layer": []}, "target_layer must be a list"),
+        ({"absorber": "mean"}, "absorber must be one of average, pretrained, None, got 'mean'"),
+        ({"ms_mode": "sum"}, "ms_mode must be one of average, original, got 'sum'"),
+        ({"scaling_factor": "x"}, "scaling_factor must be a number, got 'x'"),
+        ({"shift_layers": -2}, "shuffle_layers must be an integer of at least -1, got -2"),
+    ],
+)  # fmt: skip
+def test_what_the_original_has_no_meaning_for_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options(**keys)
+
+
+def test_a_matrix_is_of_a_superposed_tensor() -> None:
+    superposition = CASES[0].superposed()
+    with pytest.raises(ValueError, match="tensor must be one that is superposed, got 'embed.weight'"):
+        fusionbench.matrix(superposition, "m0", "embed.weight")
+    with pytest.raises(randes.UnknownModelError):
+        fusionbench.matrix(superposition, "m9", "embed.weight")
