@@ -67,7 +67,7 @@ def test_pairwise_cosines_in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None
     tensors = [seeded(300, 40, seed=j) for j in range(3)]
     whole = analysis.pairwise_cosines(tensors)
     monkeypatch.setattr("randes.streams.PART_ELEMENTS", 1000)
-    monkeypatch.setattr("randes.report.cosines.AT_A_TIME", 77)
+    monkeypatch.setattr("randes.analysis.AT_A_TIME", 77)
     torch.testing.assert_close(analysis.pairwise_cosines(tensors), whole, rtol=0, atol=1e-14)
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from randes import checkpoint
 from randes.checkpoint import Checkpoint, Tensors
 from randes.packed import Held
-from randes.report.cosines import AT_A_TIME
 from randes.streams import LazyTensors, headers, parts, size
 from randes.superposition import Superposition
 from randes_kernels import Packed
 
 Device = str | torch.device
+AT_A_TIME = 1 << 22
+"""Elements, of all models together, that one product is made of: 32 MiB in fp64."""
 SPARE = 8
 """Directions beyond those asked for that a randomised decomposition keeps, so that the last ones converge too."""
 PASSES = 4
