@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from randes_kernels.format import SIGNS_PER_BLOCK, Stream, Transform, column_permutation, signs
+from randes_kernels import mixing
+from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Stream, Transform, column_permutation, signs
 from randes_kernels.lowrank import own_product
 from randes_kernels.packing import Packed, of_operands, unpack
 
@@ -43,7 +44,7 @@ def superposed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor,
     ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
     steps: Tensor | None = None, packing: Sequence[int] = (), directions: Tensor | None = None,
-    corrections: Tensor | None = None,
+    corrections: Tensor | None = None, inverses: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See ``randes_kernels.superposed_linear``. Raises ``IndexError`` for an id that names no model."""
     models = ids.tolist()
@@ -52,7 +53,9 @@ def superposed_linear(
     if transposed:
         weight, delta = weight.mT, delta.mT
     held = delta if steps is None else of_operands(delta, steps, packing, weight.shape[1])
-    y = _superposed(x, weight, bias, biases, held, models, keys, scale, slots, tensor, transform, transposed)
+    operands = x, weight, bias, biases, held, models, keys, scale, slots, tensor, transform, transposed
+    # Rebuilding a weight whose columns are mixed would take products of its own.
+    y = _activation_side(*operands, inverses) if transform.matrix else _superposed(*operands)
     if directions is not None and corrections is not None:
         y += own_product(x @ directions, ids, corrections)
     return y
@@ -139,26 +142,30 @@ def _weight_side(
 def _activation_side(
     x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, held: Tensor | Packed, models: list[int],
     keys: Tensor, scale: Tensor, slots: Tensor, tensor: int, transform: Transform, transposed: bool,
+    inverses: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The rows of any mix of ``models``, in equal runs: one matmul with W0 and one with each slot that they touch."""
     # (models, rows of each, width): one model for all rows and one for each row are the same code.
     runs = x.view(len(models), -1, x.shape[1])
     # All that is small comes first: after a matmul has streamed the weights through the caches, each small operation
     # costs ten times as much.
-    key_of, gain_of = keys.tolist(), scale.tolist()
+    key_of, gain_of = keys.tolist(), (scale * mixing.unit(transform.matrix)).tolist()
     passes = []
     for slot, places in _places_by_slot(models, slots.tolist()).items():
         chosen = slice(None) if len(places) == len(models) else torch.tensor(places, device="cpu")
         members = [models[place] for place in places]
-        turn = _Turn(tuple(key_of[model] for model in members), tensor, transform, transposed, runs.dtype)
+        mixed = None if inverses is None else (inverses, torch.tensor(members, device="cpu"))
+        turn = _Turn(tuple(key_of[model] for model in members), tensor, transform, transposed, runs.dtype, mixed)
         gains = tuple(gain_of[model] for model in members)
-        passes.append((chosen, turn.input(runs[chosen]), slot, turn.output(weight.shape[0], gains)))
+        passes.append((chosen, turn.input(runs[chosen]), slot, turn.output(weight.shape[0], gains), turn))
 
     y = F.linear(x, weight, bias if biases is None else None)
     out = y.view(len(models), -1, y.shape[1])
     exact = torch.promote_types(y.dtype, torch.float32)
-    for chosen, turned, slot, (order, factors) in passes:
+    for chosen, turned, slot, (order, factors), turn in passes:
         delta_y = _product(turned, held, slot)
+        if transposed and transform.matrix != Matrix.SIGNS:
+            delta_y = turn.mixed(delta_y, back=True)
         if order is not None:
             delta_y = delta_y.gather(2, order.expand(delta_y.shape))
         # The factors are exact, so their product with what a matmul has rounded, and the sum, are too.
@@ -260,6 +267,14 @@ class _Turn(NamedTuple):
     transform: Transform
     transposed: bool
     dtype: torch.dtype
+    inverses: tuple[Tensor, Tensor] | None  # of dense matrices: all models', (J, K, K), and the numbers of these
+
+    def mixed(self, rows: Tensor, *, back: bool) -> Tensor:
+        """Rows (B, R, K) as ``mixing`` turns them."""
+        if self.inverses is None:
+            return mixing.turned_rows(rows, self.keys, self.tensor, self.transform.matrix, back=back)
+        inverses, numbers = self.inverses
+        return mixing.dense_rows(rows.flatten(0, 1), numbers, inverses, back=back).view(rows.shape)
 
     def input(self, rows: Tensor) -> Tensor:
         """What D is multiplied with: the rows (B, R, width), signed and permuted as D's input side was."""
@@ -267,6 +282,8 @@ class _Turn(NamedTuple):
         if flips:
             stream = Stream.ROW_SIGNS if self.transposed else Stream.COLUMN_SIGNS
             rows = rows * _sign_table(self.keys, self.tensor, stream, rows.shape[2], self.dtype)
+        if self.transform.matrix != Matrix.SIGNS and not self.transposed:
+            return self.mixed(rows, back=False)
         if self.transform.granule and not self.transposed:
             rows = rows.gather(2, self.order(rows.shape[2], inverse=True).expand(rows.shape))
         return rows

@@ -41,6 +41,10 @@ class Stream(IntEnum):
     ROW_SIGNS = 1
     COLUMN_PERMUTATION = 2
     LAYER_SHUFFLE = 3
+    DIAGONAL = 4
+    ROTATION_SIGNS = 5
+    ROTATION_PERMUTATION = 6
+    DENSE = 7
 
 
 class Matrix(IntEnum):

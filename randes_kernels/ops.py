@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from randes_kernels import cpu, slices
-from randes_kernels.format import SIGNS_PER_BLOCK, Transform
+from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Transform
 from randes_kernels.lowrank import Basis, own_product
 from randes_kernels.packing import BITS, Packed, of_operands, unpack
 
@@ -21,7 +21,7 @@ library = torch.library.Library("randes", "DEF")
 library.define(
     "superposed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? biases, Tensor delta, Tensor ids, Tensor keys,"
     " Tensor scale, Tensor slots, int tensor, int[] transform, bool transposed, Tensor? steps=None, int[] packing=[],"
-    " Tensor? directions=None, Tensor? corrections=None) -> Tensor"
+    " Tensor? directions=None, Tensor? corrections=None, Tensor? inverses=None) -> Tensor"
 )
 library.define(
     "superpose_(Tensor(a!) accumulator, Tensor finetuned, Tensor base, float rate, int key, int tensor,"
@@ -44,6 +44,7 @@ def superposed_linear(
     *,
     biases: Tensor | None = None,
     basis: Basis | None = None,
+    inverses: Tensor | None = None,
 ) -> Tensor:
     """The linear layer of many models at once: ``y = x Ŵ_jᵀ + b_j`` for the model j of each row, Ŵ_j never built.
 
@@ -56,6 +57,8 @@ def superposed_linear(
     slots: (J,) int32, the slot each model is superposed in; −1 where it left this tensor as the base has it.
     tensor: ``format.tensor_id`` of the weight's name. biases: (J, N) or None: each model's own bias.
     basis: what each model adds in a basis that all share, (K, r) and (J, r, N) of x's dtype.
+    inverses: (J, K, K) fp32, where the transform's matrix is dense: ``mixing.inverses_of``, whose units are in
+        ``scale``.
 
     Returns (..., N) of x's dtype. A GPU sums in fp32 and rounds once, a CPU rounds each of two products and their sum;
     for many rows of one model both round the rebuilt weight instead, as a materialised one would be. So a row's
@@ -66,11 +69,12 @@ def superposed_linear(
     """
     _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
     _check_transform(weight.shape[1], transform)
+    _check_inverses(inverses, transform, keys, weight)
     if basis is not None:
         _check_basis(basis, x, weight, keys)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     packed: tuple[Any, ...] = (None, []) if isinstance(delta, Tensor) else (delta.steps, [delta.bits, delta.group])
-    own: tuple[Any, ...] = basis or (None, None)
+    own: tuple[Any, ...] = (*(basis or (None, None)), inverses)
     words = delta if isinstance(delta, Tensor) else delta.words
     tensors = rows, weight, bias, biases, words, ids, keys, scale, slots
     if _nobody_watches(x, weight, bias, biases, words):
@@ -145,6 +149,23 @@ def _check_transform(k: int, transform: Transform) -> None:
         raise ValueError(
             f"transform must have segments that divide the {k} columns, got segments = {transform.segments}"
         )
+
+    if transform.matrix not in list(Matrix):
+        raise ValueError(f"transform must have a matrix of 0 to {max(Matrix)}, got {transform.matrix}")
+    if transform.matrix and (transform.column_signs or transform.granule):
+        raise ValueError(f"transform must have no column signs and no permutation beside a matrix, got {transform}")
+
+
+def _check_inverses(inverses: Tensor | None, transform: Transform, keys: Tensor, weight: Tensor) -> None:
+    if (inverses is None) == (transform.matrix == Matrix.DENSE):
+        found = "None" if inverses is None else tuple(inverses.shape)
+        raise ValueError(f"inverses must be there where the transform's matrix is dense alone, got {found}")
+    shape = (keys.shape[0], weight.shape[1], weight.shape[1])
+    if inverses is not None and (
+        inverses.shape != shape or inverses.dtype != torch.float32 or inverses.device != weight.device
+    ):
+        found = f"{tuple(inverses.shape)} {inverses.dtype} on {inverses.device}"
+        raise ValueError(f"inverses must be {shape} torch.float32 on {weight.device}, got {found}")
 
 
 def _check_pair(name: str, value: Tensor, base: Tensor, transform: Transform) -> None:
@@ -268,21 +289,33 @@ def _retrieve_fake(base: Tensor, *_: Any) -> Tensor:
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, biases, delta, ids, keys, scale, slots, tensor, transform, transposed, steps, packing, *own = inputs
-    # x is needed for the base weight's gradient alone.
+    # own: of a shared basis, and of dense matrices. x is needed for the base weight's gradient alone.
     ctx.save_for_backward(x if weight.requires_grad else None, weight, delta, steps, ids, keys, scale, slots, *own)
     ctx.tensor, ctx.transform, ctx.packing, ctx.transposed = tensor, transform, packing, transposed
     ctx.own_biases = biases is not None
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, delta, steps, ids, keys, scale, slots, directions, corrections = ctx.saved_tensors
+    x, weight, delta, steps, ids, keys, scale, slots, directions, corrections, inverses = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         if steps is not None:  # a packed D runs forward alone
             delta = unpack(of_operands(delta, steps, ctx.packing, weight.shape[1]), weight.dtype).contiguous()
         # The layer is linear in x, so its own transpose is its backward pass.
         grad_x = torch.ops.randes.superposed_linear(
-            grad, weight, None, None, delta, ids, keys, scale, slots, ctx.tensor, ctx.transform, not ctx.transposed
+            grad,
+            weight,
+            None,
+            None,
+            delta,
+            ids,
+            keys,
+            scale,
+            slots,
+            ctx.tensor,
+            ctx.transform,
+            not ctx.transposed,
+            inverses=inverses,
         )
         if corrections is not None:
             grad_x = grad_x + own_product(grad, ids, corrections.mT) @ directions.mT
@@ -295,7 +328,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             is_base = (ids < 0).repeat_interleave(grad.shape[0] // ids.shape[0])
             used = grad * is_base[:, None]
         grad_bias = used.sum(0)
-    return (grad_x, grad_weight, grad_bias, *(None,) * 13)
+    return (grad_x, grad_weight, grad_bias, *(None,) * 14)
 
 
 torch.library.register_autograd(

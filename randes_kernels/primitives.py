@@ -14,7 +14,6 @@ MIX_A: tl.constexpr = tl.constexpr(fmt.MIX_MULTIPLIERS[0])
 MIX_B: tl.constexpr = tl.constexpr(fmt.MIX_MULTIPLIERS[1])
 SIGNS_PER_BLOCK: tl.constexpr = tl.constexpr(fmt.SIGNS_PER_BLOCK)
 PERMUTATION_ROUNDS: tl.constexpr = tl.constexpr(fmt.PERMUTATION_ROUNDS)
-PERMUTATION_STREAM: tl.constexpr = tl.constexpr(int(fmt.Stream.COLUMN_PERMUTATION))
 
 
 @triton.jit
@@ -94,6 +93,16 @@ def vector_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDT
 
 
 @triton.jit
+def vector_bytes(index, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi):
+    """Bytes of a stream for one key (scalars), sixteen of them a block, as ``mixing`` counts them: like ``index``."""
+    zero = (index * 0).to(tl.uint32)
+    w0, w1, w2, w3 = block_words(index // 16, stream, tensor_lo, tensor_hi, zero + k0, zero + k1)
+    place = index // 4 % 4
+    word = tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
+    return (word >> (index % 4 * 8).to(tl.uint32)) & 255
+
+
+@triton.jit
 def flip(values, bits):
     """``values`` (integers or floats of any width), negated where the sign bit is set."""
     return tl.where(bits != 0, -values, values)
@@ -163,11 +172,24 @@ def feistel(index, bits, left_size, a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, half_bits, SEGMENTS: tl.constexpr):
+def permute_columns(
+    columns,
+    k0,
+    k1,
+    tensor_lo,
+    tensor_hi,
+    granule,
+    width,
+    half_bits,
+    first,
+    STREAM: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
     """Where each column goes (``format.column_permutation``).
 
     ``columns``: (WIDTH,) int32. ``k0, k1``: the model's key, scalars. ``granule``: columns moved together;
-    ``width``: of a segment; ``half_bits``: ``format.half_bits`` of the granules in a segment.
+    ``width``: of a segment; ``half_bits``: ``format.half_bits`` of the granules in a segment. ``first``: the number
+    of the first segment's bijection in the stream.
     """
     # With one segment its number is a scalar, and so are its eight words of key: two Philox calls in all.
     if SEGMENTS == 1:
@@ -175,8 +197,9 @@ def permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, half_
     else:
         segment = columns // width
         k0, k1 = k0 + (segment * 0).to(tl.uint32), k1 + (segment * 0).to(tl.uint32)
-    a0, a1, a2, a3 = block_words(segment * 2, PERMUTATION_STREAM, tensor_lo, tensor_hi, k0, k1)
-    b0, b1, b2, b3 = block_words(segment * 2 + 1, PERMUTATION_STREAM, tensor_lo, tensor_hi, k0, k1)
+    block = (first + segment) * 2
+    a0, a1, a2, a3 = block_words(block, STREAM, tensor_lo, tensor_hi, k0, k1)
+    b0, b1, b2, b3 = block_words(block + 1, STREAM, tensor_lo, tensor_hi, k0, k1)
     within = columns - segment * width
     count = tl.cast(width // granule, tl.uint32)
     bits = tl.cast(half_bits, tl.uint32)

@@ -1,7 +1,10 @@
-"""``superpose_`` and ``retrieve`` on a CPU, some rows of a matrix at a time: the same bits as ``reference``.
+"""``superpose_`` and ``retrieve``, some rows of a matrix at a time: the same bits as ``reference``.
+
+On a CPU, and on a GPU where a matrix mixes columns, which takes no kernel of its own.
 
     superpose_rows_   A[i] ± rint( (W[i] − W0[i]) · (rate · c) · r_i ) · P     A int16 or int32, i from ``first``
     retrieve_rows     W0[i] + (D[i] Pᵀ) · (scale · c) · r_i
+    with a matrix R   A[i] ± rint( rint( (W[i] − W0[i]) · rate · r_i ) R )    W0[i] + (D[i] R⁻¹) · scale · r_i
 
 Signs go onto the float, which rounds a half to the even number on both sides of zero, so the integers are those of
 rounding first. A slice of rows stays in the cache through all of its steps: 4096×4096 in bf16 takes 20 ms
@@ -13,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from randes_kernels.format import Stream, Transform, column_permutation, signs
+from randes_kernels.format import Matrix, Stream, Transform, column_permutation, signs
+from randes_kernels.mixing import Mixer
 
 SLICE_ELEMENTS = 1 << 17
 """Of a slice: with its fp32 copies it fits a second-level cache, and its operators' overhead is below a tenth."""
@@ -21,17 +25,24 @@ _SHORT = torch.iinfo(torch.int16)
 
 
 class Turn(NamedTuple):
-    """How one model turns one tensor: its signs as fp32, (N, 1) and (K,), and where columns go and come from."""
+    """How one model turns one tensor: its signs as fp32, (N, 1) and (K,), and where columns go and come from; or what
+    mixes them."""
 
     rows: Tensor | None
     columns: Tensor | None
     target: Tensor | None
     source: Tensor | None
+    mixer: Mixer | None = None
 
 
-def turn(key: int, tensor: int, shape: torch.Size, transform: Transform) -> Turn:
+def turn(
+    key: int, tensor: int, shape: torch.Size, transform: Transform, device: torch.device | str = "cpu"
+) -> Turn:  # fmt: skip
     """What ``key`` and ``tensor`` make of a matrix (N, K)."""
     n, k = shape
+    if transform.matrix != Matrix.SIGNS:
+        rows = signs(key, tensor, Stream.ROW_SIGNS, n).float()[:, None].to(device) if transform.row_signs else None
+        return Turn(rows, None, None, None, Mixer(key, tensor, k, transform.matrix, device))
     moves = transform.granule > 0
     return Turn(
         signs(key, tensor, Stream.ROW_SIGNS, n).float()[:, None] if transform.row_signs else None,
@@ -80,6 +91,8 @@ def superpose_rows_(
         if turn.rows is not None:
             steps.mul_(turn.rows[first + start : first + end])
         steps.round_()
+        if turn.mixer is not None:
+            steps = turn.mixer.turn(steps.double()).round_()
         if turn.source is not None:
             steps = steps[:, turn.source]
         held = accumulator[start:end]
@@ -87,7 +100,7 @@ def superpose_rows_(
             held.add_(steps.to(torch.int32))
             continue
         # Exact below 2**24, and whatever is not lies far outside of int16.
-        steps.add_(held.float())
+        steps.add_(held.to(steps.dtype))
         low, high = torch.aminmax(steps)
         if low < _SHORT.min or high > _SHORT.max:
             return start
@@ -101,11 +114,13 @@ def retrieve_rows(base: Tensor, delta: Tensor, scale: float, turn: Turn, *, firs
     base: (n, K), fp32, fp16, bf16 or fp64. delta: (n, K), integers or floats.
     """
     exact = torch.promote_types(base.dtype, torch.float32)
-    retrieved = torch.empty(base.shape, dtype=base.dtype, device="cpu")
+    retrieved = torch.empty_like(base, memory_format=torch.contiguous_format)
     columns = None if turn.columns is None else turn.columns.to(exact) * scale
     for start, end in spans(len(base), base.shape[1], SLICE_ELEMENTS):
         held = delta[start:end] if turn.target is None else delta[start:end, turn.target]
-        turned_back = torch.empty(held.shape, dtype=exact, device="cpu").copy_(held)
+        turned_back = torch.empty(held.shape, dtype=exact, device=base.device).copy_(held)
+        if turn.mixer is not None:
+            turned_back = turn.mixer.back(turned_back)
         turned_back.mul_(scale if columns is None else columns)
         if turn.rows is not None:
             turned_back.mul_(turn.rows[first + start : first + end])
@@ -118,9 +133,10 @@ def superpose_(
     transform: Transform, subtract: bool,
 ) -> None:  # fmt: skip
     """``reference.superpose_`` of whole matrices: what the operator runs."""
-    superpose_rows_(accumulator, finetuned, base, rate, turn(key, tensor, base.shape, transform), subtract=subtract)
+    own = turn(key, tensor, base.shape, transform, base.device)
+    superpose_rows_(accumulator, finetuned, base, rate, own, subtract=subtract)
 
 
 def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, transform: Transform) -> Tensor:
     """``reference.retrieve`` of whole matrices: what the operator runs."""
-    return retrieve_rows(base, delta, scale, turn(key, tensor, base.shape, transform))
+    return retrieve_rows(base, delta, scale, turn(key, tensor, base.shape, transform, base.device))

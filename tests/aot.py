@@ -144,12 +144,14 @@ def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any
     yield f"retrieve {short}{mode}", source(retrieve_kernel, types, constants | granule, plain), FUSED
 
 
-def route_case(short: str, *, back: bool = False, permuted: bool = True) -> tuple[str, Any, Any]:
+def route_case(short: str, *, back: bool = False, permuted: bool = True, scaled: bool = False) -> tuple[str, Any, Any]:
     """Turning activations, there or back."""
     constants = {
-        "STREAM": int(Stream.COLUMN_SIGNS),
+        "STREAM": int(Stream.DIAGONAL if scaled else Stream.COLUMN_SIGNS),
+        "PERMUTATION": int(Stream.COLUMN_PERMUTATION),
         "BACK": back,
-        "FLIP": True,
+        "FLIP": not scaled,
+        "SCALED": scaled,
         "PERMUTED": permuted,
         "SEGMENTS": 1,
         "BLOCK_K": TILE_COLUMNS,
@@ -157,9 +159,10 @@ def route_case(short: str, *, back: bool = False, permuted: bool = True) -> tupl
         "granule": 1,
         **({} if permuted else {"width": 1, "bits": 1}),
     }
-    types = {"x_ptr": f"*{short}", "turned_ptr": f"*{short}", **MODELS}
-    plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", *MODELS)
-    name = f"route {short}{' back' if back else ''}{' permuted' if permuted else ''}"
+    types = {"x_ptr": f"*{short}", "turned_ptr": f"*{short}", "reciprocals_ptr": "*fp32", **MODELS}
+    plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", "round", "first_sign", *MODELS)
+    modes = [name for name, on in (("back", back), ("permuted", permuted), ("scaled", scaled)) if on]
+    name = " ".join(["route", short, *modes])
     return name, source(route_kernel, types, constants, plain), {"num_warps": 1} | FUSED
 
 
@@ -240,6 +243,7 @@ def cases(target: str, *, whole: bool = False) -> dict[str, tuple[Any, Any]]:
         for transform in (Transform(), Transform(granule=1)):
             found += transform_cases(short, transform)
     found += [route_case("fp16"), route_case("fp16", back=True), route_case("fp16", permuted=False)]
+    found += [route_case("bf16", permuted=False, scaled=True)]
     return {name: (built, options) for name, built, options in found}
 
 

@@ -45,13 +45,16 @@ def vector_signs_kernel(out_ptr, k0, k1, start, lo, hi, STREAM: tl.constexpr, WI
     tl.store(out_ptr + tl.arange(0, WIDTH), bits.to(tl.int64))
 
 
+PERMUTATION: tl.constexpr = tl.constexpr(int(Stream.COLUMN_PERMUTATION))
+
+
 @triton.jit
 def permute_kernel(
     out_ptr, k0, k1, lo, hi, K, granule, width, bits, SEGMENTS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     columns = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     k0, k1 = tl.cast(k0, tl.uint32), tl.cast(k1, tl.uint32)
-    moved = permute_columns(columns, k0, k1, lo, hi, granule, width, bits, SEGMENTS)
+    moved = permute_columns(columns, k0, k1, lo, hi, granule, width, bits, 0, PERMUTATION, SEGMENTS)
     tl.store(out_ptr + columns, moved.to(tl.int64), mask=columns < K)
 
 

@@ -37,12 +37,13 @@ def shared_gain(sums: Iterable[float], count: int) -> float:
 
 def gain_of(
     tensor: str, sums: Iterable[float], count: int, group_size: int, peak: Callable[[], float], *,
-    shared: float | None = None,
+    shared: float | None = None, growth: float = 1.0,
 ) -> float:  # fmt: skip
     """Root mean square of a delta, computed in fp64 and kept as fp32; or ``shared``, where all models have that one.
 
     tensor: its name. sums: the squares of its ``count`` entries, summed row by row; added without rounding, they give
     the same gain whatever the number of threads. peak: finds its largest magnitude, where that could be too large.
+    growth: how many times larger than a delta its transform may make a number; ``peak`` counts it in.
     Raises ``CheckpointError`` for a delta that is not finite, or that fp32 or ``group_size`` sums in int32 cannot hold.
     """
     total = math.fsum(sums)
@@ -52,7 +53,7 @@ def gain_of(
         return 0.0
     gain = float32(math.sqrt(total / count)) if shared is None else shared
     # No entry is larger than the root of the sum, which is hardly ever too large itself.
-    if not _fits(gain, math.sqrt(total), group_size):
+    if not _fits(gain, growth * math.sqrt(total), group_size):
         largest = peak()
         if not (0 < gain < math.inf and math.isfinite(float32(largest)) and math.isfinite(rate(gain))):
             raise CheckpointError(f"{tensor} must have a delta within the range of fp32, got at most {largest:.3g}")

@@ -20,6 +20,7 @@ from randes.kept import Routed
 from randes.layout import View, is_conv1d
 from randes.linear import SuperposedMatrix
 from randes.superposition import Superposition
+from randes_kernels import mixing
 from randes_kernels.reference import transform_parts
 
 
@@ -104,6 +105,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     row_signs: Tensor
     column_signs: Tensor
     columns: Tensor
+    mixed: Tensor  # what turns columns back in place of signs
 
     def _prepare(self, superposition: Superposition) -> None:
         (matrix,), weight = self._matrices("weight"), _plain(self, "weight")
@@ -111,6 +113,8 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         parts = [transform_parts(key, matrix.tensor, weight.shape, matrix.transform) for key in keys]
         for name, held in zip(("row_signs", "column_signs", "columns"), zip(*parts, strict=True), strict=True):
             self.register_buffer(name, torch.stack(held).to(weight.device), persistent=False)
+        mixed = mixing.tables_back(keys, matrix.tensor, weight.shape[1], matrix.transform.matrix)
+        self.register_buffer("mixed", mixed.to(weight.device), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""
@@ -124,6 +128,8 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         model = ids.clamp(min=0)[:, None]
         slot = matrix.slots[model]
         delta = matrix.pool.rows(slot.clamp(min=0), tokens).to(torch.promote_types(weight.dtype, torch.float32))
+        if matrix.transform.matrix:
+            delta = mixing.back_by_tables(delta, model[:, 0], self.mixed, matrix.inverses, matrix.transform.matrix)
         if matrix.transform.granule:
             delta = delta.gather(-1, self.columns[model].expand_as(delta))
         delta = delta * (matrix.scale[model] * self.row_signs[model, tokens])[..., None] * self.column_signs[model]

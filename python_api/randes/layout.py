@@ -29,6 +29,7 @@ from randes.config import Config
 from randes.errors import CheckpointError
 from randes.stored import StoredTensors
 from randes.streams import LazyTensors, digests, headers
+from randes_kernels.mixing import MOST_DENSE_COLUMNS
 
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -157,8 +158,8 @@ class Layout:
 def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list[str]]:
     """A base's tensors as they are superposed or kept, how they are that, and which of them are superposed.
 
-    Raises ``CheckpointError`` for a base without a matrix to superpose, and for a matrix whose columns
-    ``config.segments`` does not divide.
+    Raises ``CheckpointError`` for a base without a matrix to superpose, for a matrix whose columns
+    ``config.segments`` does not divide, and for one that is too wide for ``config.matrix``.
     """
     tensors = checkpoint.read(base)
     layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
@@ -173,6 +174,11 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
             f" matching {config.included} and not {config.exclude}{every}; got none in {len(tensors)} tensors"
         )
     for name in superposed:
+        if config.matrix == "dense" and (columns := headers(tensors)[name].shape[1]) > MOST_DENSE_COLUMNS:
+            raise CheckpointError(
+                f'{name} must have at most {MOST_DENSE_COLUMNS} columns with matrix="dense", got {columns}:'
+                f" an inverse of it would take {4 * columns**2 / 1e9:.2g} GB for each model"
+            )
         if (columns := headers(tensors)[name].shape[1]) % config.segments:
             raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
     return tensors, layout, superposed

@@ -16,7 +16,8 @@ from randes.packed import Held, coordinates_of, values_of
 from randes.routing import Batch, Router
 from randes.streams import headers
 from randes.superposition import Superposition
-from randes_kernels import Basis, Packed, superposed_linear, unpack
+from randes_kernels import Basis, Packed, mixing, superposed_linear, unpack
+from randes_kernels.format import Matrix
 
 PEAK_BITS = 3
 """The largest of what is near a normal distribution of size 1 lies about there: below 2³."""
@@ -124,6 +125,7 @@ class Superposed(nn.Module):
     scale: Tensor
     shared_basis: Tensor | None
     corrections: Tensor | None
+    inverses: Tensor | None  # of dense matrices (Config.matrix), one a model
 
     def _take_deltas(self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool) -> None:
         """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K)."""
@@ -136,11 +138,18 @@ class Superposed(nn.Module):
             self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
             for model, member in zip(names, members, strict=True)
         ]
-        unit = self.pool.unit
-        scale = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) * unit for member in members]
+        inverses, units = None, [1.0] * len(names)
+        if self.transform.matrix == Matrix.DENSE:
+            inverses, units = mixing.inverses_of(keys, self.tensor, weight.shape[1])
+            inverses = inverses.to(device)
+        scale = [
+            member.alpha_of(tensor) * member.gains.get(tensor, 0.0) * self.pool.unit * unit
+            for member, unit in zip(members, units, strict=True)
+        ]
         self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("inverses", inverses, persistent=False)
         self._keep_basis(superposition, tensor, weight)
 
     def _keep_basis(self, superposition: Superposition, tensor: str, weight: Tensor) -> None:
@@ -162,11 +171,12 @@ class Superposed(nn.Module):
         self.register_buffer("corrections", corrections, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
-        scale = self.scale
+        scale, inverses = self.scale, self.inverses
         super()._apply(fn, recurse)
-        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes.
+        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes. So do inverses.
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
+            self.inverses = None if inverses is None else inverses.to(self.scale.device)
         return self
 
     def _product(
@@ -177,7 +187,7 @@ class Superposed(nn.Module):
         x, weight, bias, delta, biases, shared, corrections = _in_one_dtype(*operands)
         return superposed_linear(
             x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases,
-            basis=None if shared is None else Basis(shared, corrections),
+            basis=None if shared is None else Basis(shared, corrections), inverses=self.inverses,
         )  # fmt: skip
 
 

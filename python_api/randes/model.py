@@ -114,7 +114,7 @@ class SuperposedModel(nn.Module):
     def _rows_of_plans(self, layer: Superposed, weight: Tensor) -> list[int]:
         if weight.device.type == "cpu":
             return [1]  # nothing is compiled there
-        turned = layer.transform.granule > 0 or not layer.pool.slots
+        turned = layer.transform.granule > 0 or layer.transform.matrix > 0 or not layer.pool.slots
         n, k = weight.shape
         bits = 16 if layer.pool.packing is None else layer.pool.packing[0]
         return rows_of_plans(

@@ -57,6 +57,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
     groups = -(-models // config.group_size)
     others = size(tensors) - size(matrices)
     copies = {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
+    inverses = superposed * _sum(matrices, lambda value: 4 * value.shape[1] ** 2) if config.matrix == "dense" else 0
     rows = []
     for bits in (16, *BITS):
         held = _sum(matrices, lambda value, bits=bits: _delta_bytes(value, bits))  # type: ignore[misc]
@@ -68,7 +69,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
             Row(
                 bits=bits,
                 store=size(tensors) + groups * stored + basis + copies * others,
-                serving=size(tensors) + groups * held + corrections + copies * others,
+                serving=size(tensors) + groups * held + corrections + copies * others + inverses,
                 kept=copies * others,
                 separate=models * size(tensors),
                 decode=(plain + held + corrections / superposed) / plain,

@@ -7,6 +7,7 @@ opposite. Models that make a new superposition join it together, each tensor rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ from randes.members import BASE_NAME, Member
 from randes.packed import coordinates_of
 from randes.stored import own
 from randes.streams import Digest, ahead, headers, parts, runs
-from randes_kernels import slices, superpose_
+from randes_kernels import mixing, slices, superpose_
+from randes_kernels.format import Matrix
 
 if TYPE_CHECKING:
     from randes.superposition import Superposition
@@ -227,10 +229,15 @@ def _measure(
     def peak() -> float:
         again = pairs or zip(parts(model.tensors, tensor), parts(sup.base, tensor), strict=True)
         differences = _differences(sup, model, tensor, again)
-        return max(float((part.double() - base.double()).abs().max()) for part, base in differences)
+        largest = max(float((part.double() - base.double()).abs().max()) for part, base in differences)
+        matrix = sup.config.transform.matrix
+        if matrix in (Matrix.ROTATION, Matrix.DENSE):  # which may gather a whole row in one place
+            largest = math.sqrt(max(sums))
+        return largest * mixing.AMPLIFIES[Matrix(matrix)]
 
     count, shared = headers(sup.base)[tensor].numel(), sup.shared_gain(tensor)
-    gain = gain_of(tensor, sums, count, sup.config.group_size, peak, shared=shared)
+    growth = mixing.AMPLIFIES[Matrix(sup.config.transform.matrix)]
+    gain = gain_of(tensor, sums, count, sup.config.group_size, peak, shared=shared, growth=growth)
     if gain == 0 and not (tensor in model.coordinates and model.coordinates[tensor].any()):
         # −0.0 for 0.0: other bytes, the same weight.
         model.coordinates.pop(tensor, None)

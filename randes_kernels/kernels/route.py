@@ -7,31 +7,37 @@
 
 Done once, before (after) the matmul: inside it every tile of N columns would hash and gather all of x again,
 about N / 64 times the work. It costs 2·M·K elements of traffic where the weights cost 2·N·K, with M ≪ N.
+A rotation's rounds are such turns too, with signs and permutations of their own, and Hadamard products between them
+(``mixing.py``); a diagonal takes the place of signs, by its numbers' reciprocals.
 A matmul of up to 16 rows makes signs alone itself; beyond, it would wait for those instructions
 (bench/static_report.py), and they are made here too.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from randes_kernels.format import Stream, Transform, signed_words
+from randes_kernels.format import Matrix, Stream, Transform, half_bits, signed_words
 from randes_kernels.kernels.transform import transform_arguments
-from randes_kernels.primitives import flip, permute_columns, split_key, vector_signs
+from randes_kernels.mixing import ROUNDS, hadamard, padded_columns, reciprocals
+from randes_kernels.primitives import flip, permute_columns, split_key, vector_bytes, vector_signs
 
 TILE_COLUMNS = 128
+DIAGONAL: tl.constexpr = tl.constexpr(int(Stream.DIAGONAL))
 
 
 @triton.jit(
-    do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi"],
+    do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi", "round", "first_sign"],
     do_not_specialize_on_alignment=["ids_ptr", "keys_ptr", "slots_ptr"],
 )
 def route_kernel(
-    x_ptr, turned_ptr, ids_ptr, keys_ptr, slots_ptr, models, rows_per_id, tensor_lo, tensor_hi,
-    K, granule, width, bits, stride_xm, stride_xk, stride_tm,
-    STREAM: tl.constexpr, BACK: tl.constexpr, FLIP: tl.constexpr, PERMUTED: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, turned_ptr, reciprocals_ptr, ids_ptr, keys_ptr, slots_ptr, models, rows_per_id, tensor_lo, tensor_hi,
+    K, granule, width, bits, round, first_sign, stride_xm, stride_xk, stride_tm,
+    STREAM: tl.constexpr, PERMUTATION: tl.constexpr, BACK: tl.constexpr, FLIP: tl.constexpr, SCALED: tl.constexpr,
+    PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_K
@@ -46,14 +52,19 @@ def route_kernel(
     k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
     turned_columns = columns
     if PERMUTED:
-        turned_columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
+        turned_columns = permute_columns(
+            columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, round, PERMUTATION, SEGMENTS
+        )
     x_ptrs = x_ptr + row * stride_xm + columns.to(tl.int64) * stride_xk
     turned_ptrs = turned_ptr + row * stride_tm + turned_columns
 
     source = turned_ptrs if BACK else x_ptrs
     moved = tl.load(source, mask=superposed, other=0.0)
     if FLIP:
-        moved = flip(moved, vector_signs(first_column, k0, k1, STREAM, tensor_lo, tensor_hi, BLOCK_K))
+        moved = flip(moved, vector_signs(first_column + first_sign, k0, k1, STREAM, tensor_lo, tensor_hi, BLOCK_K))
+    if SCALED:
+        factors = tl.load(reciprocals_ptr + vector_bytes(columns, k0, k1, DIAGONAL, tensor_lo, tensor_hi))
+        moved = (moved.to(tl.float32) * factors).to(moved.dtype)
     if BACK:
         tl.store(x_ptrs, tl.load(x_ptrs, mask=inside, other=0.0) + moved, mask=inside)
     else:
@@ -62,20 +73,55 @@ def route_kernel(
 
 def route(
     x: Tensor, ids: Tensor, keys: Tensor, slots: Tensor, tensor: int, transform: Transform, stream: int, flip: bool,
-    turned: Tensor | None = None,
+    turned: Tensor | None = None, round: int = 0,
 ) -> Tensor:  # fmt: skip
     """Launch over ``x``: turned, with the signs of ``stream``; or, given ``turned``, add that to ``x`` in place.
 
-    Row signs, the input's in a backward pass, come without a permutation.
+    Row signs, the input's in a backward pass, come without a permutation. ``stream`` DIAGONAL divides by that, and
+    ROTATION_SIGNS takes those and the permutation of one ``round``.
     """
     m, k = x.shape
-    back = turned is not None
+    back, scaled, rotates = turned is not None, stream == Stream.DIAGONAL, stream == Stream.ROTATION_SIGNS
     turned = torch.empty((m, k), dtype=x.dtype, device=x.device) if turned is None else turned
-    arguments = transform_arguments(transform, k if stream == Stream.COLUMN_SIGNS else 0)
+    permuted, numbers, _ = transform_arguments(transform, k if stream == Stream.COLUMN_SIGNS else 0)
+    if rotates:
+        permuted, numbers = True, (1, k, half_bits(k))
     route_kernel[(m, triton.cdiv(k, TILE_COLUMNS))](
-        x, turned, ids, keys, slots, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
-        k, *arguments.numbers, *x.stride(), turned.stride(0),
-        STREAM=stream, BACK=back, FLIP=flip, PERMUTED=arguments.permuted, SEGMENTS=transform.segments,
+        x, turned, reciprocals_on(x.device) if scaled else x, ids, keys, slots,
+        keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
+        k, *numbers, round, round * padded_columns(k), *x.stride(), turned.stride(0),
+        STREAM=stream, PERMUTATION=Stream.ROTATION_PERMUTATION if rotates else Stream.COLUMN_PERMUTATION,
+        BACK=back, FLIP=flip, SCALED=scaled, PERMUTED=permuted, SEGMENTS=transform.segments,
         BLOCK_K=TILE_COLUMNS, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return x if back else turned
+
+
+def turn(x: Tensor, ids: Tensor, keys: Tensor, slots: Tensor, tensor: int, transform: Transform) -> Tensor:
+    """``x`` (M, K) as ``mixing.turned_rows`` turns it, by a rotation or a diagonal of each row's own model."""
+    own = ids, keys, slots, tensor, transform
+    if transform.matrix == Matrix.DIAGONAL:
+        return route(x, *own, Stream.DIAGONAL, False)
+    rows = x.float()
+    for number in range(ROUNDS):
+        rows = hadamard(route(rows, *own, Stream.ROTATION_SIGNS, True, round=number))
+    return rows.to(x.dtype)
+
+
+def turn_back(
+    y: Tensor, product: Tensor, ids: Tensor, keys: Tensor, slots: Tensor, tensor: int, transform: Transform
+) -> Tensor:
+    """``y`` (M, K) plus ``product``, what came out of Dᵀ, turned back: in place."""
+    own = ids, keys, slots, tensor, transform
+    if transform.matrix == Matrix.DIAGONAL:
+        return route(y, *own, Stream.DIAGONAL, False, turned=product)
+    rows = product.float()
+    for number in reversed(range(ROUNDS)):
+        rows = route(torch.zeros_like(rows), *own, Stream.ROTATION_SIGNS, True, turned=hadamard(rows), round=number)
+    return y.add_(rows)
+
+
+@lru_cache
+def reciprocals_on(device: torch.device) -> Tensor:
+    """``mixing.reciprocals`` where a kernel reads them."""
+    return reciprocals().to(device)

@@ -10,6 +10,7 @@ from randes_kernels.primitives import permute_columns, vector_signs
 
 ROW_SIGNS: tl.constexpr = tl.constexpr(int(Stream.ROW_SIGNS))
 COLUMN_SIGNS: tl.constexpr = tl.constexpr(int(Stream.COLUMN_SIGNS))
+COLUMN_PERMUTATION: tl.constexpr = tl.constexpr(int(Stream.COLUMN_PERMUTATION))
 
 
 @triton.jit
@@ -27,7 +28,9 @@ def tile_transform(
         sign ^= vector_signs(first_column, k0, k1, COLUMN_SIGNS, tensor_lo, tensor_hi, BLOCK_K)[None, :]
     columns = first_column + tl.arange(0, BLOCK_K)
     if PERMUTED:
-        columns = permute_columns(columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, SEGMENTS)
+        columns = permute_columns(
+            columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, 0, COLUMN_PERMUTATION, SEGMENTS
+        )
     return sign, columns[None, :]
 
 

@@ -156,6 +156,8 @@ def _turn(superposition: Superposition, name: str, tensor: str) -> slices.Turn:
 
 
 def _turned(turn: slices.Turn, delta: Tensor, first: int) -> Tensor:
+    if turn.mixer is not None:
+        delta = turn.mixer.turn(delta.double()).to(delta.dtype)
     if turn.columns is not None:
         delta = delta * turn.columns
     if turn.rows is not None:

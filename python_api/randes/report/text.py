@@ -40,7 +40,8 @@ before they are summed, so a model with a small energy comes back as well as one
     "superposed": "<p>Matrices whose deltas share buffers. <code>*</code> stands for numbers in names.</p>",
     "kept": """<p><b>Kept per model</b>: models that changed it have their own, bit for bit. <b>Shared with the
 base</b>: no model changed it, or <code>others="base"</code> gave it up. <b>Averaged</b>: one mean serves all
-(<code>others="average"</code>). <b>Summed</b>: the base and the sum of all deltas (<code>others="sum"</code>). "Bytes a model" is what one whole copy takes.</p>""",
+(<code>others="average"</code>). <b>Summed</b>: the base's, and the sum of all deltas (<code>"sum"</code>).
+"Bytes a model" is what one whole copy takes.</p>""",
     "reading": """<h2>What this page does not say</h2><ul>
 <li><b>How well a model answers.</b> Weight error, cosines and energies are of weights. Evaluate each model on its own
 task, as retrieved or as served, beside its original.</li>
