@@ -118,7 +118,13 @@ def storage(rows: Sequence[Row]) -> str:
 
 def times(rows: Sequence[Row]) -> str:
     """Seconds to merge one more model, and to retrieve one."""
-    return grid(rows, "times", "models", lambda n: f"{n} models", lambda r: f"{mean(r, 'merge_s'):.2f} s, {mean(r, 'retrieve_s'):.2f} s")
+    return grid(
+        rows,
+        "times",
+        "models",
+        lambda n: f"{n} models",
+        lambda r: f"{mean(r, 'merge_s'):.2f} s, {mean(r, 'retrieve_s'):.2f} s",
+    )
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {

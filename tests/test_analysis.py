@@ -67,7 +67,7 @@ def test_pairwise_cosines_in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None
     tensors = [seeded(300, 40, seed=j) for j in range(3)]
     whole = analysis.pairwise_cosines(tensors)
     monkeypatch.setattr("randes.streams.PART_ELEMENTS", 1000)
-    monkeypatch.setattr("randes.analysis.AT_A_TIME", 77)
+    monkeypatch.setattr("randes.analysis.likeness.AT_A_TIME", 77)
     torch.testing.assert_close(analysis.pairwise_cosines(tensors), whole, rtol=0, atol=1e-14)
 
 
@@ -122,7 +122,9 @@ def test_the_loudest_directions_are_found_without_the_others() -> None:
     chunks = analysis.svd_partition(matrix, 3, directions=24)
     torch.testing.assert_close(torch.cat([chunk.s for chunk in chunks]), exact, rtol=1e-4, atol=0)
     again = analysis.svd_partition(matrix, 3, directions=24)
-    assert all(torch.equal(a, b) for one, other in zip(chunks, again, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b) for one, other in zip(chunks, again, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 @pytest.mark.parametrize("directions", [None, 30])

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,7 +262,15 @@ def test_each_key_has_its_meaning() -> None:
 
 
 def test_targets_are_the_originals() -> None:
-    names = ["a.mlp.w.weight", "a.mlp.w.bias", "DenseReluDense.wi", "a.attn.q.weight", "a.attn.q.bias", "SelfAttention.k", "n"]
+    names = [
+        "a.mlp.w.weight",
+        "a.mlp.w.bias",
+        "DenseReluDense.wi",
+        "a.attn.q.weight",
+        "a.attn.q.bias",
+        "SelfAttention.k",
+        "n",
+    ]
     expected = {
         ("mlp_w",): {0, 2}, ("attn_w",): {3, 5}, ("mlp",): {0, 1, 2}, ("attn",): {3, 4, 5}, ("all",): set(range(7)),
         ("mlp_w", "attn_w"): {0, 2, 3, 5}, ("mlp_w", "attn"): {0, 2, 3, 4, 5}, ("mlp", "attn_w"): {0, 1, 2, 3, 5},
@@ -300,3 +307,139 @@ def test_a_matrix_is_of_a_superposed_tensor() -> None:
         fusionbench.matrix(superposition, "m0", "embed.weight")
     with pytest.raises(randes.UnknownModelError):
         fusionbench.matrix(superposition, "m9", "embed.weight")
+
+
+# -------------------------------------------------------------------- on the command line
+
+
+def written_checkpoints(folder: Path) -> list[str]:
+    """The arguments that name them."""
+    arguments = ["--base", str(write(folder / "base.safetensors", BASE))]
+    for name, state in MODELS.items():
+        arguments += ["--model", f"{name}={write(folder / f'{name}.safetensors', state)}"]
+    return arguments
+
+
+def write(path: Path, state: State) -> Path:
+    write_file(path, state)
+    return path
+
+
+def compressed(folder: Path, text: str, *more: str) -> tuple[int, str]:
+    (folder / "config.yaml").write_text(text)
+    arguments = [*written_checkpoints(folder), "--config", str(folder / "config.yaml"), "--out", str(folder / "store")]
+    result = CliRunner().invoke(app, ["compress", *arguments, *more])
+    return result.exit_code, " ".join(result.output.split())
+
+
+YAML = "\n".join(f"{key}: {value}" for key, value in {"name": "superposed_task_arithmetic", **COMMON}.items())
+
+
+def test_the_command_takes_the_configuration_as_it_is(tmp_path: Path) -> None:
+    code, said = compressed(tmp_path, YAML + "\nscaling_factor: 0.5\nmodel_path: null\n")
+    assert code == 0, said
+    assert "note: joint_matrix_mode, rank, random_components: the original reads none of it" in said
+    superposition = randes.Superposition.load(tmp_path / "store")
+    expected = Case(DELTAS, {"scaling_factor": 0.5}).superposed()
+    assert {superposition.members[name].alpha for name in NAMES} == {0.5}
+    assert superposition.config == expected.config
+    for name in NAMES:
+        for tensor, value in expected.retrieve(name).items():
+            assert torch.equal(superposition.retrieve(name)[tensor], value)
+
+
+def test_flags_override_the_configuration(tmp_path: Path) -> None:
+    code, said = compressed(tmp_path, YAML, "--others", "keep", "--alpha", "0.25", "--signs", "both")
+    assert code == 0, said
+    superposition = randes.Superposition.load(tmp_path / "store")
+    config = superposition.config
+    assert (config.others, config.signs, config.seed, config.group_size) == ("keep", "both", 42, 3)
+    assert superposition.members["m0"].alpha == 0.25
+    assert torch.equal(superposition.retrieve("m1")["embed.weight"], MODELS["m1"]["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            YAML.replace("random_binary_diagonal_matrix", "manual_absorption"),
+            "error: mode must be one of random_binary_",
+        ),
+        ("- a list", "config.yaml must hold one mapping of keys to values, got list"),
+        ("mode: [", "config.yaml must be a YAML file:"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    code, said = compressed(tmp_path, text)
+    assert code == 2
+    assert message in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_without_pyyaml_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(RandesError, match=r"python -m pip install 'randes\[yaml\]'"):
+        fusionbench.read(tmp_path / "config.yaml")
+
+
+# -------------------------------------------------------------------- inside FusionBench
+
+POOL = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = nn.Linear(32, 32), nn.Linear(32, 64)
+
+class Net(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers, self.norm = nn.ModuleList(Block() for _ in range(3)), nn.LayerNorm(32)
+"""
+MODEL_POOL = """
+_target_: fusion_bench.modelpool.BaseModelPool
+models:
+  _pretrained_: {_target_: pool.Net, seed: 0}
+  a: {_target_: pool.Net, seed: 1}
+  b: {_target_: pool.Net, seed: 2}
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("randes/superposition", ["method.store=store", "method.compare=true", "+method.seed=3", "method.alpha=0.5"]),
+        ("randes/superposed_task_arithmetic", ["+method._target_=randes.fusionbench.method.SuperposedTaskArithmetic"]),
+        ("randes/superposed_model_soup",
+         ["method._target_=randes.fusionbench.method.SuperposedModelSoup", "method.mode=random_rotation_matrix"]),
+    ],
+)  # fmt: skip
+def test_our_method_runs_from_its_command_line(
+    method: str, options: list[str], environment: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    (tmp_path / "conf" / "modelpool").mkdir(parents=True)
+    (tmp_path / "conf" / "modelpool" / "tiny.yaml").write_text(MODEL_POOL)
+    root = Path(randes.__file__).parent.parent.parent
+    paths = os.pathsep.join(map(str, (tmp_path, root, root / "python_api")))
+    run_in(
+        environment, "-m", "fusion_bench.scripts.cli", f"method={method}", "modelpool=tiny", "taskpool=dummy",
+        f"hydra.searchpath=[pkg://randes.fusionbench.config,file://{tmp_path / 'conf'}]", "fabric.loggers=null",
+        "print_config=false", "print_function_call=false", "report_save_path=report.json", *options,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    report = json.loads(next(tmp_path.rglob("report.json")).read_text())
+    assert list(report["models"]) == ["a", "b"]
+    metadata = report["metadata"]
+    assert "layers.0.attn.weight" in metadata["target_layers"]
+    assert metadata["total_gb_retrieved"] > metadata["total_gb_original"] > 0
+    if "method.store=store" in options:
+        superposition = randes.Superposition.load(tmp_path / "store")
+        assert (superposition.names, superposition.config.seed) == (["a", "b"], 3)
+        assert superposition.members["a"].alpha == 0.5
+        likeness = metadata["model_retrieval_similarity"]["a"]
+        assert likeness["layerwise_cosine_similarity"]["layers.0.attn.bias"] == pytest.approx(1)
+        assert 0 < likeness["total_cosine_similarity"] < 1

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from randes import fusionbench
 from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
@@ -111,6 +112,7 @@ def _named(models: list[str]) -> dict[str, Path]:
 
 @app.command()
 def compress(
+    context: typer.Context,
     base: Annotated[
         Path, typer.Option(help="The base model's checkpoint: safetensors, a folder of shards or their index.")
     ],
@@ -134,19 +136,42 @@ def compress(
     rank: Annotated[
         int, typer.Option(help="Directions of each matrix in which every model keeps its own delta; 0 for none.")
     ] = 0,
+    alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by.")] = 1.0,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
+    ] = None,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with _errors(), _progress() as begin:
         if (out / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
-        options: dict[str, Any] = {} if exclude is None else {"exclude": tuple(exclude)}
-        options |= {"centre": centre, "rank": rank}
-        config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
+            "seed": seed, "others": others, "centre": centre, "rank": rank,
+        }  # fmt: skip
+        options |= {} if exclude is None else {"exclude": tuple(exclude)}
         models = _named(model)
+        config, alpha = _configured(context, config_file, len(models), options, alpha)
         check_new(out)
-        superposition = make(base, models, config, progress=begin)
+        superposition = make(base, models, config, alpha=alpha, progress=begin)
         superposition.save(out, progress=begin)
     _print_sizes(superposition)
+
+
+def _configured(
+    context: typer.Context, file: Path | None, models: int, values: dict[str, Any], alpha: float
+) -> tuple[Config, float]:
+    """What flags say; or FusionBench's configuration, with those flags in its place that were given."""
+    if file is None:
+        return Config(**values), alpha
+    found = fusionbench.options(fusionbench.read(file), models)
+    for note in found.notes:
+        Console(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    config = replace(found.config, **{name: value for name, value in values.items() if name in given})
+    return config, alpha if "alpha" in given else found.alpha
 
 
 @app.command()

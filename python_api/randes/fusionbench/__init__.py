@@ -202,5 +202,9 @@ def matrix(superposition: Superposition, name: str, tensor: str) -> Tensor:
         raise ValueError(f"tensor must be one that is superposed, got {tensor!r}")
     shape = headers(superposition.base)[tensor].shape
     turn = slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.config.transform)
+    if turn.mixer is not None:
+        diagonal = superposition.config.matrix == "diagonal"
+        one = torch.ones(1, shape[-1]) if diagonal else torch.eye(shape[-1])
+        return turn.mixer.turn(one.double()).float()
     columns = torch.ones(shape[-1]) if turn.columns is None else turn.columns
     return columns[None] if turn.source is None else columns.diag()[:, turn.source]

@@ -50,9 +50,7 @@ class RandesAlgorithm(BaseAlgorithm):
     model is compared with its fine-tune. All others are the fields of ``randes.Config``.
     """
 
-    def __init__(
-        self, alpha: float = 1.0, store: str | None = None, compare: bool = False, **config: Any
-    ) -> None:
+    def __init__(self, alpha: float = 1.0, store: str | None = None, compare: bool = False, **config: Any) -> None:
         super().__init__(**{name: config.pop(name) for name in list(config) if name.startswith("_")})
         self.alpha, self.store, self.compare = float(alpha), store, bool(compare)
         self.choices = _plain(config)
@@ -116,4 +114,6 @@ def _own(pool: BaseModelPool, name: str) -> nn.Module:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """Without OmegaConf's containers."""
-    return {name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in values.items()}
+    return {
+        name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for name, value in values.items()
+    }
