@@ -4,8 +4,8 @@
     python bench/claims.py --table decorrelation  prints a Markdown table of the rows that are there; see TABLES
 
 Thirty-two fine-tunes of one base, 64 wide, on tasks made of digits: the first 2, 4, 8, 16 and 32 are superposed; and
-three sets of eight, on tasks that are more and more alike. Only matrices are fine-tuned, so that everything which is lost is lost to
-the superposition. Accuracy is normalised: a share of the individual fine-tune's on the same held-out images.
+three sets of eight, on tasks that are more and more alike. Only matrices are fine-tuned, so that all that is lost is
+lost to the superposition. Accuracy is normalised: a share of the individual fine-tune's on the same held-out images.
 """
 
 import argparse

@@ -117,13 +117,11 @@ def read(path: str | PathLike[str]) -> dict[str, Any]:
 def _algorithm(mapping: Mapping[str, Any]) -> Algorithm:
     named = mapping.get("_target_", mapping.get("name"))
     last = str(named).rpartition(".")[2]
-    found = {**ALGORITHMS, **{name: name for name in ALGORITHMS.values()}}.get(last)
-    if found is None:
-        raise ValueError(
-            f"the configuration's name or _target_ must be one of {', '.join((*ALGORITHMS.values(), *ALGORITHMS))},"
-            f" got {named!r}"
-        )
-    return found
+    for target, name in ALGORITHMS.items():
+        if last in (target, name):
+            return name
+    known = ", ".join((*ALGORITHMS.values(), *ALGORITHMS))
+    raise ValueError(f"the configuration's name or _target_ must be one of {known}, got {named!r}")
 
 
 def _mode(given: Mapping[str, Any]) -> dict[str, Any]:

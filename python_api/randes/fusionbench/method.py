@@ -1,6 +1,6 @@
 """Our method inside FusionBench: over its model pools, from its command line, for its task pools.
 
-    fusion_bench 'hydra.searchpath=[pkg://randes.fusionbench.config]' method=randes/superposition modelpool=... taskpool=...
+    fusion_bench 'hydra.searchpath=[pkg://randes.fusionbench.config]' method=randes/superposition modelpool=...
     fusion_bench method=randes/superposed_model_soup method._target_=randes.fusionbench.method.SuperposedModelSoup ...
 
 ``RandesAlgorithm`` takes the options of ``randes.Config``; the others take the original's keys. Needs fusion-bench.
@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from randes import analysis
+from randes.compress import compress
 from randes.config import Config
 from randes.fusionbench import Algorithm, Options, options
 from randes.superposition import Superposition
@@ -34,12 +35,12 @@ class RetrievedModels(dict[str, nn.Module]):
         return model
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 (dict.get does not ask __getitem__)
 
-    def items(self) -> ItemsView[str, nn.Module]:
+    def items(self) -> ItemsView[str, nn.Module]:  # type: ignore[override]
         return ItemsView(self)
 
-    def values(self) -> ValuesView[nn.Module]:
+    def values(self) -> ValuesView[nn.Module]:  # type: ignore[override]
         return ValuesView(self)
 
 
@@ -66,12 +67,16 @@ class RandesAlgorithm(BaseAlgorithm):
         config, alpha, _, notes = self.options(len(pool.model_names))
         for note in notes:
             print(f"note: {note}")
-        superposition = Superposition.create(_own(pool, "_pretrained_"), config)
-        for name in pool.model_names:
-            superposition.add(name, pool.load_model(name), alpha=alpha)
+        base = _own(pool, "_pretrained_")
+        if config.centre or config.rank:  # which need all models at once
+            models = {name: pool.load_model(name) for name in pool.model_names}
+            superposition = compress(base, models, config, alpha=alpha)
+        else:
+            superposition = Superposition.create(base, config)
+            for name in pool.model_names:
+                superposition.add(name, pool.load_model(name), alpha=alpha)
         if self.store is not None:
             superposition.save(Path(self.store))
-        models = RetrievedModels(pool, superposition)
         metadata: dict[str, Any] = {
             **analysis.storage(superposition).to_dict(),
             "counted_as_fusionbench": analysis.fusionbench_storage(superposition).to_dict(),
@@ -82,7 +87,7 @@ class RandesAlgorithm(BaseAlgorithm):
                 name: analysis.compare_models(superposition.retrieve(name), pool.load_model(name)).fusionbench()
                 for name in pool.model_names
             }
-        return {"models": models, "metadata": metadata}
+        return {"models": RetrievedModels(pool, superposition), "metadata": metadata}
 
 
 class _Translated(RandesAlgorithm):
@@ -108,7 +113,7 @@ class SuperposedTaskArithmetic(_Translated):
 
 def _own(pool: BaseModelPool, name: str) -> nn.Module:
     """A model to write to: pools that hold modules give out those themselves."""
-    model = pool.load_model(name)
+    model: nn.Module = pool.load_model(name)
     return copy.deepcopy(model) if pool.has_instance_models else model
 
 
