@@ -221,7 +221,8 @@ def dense_rows(rows: Tensor, ids: Tensor, inverses: Tensor, *, back: bool = Fals
     runs = rows.to(exact).reshape(len(ids), -1, rows.shape[-1])
     known = (ids >= -1) & (ids < len(inverses))
     turned = torch.where(known, 0.0, torch.nan).to(exact)[:, None, None].expand(runs.shape)
-    for model in range(len(inverses)) if ids.device.type != "cpu" else sorted(set(ids.tolist()) - {-1}):
+    models = range(len(inverses))
+    for model in models if ids.device.type != "cpu" else sorted(set(ids.tolist()) & set(models)):
         matrix = inverses[model].to(exact)
         turned = torch.where((ids == model)[:, None, None], runs @ (matrix if back else matrix.mT), turned)
     return turned.reshape(rows.shape).to(rows.dtype)

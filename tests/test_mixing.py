@@ -20,8 +20,11 @@ TRANSFORMS = {
     for matrix in MATRICES
     for rows in (True, False)
 }
+plain = pytest.mark.parametrize(
+    "transform", [TRANSFORMS[m.name.lower()] for m in MATRICES], ids=["rotation", "diagonal", "dense"]
+)
 every = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-shapes = pytest.mark.parametrize("shape", [(6, 40, 64), (9, 33, 70), (4, 5, 7), (2, 3, 1)], ids=str)
+shapes = pytest.mark.parametrize("shape", [(5, 33, 70), (4, 5, 7), (2, 3, 1)], ids=str)
 
 
 def with_inverses(case: LinearCase) -> tuple[LinearCase, Tensor | None]:
@@ -73,7 +76,9 @@ def test_golden_bits() -> None:
         "rotation": (reference.column_matrix(KEY, TENSOR, k, TRANSFORMS["rotation"]) * 1024).to(torch.int16),
     }
     assert {name: blake2b(value.numpy().tobytes(), digest_size=8).hexdigest() for name, value in found.items()} == {
-        "diagonal": "GOLD", "dense": "GOLD", "signs": "GOLD", "target": "GOLD", "rotation": "GOLD",
+        "diagonal": "e212f2fbbb005869", "dense": "af84797acf6d99e5",
+        "signs": "2f62f5728df830c3", "target": "0a487ab97d5970af",
+        "rotation": "246afe68e7ff0ab5",
     }  # fmt: skip
 
 
@@ -173,9 +178,10 @@ def test_a_mixed_batch_is_each_rows_own_model(transform: Transform, shape: Any, 
     expected = retrieved_product(case)
     error = budget(case, expected)
     torch.testing.assert_close(run(case).double(), expected, rtol=1e-5, atol=error)
-    call, inverses = with_inverses(case)
-    on_gpu = gpu.superposed_linear(*call, False, inverses=inverses)
-    torch.testing.assert_close(on_gpu.double(), expected, rtol=1e-5, atol=error)
+    if runs is None:
+        call, inverses = with_inverses(case)
+        on_gpu = gpu.superposed_linear(*call, False, inverses=inverses)
+        torch.testing.assert_close(on_gpu.double(), expected, rtol=1e-5, atol=error)
 
 
 @every
@@ -193,7 +199,7 @@ def test_backward_is_the_transpose_on_both_devices(transform: Transform) -> None
     torch.testing.assert_close(x.grad, back, rtol=1e-5, atol=budget(forward, back))
 
 
-@every
+@plain
 @pytest.mark.parametrize("bits", [8, 4])
 def test_of_a_packed_superposition(transform: Transform, bits: int) -> None:
     case = linear_case(5, 40, 130, transform)
@@ -206,7 +212,7 @@ def test_of_a_packed_superposition(transform: Transform, bits: int) -> None:
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=budget(case, expected))
 
 
-@every
+@plain
 def test_half_precision_holds_turned_activations(transform: Transform) -> None:
     """Though reciprocals of the diagonal reach 205 and inverses more, and activations 1000."""
     case = linear_case(4, 16, 64, transform, bias=False)
@@ -221,20 +227,21 @@ def test_half_precision_holds_turned_activations(transform: Transform) -> None:
 
 
 def test_an_unknown_id_is_nan_on_a_gpu_whatever_mixes_columns() -> None:
-    for transform in TRANSFORMS.values():
-        case = linear_case(4, 16, 64, transform)
+    for matrix in MATRICES:
+        transform = Transform(False, False, matrix=matrix)
+        case = linear_case(4, 16, 20, transform)
         case.ids[:] = torch.tensor([0, 9, -1, -2])
         call, inverses = with_inverses(case)
         y = gpu.superposed_linear(*call, False, inverses=inverses)
         assert torch.isnan(y).all(1).tolist() == [False, True, False, True]
-        back = linear_case(4, 16, 64, transform, bias=False, transposed=True)._replace(ids=case.ids)
+        back = linear_case(4, 16, 20, transform, bias=False, transposed=True)._replace(ids=case.ids)
         call, inverses = with_inverses(back)
         assert torch.isnan(gpu.superposed_linear(*call, True, inverses=inverses)).any(1).tolist() == [
             False, True, False, True,
         ]  # fmt: skip
 
 
-@every
+@plain
 def test_torchs_own_checks(transform: Transform) -> None:
     case, inverses = with_inverses(linear_case(4, 5, 7, transform))
     case.x.requires_grad_()

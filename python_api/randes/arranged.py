@@ -38,6 +38,9 @@ class SplitTensors(LazyTensors):
         if view is None:
             yield from parts(self.source, own)
             return
+        if view.vector:
+            yield self.source[own][None]
+            return
         first = 0 if view.stacked else view.first_row(name)
         if not view.stacked and not view.transposed:
             for start, end in runs(self.headers[name]):
@@ -90,7 +93,7 @@ class JoinedTensors(LazyTensors):
             for start, end in runs(header):
                 some = torch.stack([self._matrices[part] for part in names[start:end]])
                 yield some.mT if view.transposed else some
-        elif view.transposed:
+        elif view.transposed or view.vector:
             whole = view.tensor(self._matrices)
             yield from (whole[start:end] for start, end in runs(header))
         else:
@@ -101,7 +104,7 @@ class JoinedTensors(LazyTensors):
         view = self._views.get(name)
         if view is None:
             return rows(self._matrices, name, start, end)
-        if view.stacked or view.transposed:
+        if view.stacked or view.transposed or view.vector:
             return super().rows(name, start, end)
         some, first = [], 0
         for part, count in view.parts.items():

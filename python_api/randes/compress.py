@@ -61,9 +61,11 @@ def compress(
         stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
     if config.rank:
         step = progress("shared bases", matrices * len(sources) * PASSES)
-        bases = loudest(sources, stored, superposed, config.rank, config.seed, step)
+        matrices_alone = [name for name in superposed if name not in superposition.layout.vectors]
+        bases = loudest(sources, stored, matrices_alone, config.rank, config.seed, step)
     if config.centre or config.rank:
         companions, layout = superposition.companions, superposition.layout
+        config = replace(config, include=superposition.config.include)
         superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {}, layout=layout)
         superposition.companions = companions
     shifts = config.shuffle_layers > 0

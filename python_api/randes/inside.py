@@ -39,9 +39,9 @@ def layers_of(module: nn.Module, superposition: Superposition) -> list[Layer]:
     Raises ``BaseMismatchError`` where the module has other tensors than the base, and ``ValueError`` where one layer
     is to be two.
     """
-    views = _views(superposition)
+    views = {name: view for name, view in _views(superposition).items() if not view.vector}
     names = _base_names(module, superposition)
-    others = set(superposition.others)
+    others = {*superposition.others, *superposition.layout.vectors}
     layers: dict[int, Layer] = {}
     for name, tensor in names.items():
         path, _, last = name.rpartition(".")

@@ -6,6 +6,7 @@
     (E, N, K)          a stack of experts, as E matrices ``name.0`` to ``name.E-1`` with gains and signs of their own;
                        (E, K, N) where the experts multiply from the right
     (N1 + N2, K)       a fused weight, as the matrices that ``Config.fused`` names
+    (K,)               a bias or a norm, as (1, K), where ``Config.vectors`` has it superposed
 
 Everything else in randes sees matrices, under these names; checkpoints, modules and the base's file keep the tensors
 as they are. A tensor that shares its memory with another (a head tied to an embedding) is that tensor, under the
@@ -14,8 +15,9 @@ name that comes first. (Design, section 3: canonical names.)
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from glob import escape
 from math import prod
 from typing import Any
 
@@ -52,8 +54,15 @@ class View:
         names = list(self.parts)
         return sum(self.parts[name] for name in names[: names.index(part)])
 
+    @property
+    def vector(self) -> bool:
+        """Whether the tensor is a single row, which layers do not multiply with."""
+        return len(self.shape) == 1
+
     def matrices(self, value: Tensor) -> dict[str, Tensor]:
         """(N, K) of each part: views of ``value``."""
+        if self.vector:
+            return dict.fromkeys(self.parts, value[None])
         value = value.mT if self.transposed else value
         if self.stacked:
             return dict(zip(self.parts, value.unbind(0), strict=True))
@@ -78,6 +87,11 @@ class Layout:
 
     def __bool__(self) -> bool:
         return bool(self.views or self.ties)
+
+    @property
+    def vectors(self) -> frozenset[str]:
+        """The tensors that are single rows."""
+        return frozenset(name for name, view in self.views.items() if view.vector)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -155,13 +169,24 @@ class Layout:
         return cls(views, dict(values["ties"]))
 
 
-def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list[str]]:
+def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list[str], Config]:
     """A base's tensors as they are superposed or kept, how they are that, and which of them are superposed.
+
+    And the configuration with names in place of a function that chose them.
 
     Raises ``CheckpointError`` for a base without a matrix to superpose, for a matrix whose columns
     ``config.segments`` does not divide, and for one that is too wide for ``config.matrix``.
     """
     tensors = checkpoint.read(base)
+    asked: list[str] = []
+    if callable(choose := config.include):
+
+        def include(name: str, shape: tuple[int, ...]) -> bool:
+            if found := bool(choose(name, shape)):
+                asked.append(name)
+            return found
+
+        config = replace(config, include=include)
     layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
     chosen = _every(config.every, tensors, layout, config)
     layout = Layout({name: view for name, view in layout.views.items() if name in chosen}, layout.ties)
@@ -181,7 +206,9 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
             )
         if (columns := headers(tensors)[name].shape[1]) % config.segments:
             raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
-    return tensors, layout, superposed
+    if asked:
+        config = replace(config, include=tuple(escape(name) for name in dict.fromkeys(asked)))
+    return tensors, layout, superposed, config
 
 
 def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
@@ -214,6 +241,8 @@ def layout_of(tensors: Tensors, config: Config, module: nn.Module | None = None)
 
 def _view(name: str, shape: tuple[int, ...], transposed: bool, config: Config) -> View | None:
     """How a tensor is seen as matrices; None where it is superposed as it is, or not at all."""
+    if len(shape) == 1:
+        return View(shape, {name: 1}) if config.selects(name, shape) else None
     if len(shape) == 2:
         rows = shape[1] if transposed else shape[0]
         parts = fused_parts(name, rows, config) or {name: rows}

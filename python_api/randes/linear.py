@@ -107,6 +107,10 @@ def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> N
     """Raise ``BaseMismatchError`` unless ``value`` is the base's tensor of that name, cast to its own dtype."""
     base = superposition.base.get(tensor)
     value = value.detach().cpu()
+    if value.dim() == 1 and tensor in superposition.layout.vectors:
+        if not superposition.has_base:
+            return  # each model has its own, measured from zero
+        value = value[None]
     if base is None or value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
         hint = (
             " (deltas are centred: build it in the stored dtype, then cast it)" if superposition.config.centre else ""
@@ -275,7 +279,7 @@ class SuperposedLinear(Superposed, nn.Linear):
     def _superpose(self, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool) -> None:
         biases = None
         self.router = router
-        if self.bias is not None and bias in superposition.others:
+        if self.bias is not None and (bias in superposition.others or bias in superposition.layout.vectors):
             own = [superposition.other(model, bias) for model in superposition.served]
             biases = torch.stack(own).to(self.weight.device, self.weight.dtype)
         self.register_buffer("biases", biases, persistent=False)

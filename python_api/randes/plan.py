@@ -49,7 +49,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
     config = config or Config()
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    split, _, names = matrices_of(base, config)
+    split, _, names, _ = matrices_of(base, config)
     tensors = headers(split)
     matrices = {name: tensors[name] for name in names}
     superposed = models + config.centre

@@ -79,7 +79,7 @@ class Superposition:
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
-        tensors, layout, superposed = matrices_of(base, config)
+        tensors, layout, superposed, config = matrices_of(base, config)
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=checkpoint.check_finite, step=step)
         if isinstance(tensors, StoredTensors | SplitTensors):
@@ -274,7 +274,10 @@ class Superposition:
         return shuffled(self.key(name), self._family_of[tensor], self.family(tensor))[tensor]
 
     def other(self, name: str, tensor: str) -> Tensor:
-        """What a model has of a tensor that is not superposed for it: its own, the average or sum, or the base's."""
+        """What a model has of a tensor that no layer multiplies with: its own, the average or sum, or the base's; of a
+        superposed vector what comes back of it."""
+        if tensor in self.layout.vectors:
+            return Retrieved(self, name)[tensor][0]
         own = self.members[name].kept.get(tensor)
         if own is not None:
             return own
