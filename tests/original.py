@@ -119,6 +119,8 @@ def facts(common):
     attempt("yaml", deltas, even, without=("absorber", "ms_mode"), scaling_factor=1.0)
     uneven = {name: layers(2, 3) for name in even}
     attempt("two depths", deltas, uneven, shift_layers=1, scaling_factor=1.0)
+    vectors = {name: value | {"mlp.0.bias": torch.ones(4)} for name, value in even.items()}
+    attempt("vectors", deltas, vectors, target_layer=["mlp"], scaling_factor=1.0)
     attempt("every second", deltas, even, dropout_rate=2, scaling_factor=1.0)
     alike = {name: value | {"norm": value["norm"] * 100} for name, value in even.items()}
     attempt("debug 2", soup, alike, debug=2)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from randes.config import Config
+from randes.config import Config, Others
 from randes.errors import RandesError
 from randes.streams import headers
 from randes.superposition import Superposition
@@ -35,7 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     "identity_matrix": {"signs": "none"},
 }
 TARGETS = ("mlp_w", "attn_w", "mlp", "attn", "all")
-ABSORBERS = ("average", "pretrained", "None")
+ABSORBERS: dict[str, Others] = {"average": "average", "pretrained": "base", "None": "sum"}
 MS_MODES = ("average", "original")
 IDLE = ("joint_matrix_mode", "rank", "random_components")
 """Keys that the original takes and never reads."""
@@ -75,7 +75,7 @@ def options(mapping: Mapping[str, Any], models: int) -> Options:
         raise ValueError(f"models must be an integer of at least 1, got {models!r}")
     soup, lora = method == "superposed_model_soup", method == "superposed_task_arithmetic_lora"
     absorber = str(given.get("absorber", "None"))
-    _one_of("absorber", absorber, ABSORBERS)
+    _one_of("absorber", absorber, tuple(ABSORBERS))
     ms_mode = given.get("ms_mode", "average")
     _one_of("ms_mode", ms_mode, MS_MODES)
     scale = given.get("scaling_factor", 1.0)
@@ -86,7 +86,7 @@ def options(mapping: Mapping[str, Any], models: int) -> Options:
         **_targets(given.get("target_layer", ["mlp_w", "attn_w"])),
         gains="shared",
         origin="zero" if soup else "base",
-        others={"average": "average", "pretrained": "base", "None": "sum"}[absorber] if soup else "sum",
+        others=ABSORBERS[absorber] if soup else "sum",
         shuffle_layers=given.get("shift_layers", 0),
         every=given.get("dropout_rate", 1),
         per_layer=given.get("different_across_layers", True),
