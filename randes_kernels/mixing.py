@@ -211,6 +211,20 @@ def back_by_tables(rows: Tensor, ids: Tensor, tables: Tensor, inverses: Tensor |
     return Rotation(flips.to(rows.dtype), target, target).back(rows)
 
 
+def amplification(key: int, tensor: int, k: int, matrix: int) -> float:
+    """How many times the mean square of a neighbour's delta is that of the noise it leaves in what a model retrieves.
+
+    1 for signs and rotations, which keep lengths. Of a diagonal about 400: its smallest numbers are divided by.
+    """
+    if matrix == Matrix.DIAGONAL:
+        return float(_numbers().square().mean() * diagonal(key, tensor, k).square().reciprocal().mean())
+    if matrix == Matrix.DENSE:
+        own = dense(key, tensor, k)
+        entry = float(_numbers().square().mean()) * 4.0 ** -(k.bit_length() // 2)
+        return entry * float(inverse(own).square().sum())
+    return 1.0
+
+
 def dense_rows(rows: Tensor, ids: Tensor, inverses: Tensor, *, back: bool = False) -> Tensor:
     """As ``turned_rows`` of dense matrices, for the models ``ids`` (B,) of equal runs of rows (M, K).
 

@@ -47,6 +47,29 @@ def test_a_store_is_what_the_library_makes(files: Path) -> None:
     assert sup.config == randes.Config(signs="columns", permute=1, group_size=2, seed=7)
 
 
+def test_every_option_of_the_published_method_has_a_flag(files: Path) -> None:
+    flags = (
+        "--matrix", "rotation", "--gains", "shared", "--origin", "zero", "--every", 2, "--no-per-layer", "--vectors",
+        "--others", "sum", "--shuffle-layers", 1, "--alpha", 0.5, "--min-width", 16, "--include", "*up*",
+        "--exclude", "x",
+    )  # fmt: skip
+    store = compress(files, *flags)
+    sup = randes.Superposition.load(store)
+    assert sup.config == randes.Config(
+        matrix="rotation", gains="shared", origin="zero", every=2, per_layer=False, vectors=True, others="sum",
+        shuffle_layers=1, min_width=16, include=("*up*",), exclude=("x",),
+    )  # fmt: skip
+    assert [(member.alpha, member.index) for member in sup.members.values()] == [(0.5, 0), (0.5, 1)]
+    shown = run("info", store).output
+    for words in ("a rotation", "one gain for all", "from zero", "one transform for all", "others sum"):
+        assert words in " ".join(shown.split())
+    again = [part for seed in range(2) for part in ("--model", f"m{seed}={files}/m{seed}.safetensors")]
+    wrong = ("compress", "--base", files / "base.safetensors", *again, "--out", files / "other")
+    assert "matrix must be one of" in run(*wrong, "--matrix", "haar", fails=True).stderr
+    assert "permute must be 0" in run(*wrong, "--matrix", "dense", "--permute", 1, fails=True).stderr
+    assert "alpha must be a finite" in run(*wrong, "--alpha", "nan", fails=True).stderr
+
+
 def test_adding_and_removing_gives_back_the_bytes(files: Path) -> None:
     store = compress(files)
     before = contents(store)

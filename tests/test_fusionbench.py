@@ -6,13 +6,15 @@ rest come from this one. ``original.py`` runs there.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import venv
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -40,6 +42,8 @@ COMMON = {
 }  # fmt: skip
 TOLERANCE = {"random_dense_matrix": 1e-3, "random_diagonal_matrix": 1e-4}
 """Of retrieved weights, relative to the largest of a tensor. Inverses lose digits; a dense matrix's most."""
+
+FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 State = dict[str, Tensor]
 
@@ -77,8 +81,17 @@ def adapter(base: State, number: int) -> State:
     return found
 
 
+def write_adapter(folder: Path, state: State) -> Path:
+    """As PEFT writes it, with a scaling of 1: the original knows of none."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
+    write_file(folder / "adapter_model.safetensors", state)
+    return folder
+
+
 BASE = base_state()
 MODELS = {name: finetuned(BASE, number) for number, name in enumerate(NAMES)}
+ADAPTERS = {name: adapter(BASE, number) for number, name in enumerate(NAMES)}
 
 
 # -------------------------------------------------------------------- the cases
@@ -101,11 +114,21 @@ class Case:
         told = "-".join(str(value) for value in self.keys.values())
         return f"{self.algorithm}-{told}".replace("[", "").replace("]", "").replace("'", "").replace(", ", "+")
 
-    @cache
+    @cached_property
     def superposed(self) -> randes.Superposition:
         """Ours, from the original's own keys."""
         found = fusionbench.options({"_target_": f"a.b.{self.algorithm}", **self.all_keys}, len(NAMES))
+        if found.lora:
+            with TemporaryDirectory() as folder:
+                folders = {name: write_adapter(Path(folder) / name, state) for name, state in ADAPTERS.items()}
+                return randes.superpose_adapters(BASE, folders, found.config)
         return randes.compress(BASE, MODELS, found.config, alpha=found.alpha)
+
+    def retrieved(self, name: str) -> State:
+        """One model, as the original's class gives it back."""
+        if self.algorithm == LORA:
+            return dict(randes.merge_adapter(self.superposed, name, BASE, scaling=self.all_keys["scaling_factor"]))
+        return self.superposed.retrieve(name)
 
 
 def of_every_mode(algorithm: str, **keys: Any) -> list[Case]:
@@ -117,6 +140,8 @@ CASES = [
     *of_every_mode(DELTAS, shift_layers=1),
     *of_every_mode(DELTAS, shift_layers=-1),
     *of_every_mode(DELTAS, different_across_layers=False),
+    *of_every_mode(LORA),
+    *of_every_mode(LORA, shift_layers=1),
     *of_every_mode(SOUP),
     *of_every_mode(SOUP, shift_layers=2, ms_mode="average"),
     *(Case(SOUP, {"target_layer": target}) for target in (["mlp"], ["attn"], ["all"], ["mlp_w", "attn"])),
@@ -133,17 +158,24 @@ CASES = [
 IDS = [case.name for case in CASES]
 
 
-def draws(case: Case, superposition: randes.Superposition) -> tuple[list[Tensor], list[list[int]]]:
+def targets(case: Case) -> list[str]:
+    """What is superposed, under our names, in the original's order."""
+    factors = [FACTOR.sub(r"\1.weight.lora_\2", name) for name in ADAPTERS["m0"]]
+    order = factors if case.algorithm == LORA else list(BASE)
+    return [name for name in order if name in case.superposed.superposed]
+
+
+def draws(case: Case) -> tuple[list[Tensor], list[list[int]]]:
     """Our matrices and orders of layers in the order in which the original draws its own."""
-    keys, matrices, orders = case.all_keys, [], []
-    targets = [name for name in BASE if name in superposition.superposed]
+    keys, superposition = case.all_keys, case.superposed
+    matrices, orders = [], []
     if keys["shift_layers"] == -1:
         for model in NAMES:
-            for family in dict.fromkeys(tuple(superposition.family(target)) for target in targets):
+            for family in dict.fromkeys(tuple(superposition.family(target)) for target in targets(case)):
                 places = [superposition.place(model, tensor) for tensor in family]
                 orders.append([next(int(part) for part in place.split(".") if part.isdigit()) for place in places])
     if keys["mode"] != "identity_matrix":
-        for place in targets:
+        for place in targets(case):
             for model in NAMES:
                 lying = next(t for t in superposition.family(place) if superposition.place(model, t) == place)
                 matrices.append(fusionbench.matrix(superposition, model, lying))
@@ -169,15 +201,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the original retrieved in every case."""
     folder = tmp_path_factory.mktemp("original")
-    for name, state in {"_pretrained_": BASE, **MODELS}.items():
-        write_file(folder / f"full-{name}.safetensors", state)
+    for kind, models in {"full": MODELS, "lora": ADAPTERS}.items():
+        for name, state in {"_pretrained_": BASE, **models}.items():
+            write_file(folder / f"{kind}-{name}.safetensors", state)
     told = []
     for case in CASES:
-        matrices, orders = draws(case, case.superposed())
+        matrices, orders = draws(case)
         if matrices:
             write_file(folder / f"{case.name}-matrices.safetensors", {str(n): m for n, m in enumerate(matrices)})
-        order = {name: list(BASE) for name in ("_pretrained_", *NAMES)}
-        told.append({"name": case.name, "algorithm": case.algorithm, "keys": case.all_keys, "models": "full",
+        kind, models = ("lora", ADAPTERS) if case.algorithm == LORA else ("full", MODELS)
+        order = {name: list(state) for name, state in {"_pretrained_": BASE, **models}.items()}
+        told.append({"name": case.name, "algorithm": case.algorithm, "keys": case.all_keys, "models": kind,
                      "names": list(order), "order": order, "matrices": len(matrices), "orders": orders,
                      "common": COMMON})  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(told))
@@ -196,24 +230,26 @@ def run_in(python: Path, *arguments: object, **options: Any) -> "subprocess.Comp
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_the_original_retrieves_what_we_do(case: Case, results: Path) -> None:
-    superposition, keys = case.superposed(), case.all_keys
+    superposition, keys = case.superposed, case.all_keys
     metadata = json.loads((results / f"{case.name}-metadata.json").read_text())
-    assert metadata["target_layers"] == [name for name in BASE if name in superposition.superposed]
+    named = [FACTOR.sub(r"\1.weight.lora_\2", name) for name in metadata["target_layers"]]
+    assert named == targets(case)
     for name in NAMES:
-        theirs, ours = load_file(results / f"{case.name}-{name}-retrieved.safetensors"), superposition.retrieve(name)
+        theirs, ours = load_file(results / f"{case.name}-{name}-retrieved.safetensors"), case.retrieved(name)
         assert theirs.keys() == ours.keys()
         for tensor, expected in theirs.items():
             found = ours[tensor]
-            if tensor not in superposition.superposed and keys["ms_mode"] == "average" and keys["absorber"] != "None":
+            absorbed = tensor not in superposition.superposed and keys["absorber"] != "None"
+            if absorbed and keys["ms_mode"] == "average":
                 found = found / len(NAMES)  # the original divides what it absorbed too
             budget = TOLERANCE.get(keys["mode"], 3e-6) * float(expected.abs().max())
             torch.testing.assert_close(found, expected, rtol=0, atol=budget, msg=lambda m, t=tensor: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.algorithm != LORA], ids=lambda case: case.name)
 def test_the_original_counts_what_we_say_it_counts(case: Case, results: Path) -> None:
     metadata = json.loads((results / f"{case.name}-metadata.json").read_text())
-    found = analysis.fusionbench_storage(case.superposed())
+    found = analysis.fusionbench_storage(case.superposed)
     assert found.total_param_count_original == metadata["total_param_count_original"]
     assert found.nonzero_param_count_context == metadata["nonzero_param_count_context"]
     assert found.nonzero_parameter_count == metadata["nonzero_parameter_count"]
@@ -307,7 +343,7 @@ def test_what_the_original_has_no_meaning_for_is_refused(keys: dict[str, Any], m
 
 
 def test_a_matrix_is_of_a_superposed_tensor() -> None:
-    superposition = CASES[0].superposed()
+    superposition = CASES[0].superposed
     with pytest.raises(ValueError, match=r"tensor must be one that is superposed, got 'embed\.weight'"):
         fusionbench.matrix(superposition, "m0", "embed.weight")
     with pytest.raises(randes.UnknownModelError):
@@ -345,7 +381,7 @@ def test_the_command_takes_the_configuration_as_it_is(tmp_path: Path) -> None:
     assert code == 0, said
     assert "note: joint_matrix_mode, rank, random_components: the original reads none of it" in said
     superposition = randes.Superposition.load(tmp_path / "store")
-    expected = Case(DELTAS, {"scaling_factor": 0.5}).superposed()
+    expected = Case(DELTAS, {"scaling_factor": 0.5}).superposed
     assert {superposition.members[name].alpha for name in NAMES} == {0.5}
     assert superposition.config == expected.config
     for name in NAMES:
@@ -433,7 +469,8 @@ def test_our_method_runs_from_its_command_line(
     run_in(
         environment, "-m", "fusion_bench.scripts.cli", f"method={method}", "modelpool=tiny", "taskpool=dummy",
         f"hydra.searchpath=[pkg://randes.fusionbench.config,file://{tmp_path / 'conf'}]", "fabric.loggers=null",
-        "print_config=false", "print_function_call=false", f"report_save_path={tmp_path / 'out' / 'report.json'}", *options,
+        "print_config=false", "print_function_call=false", f"report_save_path={tmp_path / 'out' / 'report.json'}",
+        *options,
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     report = json.loads(next(tmp_path.rglob("report.json")).read_text())

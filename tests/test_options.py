@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import randes
 from randes.errors import CheckpointError, UnknownModelError
 from randes.integers import STEP
-from randes.summary import summary
+from randes.summary import summary, verify
 
 PLAIN = randes.Config(signs="none", gains="shared")
 """As the published method's identity: deltas are summed as they are."""
@@ -386,3 +386,13 @@ def test_one_superposed_vector_alone_comes_back_exactly_but_for_rounding() -> No
     layer = randes.SuperposedLinear.from_linear(base.layers[0].up, sup, "layers.0.up")
     x = torch.ones(1, 32)
     torch.testing.assert_close(layer(x, adapter_names=["m"]), tuned.layers[0].up(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("matrix", ["signs", "rotation", "diagonal", "dense"])
+def test_the_error_is_the_predicted_one(matrix: Any) -> None:
+    base = net()
+    tuned = {f"m{number}": finetune(base, number) for number in range(3)}
+    sup = randes.compress(base, tuned, randes.Config(matrix=matrix))
+    found = verify(sup, "m1", tuned["m1"])
+    assert found.relative_error == pytest.approx(found.predicted_error, rel=0.3)
+    assert (found.predicted_error > 2) == (matrix in ("diagonal", "dense"))

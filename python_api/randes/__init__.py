@@ -9,6 +9,7 @@ model(x, adapter_names=["german", "__base__"])
 from randes.compress import compress
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
+from randes.factors import merge_adapter, superpose_adapters
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
 from randes.plan import plan
@@ -29,5 +30,7 @@ __all__ = [
     "UnknownModelError",
     "compress",
     "from_pretrained",
+    "merge_adapter",
     "plan",
+    "superpose_adapters",
 ]

@@ -47,29 +47,27 @@ class AdapterTensors(LazyTensors):
         """updates: of a weight's name. whole: the adapter's own of other tensors (``modules_to_save``)."""
         super().__init__(headers(base))
         self.base = base
-        self._updates, self._whole = updates, whole
+        self.updates, self._whole = updates, whole
 
     @property
     def touched(self) -> set[str]:
         """The tensors that may differ from the base's."""
-        return {*self._updates, *self._whole}
+        return {*self.updates, *self._whole}
 
     def parts(self, name: str) -> Iterator[Tensor]:
         if name in self._whole:
             yield from parts(self._whole, name)
-        elif name not in self._updates:
+        elif name not in self.updates:
             yield from parts(self.base, name)
         else:
             for (start, end), part in zip(runs(self.headers[name]), parts(self.base, name), strict=True):
-                yield _updated(part, self._updates[name], self._updates[name].rows[start:end])
+                yield _updated(part, self.updates[name], self.updates[name].rows[start:end])
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         if name in self._whole:
             return self._whole[name][start:end]
         part = rows(self.base, name, start, end)
-        return (
-            _updated(part, self._updates[name], self._updates[name].rows[start:end]) if name in self._updates else part
-        )
+        return _updated(part, self.updates[name], self.updates[name].rows[start:end]) if name in self.updates else part
 
 
 def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTensors:

@@ -27,7 +27,10 @@ from randes import fusionbench
 from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
+from randes.factors import merge_adapter as merged
+from randes.factors import superpose_adapters as make_of_adapters
 from randes.files import write_file
+from randes.fusionbench import Options
 from randes.plan import plan as plan_of
 from randes.report import write as write_report
 from randes.store import MANIFEST, check_new
@@ -44,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+_WORDS = {"rotation": "a rotation", "diagonal": "a diagonal of normal numbers", "dense": "a dense matrix"}
 
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
 NamedModel = Annotated[
@@ -123,20 +127,34 @@ def compress(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
     signs: Annotated[str, typer.Option(help="both, columns or none.")] = "both",
     permute: Annotated[int, typer.Option(help="Granule of the column permutation; 0 for none.")] = 0,
-    shuffle_layers: Annotated[int, typer.Option(help="-1 to shuffle same-named layers.")] = 0,
+    shuffle_layers: Annotated[
+        int, typer.Option(help="-1 to shuffle same-named layers, s > 0 to move the i-th model's by i · s.")
+    ] = 0,
     group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
     seed: Annotated[int, typer.Option(help="Of all signs and permutations.")] = 0,
-    others: Annotated[str, typer.Option(help="What is not a matrix: keep, base or average.")] = "keep",
+    others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors to superpose; replaces the default.")
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of tensors not to superpose; replaces the default.")
     ] = None,
+    min_width: Annotated[int, typer.Option(help="Narrower matrices are not superposed.")] = Config.min_width,
     centre: Annotated[
         bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
     ] = False,
     rank: Annotated[
         int, typer.Option(help="Directions of each matrix in which every model keeps its own delta; 0 for none.")
     ] = 0,
-    alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by.")] = 1.0,
+    matrix: Annotated[
+        str, typer.Option(help="What turns columns: signs, or in their place rotation, diagonal or dense.")
+    ] = "signs",
+    gains: Annotated[str, typer.Option(help="own: all deltas in one size; shared: summed as they are.")] = "own",
+    origin: Annotated[str, typer.Option(help="base, or zero to superpose the weights themselves.")] = "base",
+    every: Annotated[int, typer.Option(help="Superpose only every n-th of the tensors that are selected.")] = 1,
+    per_layer: Annotated[bool, typer.Option(help="A transform for each tensor, or one for all of a model.")] = True,
+    vectors: Annotated[bool, typer.Option(help="Superpose selected biases, norms and other vectors too.")] = False,
+    alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by when they are used.")] = 1.0,
     config_file: Annotated[
         Path | None,
         typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
@@ -146,32 +164,74 @@ def compress(
     with _errors(), _progress() as begin:
         if (out / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
-        options: dict[str, Any] = {
+        patterns = {"include": include, "exclude": exclude}
+        options: dict[str, Any] = {name: tuple(given) for name, given in patterns.items() if given is not None}
+        options |= {
             "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
-            "seed": seed, "others": others, "centre": centre, "rank": rank,
+            "seed": seed, "others": others, "centre": centre, "rank": rank, "min_width": min_width, "matrix": matrix,
+            "gains": gains, "origin": origin, "every": every, "per_layer": per_layer, "vectors": vectors,
         }  # fmt: skip
-        options |= {} if exclude is None else {"exclude": tuple(exclude)}
         models = _named(model)
-        config, alpha = _configured(context, config_file, len(models), options, alpha)
+        chosen = Options(Config(**options), alpha, False, ())
+        if config_file is not None:
+            chosen = _overridden(fusionbench.options(fusionbench.read(config_file), len(models)), context, options)
         check_new(out)
-        superposition = make(base, models, config, alpha=alpha, progress=begin)
+        if chosen.lora:
+            superposition = make_of_adapters(base, models, chosen.config, progress=begin)
+        else:
+            superposition = make(base, models, chosen.config, alpha=chosen.alpha, progress=begin)
         superposition.save(out, progress=begin)
     _print_sizes(superposition)
 
 
-def _configured(
-    context: typer.Context, file: Path | None, models: int, values: dict[str, Any], alpha: float
-) -> tuple[Config, float]:
-    """What flags say; or FusionBench's configuration, with those flags in its place that were given."""
-    if file is None:
-        return Config(**values), alpha
-    found = fusionbench.options(fusionbench.read(file), models)
+def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
+    """FusionBench's configuration, with the flags that were given in its place; its notes go to standard error."""
     for note in found.notes:
         Console(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    config = replace(found.config, **{name: value for name, value in values.items() if name in given})
-    return config, alpha if "alpha" in given else found.alpha
+    config = replace(found.config, **{name: value for name, value in flags.items() if name in given})
+    return found._replace(config=config, alpha=context.params["alpha"] if "alpha" in given else found.alpha)
+
+
+@app.command()
+def superpose_adapters(
+    base: Annotated[Path, typer.Option(help="The model that the adapters were trained on; its shapes are read.")],
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH", help="A LoRA adapter's folder; may be given many times.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
+    signs: Annotated[str, typer.Option(help="As for compress.")] = "both",
+    matrix: Annotated[str, typer.Option(help="As for compress.")] = "signs",
+    gains: Annotated[str, typer.Option(help="As for compress.")] = "own",
+    shuffle_layers: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    group_size: Annotated[int, typer.Option(help="As for compress.")] = 8,
+    seed: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    per_layer: Annotated[bool, typer.Option(help="As for compress.")] = True,
+) -> None:
+    """Superpose the factors of LoRA adapters, A and B, which merge-adapter multiplies again."""
+    with _errors(), _progress() as begin:
+        check_new(out)
+        options: dict[str, Any] = {"matrix": matrix, "gains": gains, "per_layer": per_layer}
+        config = Config(signs, 0, shuffle_layers, group_size, seed, **options)  # type: ignore[arg-type]
+        superposition = make_of_adapters(base, _named(adapter), config, progress=begin)
+        superposition.save(out, progress=begin)
+    _print_sizes(superposition)
+
+
+@app.command()
+def merge_adapter(
+    store: Store,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
+    base: Annotated[Path, typer.Option(help="The model that the adapters were trained on.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The safetensors file to write.")],
+    scaling: Annotated[float, typer.Option(help="What the update is scaled by.")] = 1.0,
+) -> None:
+    """Write the base with one adapter's retrieved update, from a store of superpose-adapters."""
+    with _errors(), _progress() as begin:
+        tensors = merged(Superposition.load(store), name, base, scaling=scaling)
+        write_file(out, tensors, step=begin("merging", size(tensors)))
+    _say(f"{out}: {len(tensors)} tensors of {name}")
 
 
 @app.command()
@@ -180,7 +240,7 @@ def plan(
     models: Annotated[int, typer.Option(help="How many fine-tunes there will be.")],
     memory: Annotated[float | None, typer.Option(metavar="GB", help="What servers have, in 10⁹ bytes.")] = None,
     group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
-    others: Annotated[str, typer.Option(help="What is not a matrix: keep, base or average.")] = "keep",
+    others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
     centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
     rank: Annotated[int, typer.Option(help="As for compress.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -290,6 +350,10 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f" groups of {config.group_size}, seed {config.seed}, others {config.others}"
         f"{', deltas centred on their mean' if config.centre else ''}"
         f"{f', shared bases of rank {config.rank}' if config.rank else ''}"
+        f"{f', columns turned by {_WORDS[config.matrix]}' if config.matrix != 'signs' else ''}"
+        f"{', one gain for all models' if config.gains == 'shared' else ''}"
+        f"{', weights measured from zero' if config.origin == 'zero' else ''}"
+        f"{'' if config.per_layer else ', one transform for all tensors'}"
     )
     if (packing := superposition.packing) is not None:
         _say(f"packed for serving in {packing.bits} bits, of the store with checksum {packing.master}")

@@ -27,7 +27,8 @@ class Row:
         that is not superposed, if every model changed all of it. separate: as that many whole models.
     decode, decode_all: weight bytes that a decode step reads, in units of one plain model's, for rows of one group's
         models, and for rows of all groups' models.
-    interference: predicted size of the noise in a retrieved delta, in units of the delta. It is not the accuracy.
+    interference: predicted size of the noise in a retrieved delta, in units of the delta, under signs, permutations and
+        rotations. It is not the accuracy.
     """
 
     bits: int

@@ -11,6 +11,7 @@ from randes.checkpoint import Checkpoint
 from randes.packed import ERROR, coordinates_of
 from randes.streams import Progress, ahead, digests, headers, parts, silent, size
 from randes.superposition import Superposition
+from randes_kernels.mixing import amplification
 from randes_kernels.slices import squares as row_squares
 
 
@@ -19,8 +20,10 @@ class Verification:
     """How near a retrieved model is to its original, in weights.
 
     relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together.
-    predicted_error: √(J−1), what J models that share a buffer give under every transform (for α = 1). Neither is
-        the accuracy: transforms with the same weight error keep very different shares of it (design, section 2).
+    predicted_error: √(J−1), what J models that share a buffer give under signs, permutations and rotations (for α = 1,
+        and deltas of one size where gains are shared); more with a diagonal or dense matrix, by what its inverse adds.
+        Neither is the accuracy: transforms with the same weight error keep very different shares of it (design,
+        section 2).
     tensors: the relative error of each superposed tensor that the model changed.
     kept_exact: whether every tensor that is kept per model came back bit for bit.
     """
@@ -81,9 +84,11 @@ def _predicted_error(superposition: Superposition, name: str) -> float:
         own = weight
         if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
             own += member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
+        columns, matrix = headers(superposition.base)[tensor].shape[1], superposition.config.transform.matrix
+        amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
         rounding = 0.0 if packing is None else (neighbours + 1) * ERROR[packing.bits] ** 2
         alpha = member.alpha_of(tensor)
-        error += (1 - alpha) ** 2 * own + alpha**2 * (neighbours + rounding) * weight
+        error += (1 - alpha) ** 2 * own + alpha**2 * amplified * (neighbours + rounding) * weight
         size += own
     return math.sqrt(error / size) if size else 0.0
 

@@ -176,6 +176,11 @@ def _notes(method: str, given: Mapping[str, Any], absorber: str, ms_mode: object
     else:
         if idle := [key for key in ("absorber", "ms_mode") if key in given]:
             notes.append(f"{', '.join(idle)}: of model soups alone, as in the original")
+        if method.endswith("lora"):
+            notes.append("target_layer: the factors of every weight that the adapters change are superposed")
+            notes.append(
+                f"scaling_factor: goes with 'randes merge-adapter --scaling {given.get('scaling_factor', 1.0)}'"
+            )
     if given.get("debug") or given.get("verbose"):
         notes.append("debug, verbose: see 'randes report' and randes.analysis")
     if given.get("model_path"):

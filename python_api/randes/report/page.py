@@ -35,6 +35,10 @@ def page(numbers: Numbers, title: str) -> str:
     )
 
 
+_LATER = ("matrix", "gains", "origin", "every", "per_layer", "vectors")
+"""Options that are shown where they are used."""
+
+
 def _header(numbers: Numbers, title: str) -> str:
     sizes, config, packing = numbers.sizes, numbers.config, numbers.packing
     count = len([name for name in numbers.names if name != "__base__"])
@@ -45,6 +49,7 @@ def _header(numbers: Numbers, title: str) -> str:
     rows: list[tuple[str, object]] = [
         ("signs", config.signs), ("permute", config.permute), ("shuffle_layers", config.shuffle_layers),
         ("group_size", config.group_size), ("seed", config.seed), ("others", config.others), ("rank", config.rank),
+        *((name, value) for name, value in config.to_dict().items() if name in _LATER),
         ("centre", "yes: deltas are measured from the mean of the fine-tunes" if config.centre else "no"),
         ("include", ", ".join(config.included)), ("exclude", ", ".join(config.exclude)),
         ("min_width", config.min_width),
