@@ -3,13 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from randes.analysis.likeness import Comparison, Device, Likeness, Products
 from randes.analysis.subspaces import subspace_similarity
 from randes.checkpoint import Checkpoint, Tensors
-from randes.report.cosines import Cosines, of_originals
 from randes.streams import Progress, headers, parts, silent, size
 from randes.superposition import Superposition
+
+if TYPE_CHECKING:
+    from randes.report.cosines import Cosines
 
 THIRDS = 3
 MOST = 12
@@ -72,12 +75,14 @@ def retrieval(
 
 def decorrelation(
     superposition: Superposition, models: Mapping[str, Checkpoint], *, progress: Progress = silent
-) -> tuple[Cosines, Cosines]:
+) -> "tuple[Cosines, Cosines]":
     """Cosines of the deltas of ``models`` before and after they are turned to be summed, over all superposed tensors.
 
     Raises ``UnknownModelError`` for a name that is not in the superposition, and ``CheckpointError`` for a model that
     does not fit.
     """
+    from randes.report.cosines import of_originals  # the report is made with these functions
+
     for name in models:
         superposition.member(name)
     sources = {name: superposition.read(model) for name, model in models.items()}
