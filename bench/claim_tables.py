@@ -117,7 +117,7 @@ def storage(rows: Sequence[Row]) -> str:
 
 
 def times(rows: Sequence[Row]) -> str:
-    """Seconds to merge one more model, and to retrieve one."""
+    """Processor seconds to merge one more model, and to retrieve one."""
     return grid(
         rows,
         "times",
@@ -164,6 +164,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
             if chosen(rows, experiment, method=method):
                 there = sorted(distinct(rows, experiment, "models"), key=at)
                 points = [(at(n), chosen(rows, experiment, method=method, models=n)) for n in there]
+                if experiment == "leaving":
+                    points.insert(0, (16, chosen(rows, "joining", method=method, models=16)))
                 line(axes[1, 1], method, points, dashed=experiment == "leaving")
     axes[0, 0].set_xscale("log", base=2)
     axes[0, 0].set_xticks(counts, [str(n) for n in counts])
@@ -173,6 +175,6 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     labels = "models", "mean cosine of two deltas", "α", "models that are there"
     for axis, title, label in zip(axes.flat, titles, labels, strict=True):
         axis.set(title=title, xlabel=label, ylabel="normalised accuracy (%)", ylim=(0, 103))
-    axes[0, 0].legend(loc="lower left", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file)
     plt.close(figure)

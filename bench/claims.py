@@ -208,20 +208,20 @@ def by_coming_and_going(tuned: Finetunes) -> Iterator[Row]:
 
 
 def times() -> Iterator[Row]:
-    """Seconds to merge a model and to retrieve one: 24 matrices of 1024², fp32, in memory, one thread."""
+    """Processor seconds to merge a model and to retrieve one: 24 matrices of 1024², fp32, in memory, one thread."""
     torch.manual_seed(0)
     base = {f"layers.{n}.fc.weight": torch.randn(1024, 1024) for n in range(24)}
     tuned = {str(n): {name: value + 0.01 * torch.randn_like(value) for name, value in base.items()} for n in range(16)}
     for method, config in METHODS.items():
         made = randes.Superposition.create(base, replace(config, group_size=16))
         for count, (name, model) in enumerate(tuned.items(), 1):
-            began = time.perf_counter()
+            began = time.process_time()
             made.add(name, model)
-            merged = time.perf_counter()
+            merged = time.process_time()
             if count in (2, 4, 8, 16):
                 made.retrieve(name)
                 yield {"experiment": "times", "method": method, "models": count, "merge_s": round(merged - began, 4),
-                       "retrieve_s": round(time.perf_counter() - merged, 4)}  # fmt: skip
+                       "retrieve_s": round(time.process_time() - merged, 4)}  # fmt: skip
 
 
 def mean_cosine(values: Tensor) -> float:
@@ -253,6 +253,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, help="print a table of the committed rows")
+    parser.add_argument("--times", action="store_true", help="measure the times alone, and keep the other rows")
     parser.add_argument("--models", type=Path, default=MODELS, help="where fine-tunes are kept (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     given = parser.parse_args()
@@ -261,7 +262,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     machine = {"device": "cpu", "processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-    rows = measure(given.models, given.seeds)
+    if given.times:
+        rows = [row for row in read(RESULTS) if row["experiment"] != "times"] + list(times())
+    else:
+        rows = measure(given.models, given.seeds)
     RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n", "utf-8")
     draw(rows, RESULTS.with_suffix(".png"))
 
