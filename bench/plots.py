@@ -36,8 +36,8 @@ STYLES = {  # colour, marker, line: those of other accuracy are dashed
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Two Markdown tables: the superposed linear by shape and M, and everything else beside it at one point."""
-    return by_shape(rows) + "\n\n" + beside(rows)
+    """Markdown tables: the superposed linear by shape and M, with D in few bits, and its rivals at one point."""
+    return "\n\n".join(filter(None, (by_shape(rows), by_bits(rows), beside(rows))))
 
 
 def by_shape(rows: Sequence[Row]) -> str:
@@ -49,6 +49,24 @@ def by_shape(rows: Sequence[Row]) -> str:
         found = {row["m"]: row for row in chosen if (row["shape"], row["dtype"]) == (shape, dtype)}
         cells = [cell(found[m]) if m in found else "–" for m in shown]
         lines.append(f"| {shape.replace('x', '×')} ({family}), {dtype} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_bits(rows: Sequence[Row]) -> str:
+    """Time by the bits of D and M, as a multiple of F.linear's; empty where no packed D was measured."""
+    chosen = [row for row in rows if row["op"] == OP and row["median_us"] and row.get("bits", 16) < 16]
+    if not chosen:
+        return ""
+    shown = sorted({row["m"] for row in chosen})
+    lines = [
+        "| 4096×4096, D in few bits | " + " | ".join(f"M = {m}" for m in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    for dtype, bits in dict.fromkeys((row["dtype"], row["bits"]) for row in chosen):
+        found = {row["m"]: row for row in chosen if (row["dtype"], row["bits"]) == (dtype, bits)}
+        lines.append(
+            f"| {bits} bits, {dtype} | " + " | ".join(cell(found[m]) if m in found else "–" for m in shown) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -101,7 +119,11 @@ def is_default(row: Row) -> bool:
     """Whether a row is of the grid: two-sided signs, 8 models in one group, the mix that so many rows stand for."""
     mix = "distinct" if row["m"] <= 64 else "identical"
     wanted = {"transform": "two-sided", "models": 8, "groups": 1, "mix": mix}
-    return all(row[name] == value for name, value in wanted.items()) and row["dtype"] != "fp16"
+    return (
+        all(row[name] == value for name, value in wanted.items())
+        and row["dtype"] != "fp16"
+        and row.get("bits", 16) == 16
+    )
 
 
 def is_centre(row: Row) -> bool:

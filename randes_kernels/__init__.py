@@ -1,6 +1,7 @@
 """What runs: the format, its plain-torch specification, and fused kernels for superposed linear layers.
 
     format       what a seed and a name mean, bit for bit
+    mixing       rotations, diagonals and dense matrices in place of column signs
     packing      superpositions in few bits
     lowrank      what models have of their own in a shared basis
     reference    what the kernels compute, in plain torch
@@ -11,7 +12,7 @@
     cpu, gpu     what an operator runs on each device
     ops          the operators, registered once
 
-Imports flow one way: format ← packing, lowrank, reference, primitives ← kernels ← gpu, cpu, slices ← ops.
+Imports flow one way: format ← mixing, packing, lowrank, reference, primitives ← kernels ← gpu, cpu, slices ← ops.
 Nothing here imports ``randes``.
 """
 

@@ -142,7 +142,8 @@ def dense(key: int, tensor: int, k: int) -> Tensor:
 def inverse(matrix: Tensor) -> Tensor:
     """Of a dense matrix, fp64; its pseudo-inverse, where it has none."""
     found, info = torch.linalg.inv_ex(matrix)
-    return found if not info.any() else torch.linalg.pinv(matrix)
+    own: Tensor = found if not info.any() else torch.linalg.pinv(matrix)
+    return own
 
 
 def reciprocals() -> Tensor:
@@ -259,7 +260,7 @@ def hadamard(rows: Tensor) -> Tensor:
 def _taken(rows: Tensor, order: Tensor) -> Tensor:
     """Columns of rows (B, n, K) in an order of each, (B, K)."""
     if len(order) == 1:
-        return rows[..., order[0]]
+        return rows.index_select(-1, order[0])
     return rows.gather(-1, order[:, None].expand(rows.shape))
 
 

@@ -7,8 +7,8 @@ On a CPU, and on a GPU where a matrix mixes columns, which takes no kernel of it
     with a matrix R   A[i] ± rint( rint( (W[i] − W0[i]) · rate · r_i ) R )    W0[i] + (D[i] R⁻¹) · scale · r_i
 
 Signs go onto the float, which rounds a half to the even number on both sides of zero, so the integers are those of
-rounding first. A slice of rows stays in the cache through all of its steps: 4096×4096 in bf16 takes 20 ms
-to superpose in place of 600, most of which were page faults of whole intermediates.
+rounding first. A slice of rows stays in the cache through all of its steps, in scratch that is allocated once: most of
+the time of whole intermediates goes into page faults.
 """
 
 from typing import NamedTuple
@@ -19,9 +19,12 @@ from torch import Tensor
 from randes_kernels.format import Matrix, Stream, Transform, column_permutation, signs
 from randes_kernels.mixing import Mixer
 
-SLICE_ELEMENTS = 1 << 17
-"""Of a slice: with its fp32 copies it fits a second-level cache, and its operators' overhead is below a tenth."""
+SLICE_ELEMENTS = 1 << 16
+"""Of a slice: with its copies it fits a second-level cache, and its operators' overhead is a fifth. Twice as many cost
+less on an idle machine, and more beside threads that read and hash."""
 _SHORT = torch.iinfo(torch.int16)
+_WHOLE = 1.5 * 2.0**23
+"""Added to an fp32 number below 2**22 and taken off again, it leaves the nearest whole one, the even of two."""
 
 
 class Turn(NamedTuple):
@@ -65,9 +68,9 @@ def squares(value: Tensor, other: Tensor) -> list[float]:
     One sum a row, whatever the number of rows at a time and of threads: added without rounding they are one number.
     """
     sums: list[float] = []
+    first, second = _scratch(value, torch.float64)
     for start, end in spans(len(value), value.shape[1], SLICE_ELEMENTS):
-        difference = value[start:end].to(torch.float64, copy=True)
-        difference.sub_(other[start:end].double())
+        difference = _difference(value[start:end], other[start:end], first, second)
         sums += difference.mul_(difference).sum(1).tolist()
     return sums
 
@@ -84,25 +87,28 @@ def superpose_rows_(
     factor = -rate if subtract else rate
     short = accumulator.dtype == torch.int16
     columns = None if turn.columns is None else turn.columns * factor
+    one, other = _scratch(accumulator, torch.float32)
     for start, end in spans(len(accumulator), accumulator.shape[1], SLICE_ELEMENTS):
-        steps = finetuned[start:end].float()
-        steps = steps.sub_(base[start:end].float()) if steps.dtype != finetuned.dtype else steps - base[start:end]
+        steps, spare = _difference(finetuned[start:end], base[start:end], one, other), other[: end - start]
         steps.mul_(factor if columns is None else columns)
         if turn.rows is not None:
             steps.mul_(turn.rows[first + start : first + end])
-        steps.round_()
-        if turn.mixer is not None:
-            steps = turn.mixer.turn(steps.double()).round_()
+        if turn.mixer is not None:  # after which what lay beyond int16 may lie within
+            steps = turn.mixer.turn(steps.round_().double()).round_()
+        elif short:  # torch's round_ splits the smallest slice over threads
+            steps.add_(_WHOLE).sub_(_WHOLE)
+        else:
+            steps.round_()
         if turn.source is not None:
-            steps = steps[:, turn.source]
+            steps, spare = torch.index_select(steps, 1, turn.source, out=spare), steps
         held = accumulator[start:end]
         if not short:
             held.add_(steps.to(torch.int32))
             continue
-        # Exact below 2**24, and whatever is not lies far outside of int16.
-        steps.add_(held.to(steps.dtype))
+        # Exact below 2**22, and whatever is not lies far outside of int16.
+        steps.add_(spare.copy_(held))
         low, high = torch.aminmax(steps)
-        if low < _SHORT.min or high > _SHORT.max:
+        if low.item() < _SHORT.min or high.item() > _SHORT.max:
             return start
         held.copy_(steps)
     return accumulator.shape[0]
@@ -116,16 +122,33 @@ def retrieve_rows(base: Tensor, delta: Tensor, scale: float, turn: Turn, *, firs
     exact = torch.promote_types(base.dtype, torch.float32)
     retrieved = torch.empty_like(base, memory_format=torch.contiguous_format)
     columns = None if turn.columns is None else turn.columns.to(exact) * scale
+    one, other = _scratch(base, exact)
     for start, end in spans(len(base), base.shape[1], SLICE_ELEMENTS):
-        held = delta[start:end] if turn.target is None else delta[start:end, turn.target]
-        turned_back = torch.empty(held.shape, dtype=exact, device=base.device).copy_(held)
+        turned_back, spare = one[: end - start].copy_(delta[start:end]), other[: end - start]
         if turn.mixer is not None:
             turned_back = turn.mixer.back(turned_back)
+        if turn.target is not None:
+            turned_back, spare = torch.index_select(turned_back, 1, turn.target, out=spare), turned_back
         turned_back.mul_(scale if columns is None else columns)
         if turn.rows is not None:
             turned_back.mul_(turn.rows[first + start : first + end])
-        retrieved[start:end] = turned_back.add_(base[start:end].to(exact))
+        retrieved[start:end] = turned_back.add_(spare.copy_(base[start:end]))
     return retrieved
+
+
+def _scratch(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for two of the largest slices of (N, K): made for each slice, its pages would be given back and faulted in
+    again each time."""
+    rows, columns = matrix.shape
+    height = max(end - start for start, end in spans(rows, columns, SLICE_ELEMENTS))
+    one, other = (torch.empty(height, columns, dtype=dtype, device=matrix.device) for _ in range(2))
+    return one, other
+
+
+def _difference(value: Tensor, other: Tensor, result: Tensor, spare: Tensor) -> Tensor:
+    """``value − other`` in the dtype of the scratch that it is made in."""
+    rows = len(value)
+    return result[:rows].copy_(value).sub_(spare[:rows].copy_(other))
 
 
 def superpose_(

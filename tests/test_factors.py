@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import net
+from models import finetune, net, stored
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -123,3 +123,16 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, made)
     assert result.exit_code == 2
     assert "must be empty or a store" in result.stderr or "store" in result.stderr
+
+
+def test_an_average_counts_what_adapters_left_alone(tmp_path: Path) -> None:
+    base = net()
+    tuned = finetune(base, 0)
+    models = {"full": tuned, "lora": adapter(tmp_path / "a", 0)}
+    sup = randes.compress(base, models, randes.Config(others="average"))
+    mean = (base.norm.weight.detach() + tuned.norm.weight.detach()) / 2
+    torch.testing.assert_close(sup.retrieve("lora")["norm.weight"], mean)
+    added = randes.Superposition.create(base, randes.Config(others="average"))
+    for name, model in models.items():
+        added.add(name, model)
+    assert stored(added, tmp_path / "added") == stored(sup, tmp_path / "compressed")

@@ -13,6 +13,7 @@ from cases import (
     basis_of,
     basis_product,
     linear_case,
+    normal,
     packed_case,
     retrieved_product,
     root_mean_square,
@@ -22,9 +23,11 @@ from cases import (
     unpacked,
 )
 from test_format import GOLDEN
+from test_mixing import TRANSFORMS as MIXED
+from test_mixing import budget, with_inverses
 from torch import Tensor
 
-from randes_kernels import Basis, pack, reference, retrieve, superpose_, unpack
+from randes_kernels import Basis, pack, reference, retrieve, superpose_, superposed_linear, unpack
 from randes_kernels import format as fmt
 from randes_kernels.format import Transform, model_key, tensor_id
 from randes_kernels.packing import BITS
@@ -267,3 +270,24 @@ def test_a_captured_graph_serves_other_ids(transform: Transform) -> None:
         held.ids.copy_(ids)
         graph.replay()
         assert torch.equal(y.cpu(), reference.superposed_linear(*case._replace(ids=ids)))
+
+
+@pytest.mark.parametrize("transform", MIXED.values(), ids=MIXED)
+def test_columns_are_mixed_as_on_a_cpu(transform: Transform) -> None:
+    case = linear_case(9, 130, 257, transform, models=5)
+    expected = retrieved_product(case)
+    call, inverses = with_inverses(case)
+    x, weight, bias, biases, delta, *rest = call.to("cuda")
+    x.requires_grad_()
+    on_device = None if inverses is None else inverses.cuda()
+    y = superposed_linear(x, weight, bias, delta, *rest, biases=biases, inverses=on_device)
+    torch.testing.assert_close(y.detach().cpu().double(), expected, rtol=1e-5, atol=budget(case, expected))
+    grad = normal(9, 130)
+    y.backward(grad.cuda())
+    back = retrieved_product(case._replace(x=grad, bias=None, biases=None), transposed=True)
+    torch.testing.assert_close(x.grad.cpu().double(), back, rtol=1e-5, atol=budget(case, back))
+    base, tuned = normal(130, 257), normal(130, 257, seed=1)
+    held = {device: torch.zeros(130, 257, dtype=torch.int32, device=device) for device in ("cpu", "cuda")}
+    for device, sums in held.items():
+        superpose_(sums, tuned.to(device), base.to(device), 512.0, KEY, TENSOR, transform)
+    assert torch.equal(held["cuda"].cpu(), held["cpu"])

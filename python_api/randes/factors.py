@@ -76,7 +76,7 @@ def _factors(folder: Path, base: Tensors) -> dict[str, Tensor]:
     adapter = read_adapter(folder, base)
     if whole := adapter.touched - adapter.updates.keys():
         raise CheckpointError(f"{folder} must hold LoRA factors alone, got all of {min(whole)}")
-    found = {}
+    found: dict[str, Tensor] = {}
     for weight, (rows, columns, scaling) in adapter.updates.items():
         found |= {weight + A: columns.float(), weight + B: (scaling * rows).float()}
     return found

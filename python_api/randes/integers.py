@@ -26,8 +26,8 @@ def shared_gain(sums: Iterable[float], count: int) -> float:
     """The gain that all models have of a tensor, from the base's alone: a power of two, 2⁻¹² to 2⁻¹¹ times its size.
 
     sums: the squares of its ``count`` entries, summed row by row. Of a base that is zero it is 2⁻¹². A function of
-    nothing that changes when models come and go, so it has to be small enough for any of them: a fine-tune that moved
-    weights by 0.1 % is rounded to 0.014 % of what it moved them by, and where one moved them by 5 % integers are wide.
+    nothing that changes when models come and go, so it has to be small enough for any of them: what a fine-tune moved
+    weights by is rounded to at most 3e-7 of the weights' size, and integers are wide where it is more than their 500th.
     """
     mean = math.fsum(sums) / count
     if not mean:

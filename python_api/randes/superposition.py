@@ -114,7 +114,8 @@ class Superposition:
         self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0,
         progress: Progress = silent,
     ) -> None:  # fmt: skip
-        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding.
+        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding, but
+        where layers shift by a model's place, which it takes when it is added (``shuffle_layers`` above 0).
 
         finetuned: a model, a state dict, or a path, which is read tensor by tensor: safetensors, or a LoRA adapter.
         group: the superposition it joins; by default the first that has room.
