@@ -127,10 +127,25 @@ def facts(common):
     return told
 
 
+def analysed(folder):
+    """What its analysis says of two models."""
+    first, second, third = (load_file(folder / f"full-{name}.safetensors") for name in ("m0", "m1", "m2"))
+    name = "encoder.layers.0.mlp.fc1.weight"
+    tensors = [model[name] for model in (first, second, third)]
+    return {
+        "cosine": base_algorithm.cosine_similarity(*tensors[:2]),
+        "pairwise": base_algorithm.pairwise_cosine_similarity_matrix(tensors).tolist(),
+        "subspaces": base_algorithm.compute_svd_subspace_similarity(*tensors[:2]),
+        "chunks": [s.tolist() for s in base_algorithm.svd_and_partition(tensors[0])[1]],
+        "models": base_algorithm.compare_models(first, second),
+    }
+
+
 def main():
     folder = Path(sys.argv[1])
     cases = json.loads((folder / "cases.json").read_text())
     (folder / "facts.json").write_text(json.dumps(facts(cases[0]["common"]), default=float))
+    (folder / "analysis.json").write_text(json.dumps(analysed(folder), default=float))
     moved = torch.Tensor.to
     torch.Tensor.to = lambda self, *args, **options: self if args == ("cuda",) else moved(self, *args, **options)
     for case in cases:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import randes
-from randes import analysis
+from randes import analysis, fusionbench
 from randes.checkpoint import write_file
 from randes.errors import CheckpointError
 
@@ -193,3 +193,56 @@ def test_storage_as_fusionbench_counts_it() -> None:
     plain = analysis.fusionbench_storage(superposed(signs="none"))
     assert plain.nonzero_parameter_count == numbers
     assert not math.isnan(plain.total_gb_retrieved)
+
+
+# -------------------------------------------------------------------- retrieved models
+
+
+def of_finetunes(**options: object) -> tuple[randes.Superposition, dict[str, Net]]:
+    torch.manual_seed(0)
+    base = Net()
+    models = {}
+    for name in ("a", "b", "c"):
+        models[name] = Net()
+        models[name].load_state_dict(
+            {key: value + 0.1 * torch.randn_like(value) for key, value in base.state_dict().items()}
+        )
+    superposition = randes.Superposition.create(base, randes.Config(**options))  # type: ignore[arg-type]
+    for name, model in models.items():
+        superposition.add(name, model)
+    return superposition, models
+
+
+def test_retrieval_is_the_likeness_of_what_comes_back() -> None:
+    superposition, models = of_finetunes()
+    found = analysis.retrieval(superposition, "b", models["b"])
+    back, tuned = (
+        superposition.retrieve("b"),
+        {name: value.detach() for name, value in models["b"].state_dict().items()},
+    )
+    assert found.weights.l2 == pytest.approx(float((vector(back) - vector(tuned)).norm()), rel=1e-9)
+    origin = superposition.base["mlp.weight"]
+    deltas = back["mlp.weight"] - origin, tuned["mlp.weight"] - origin
+    assert found.deltas.tensors.keys() == {"mlp.weight"}
+    assert found.deltas.total.cosine == pytest.approx(analysis.cosine_similarity(*deltas), abs=1e-6)
+    assert found.deltas.total.cosine == pytest.approx(3**-0.5, abs=0.05)
+    thirds = [own.cosine for own in analysis.subspace_similarity(deltas[1], deltas[0])]
+    assert found.subspaces == pytest.approx(thirds, abs=1e-5)
+    assert found.sampled == 1
+    with pytest.raises(CheckpointError, match="this is not the checkpoint that was added as 'b'"):
+        analysis.retrieval(superposition, "b", models["a"])
+
+
+def test_decorrelation_is_of_deltas_before_and_after() -> None:
+    superposition, models = of_finetunes(signs="columns")
+    before, after = analysis.decorrelation(superposition, models)
+    origin = superposition.base["mlp.weight"]
+    deltas = [model.mlp.weight.detach() - origin for model in models.values()]
+    torch.testing.assert_close(before.values, analysis.pairwise_cosines(deltas), rtol=0, atol=1e-6)
+    turned = [
+        delta * fusionbench.matrix(superposition, name, "mlp.weight")
+        for name, delta in zip(models, deltas, strict=True)
+    ]
+    torch.testing.assert_close(after.values, analysis.pairwise_cosines(turned), rtol=0, atol=1e-6)
+    with pytest.raises(randes.UnknownModelError):
+        analysis.decorrelation(superposition, {"d": models["a"]})

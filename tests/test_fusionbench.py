@@ -257,6 +257,22 @@ def test_the_original_counts_what_we_say_it_counts(case: Case, results: Path) ->
     assert found.total_gb_retrieved == pytest.approx(metadata["total_gb_retrieved"])
 
 
+def test_the_originals_analysis_says_what_ours_does(results: Path) -> None:
+    theirs = json.loads((results / "analysis.json").read_text())
+    tensors = [model["encoder.layers.0.mlp.fc1.weight"] for model in MODELS.values()]
+    assert analysis.cosine_similarity(*tensors[:2]) == pytest.approx(theirs["cosine"], abs=1e-6)
+    torch.testing.assert_close(analysis.pairwise_cosines(tensors).float(), torch.tensor(theirs["pairwise"]))
+    for chunk, values in zip(analysis.svd_partition(tensors[0]), theirs["chunks"], strict=True):
+        torch.testing.assert_close(chunk.s, torch.tensor(values))
+    for own, their in zip(analysis.subspace_similarity(*tensors[:2]), theirs["subspaces"], strict=True):
+        assert own.cosine == pytest.approx(their["cosine_similarity"], abs=1e-5)
+        assert own.distance / tensors[0].numel() == pytest.approx(their["frobenius_similarity"], rel=1e-5)
+    compared = analysis.compare_models(MODELS["m0"], MODELS["m1"]).fusionbench()
+    assert compared.keys() == theirs["models"].keys()
+    for key, value in compared.items():
+        assert value == pytest.approx(theirs["models"][key], rel=1e-5)
+
+
 # -------------------------------------------------------------------- what docs/paper.md says of the original
 
 
