@@ -3,9 +3,9 @@
     python original.py FOLDER
 
 FOLDER holds cases.json, what each case superposes (safetensors) and the matrices that stand in for the original's own
-random draws, in the order in which it draws them. What it retrieves is written beside them. ``test_fusionbench.py``
-prepares the folder and compares. Nothing of ours is imported, and nothing of the original's is replaced but where
-it draws random numbers and, for its dense matrices, asks for a GPU.
+random draws, in the order in which it draws them. What it retrieves is written beside them.
+``test_fusionbench_beside.py`` prepares the folder and compares. Nothing of ours is imported, and nothing of the
+original's is replaced but where it draws random numbers and, for its dense matrices, asks for a GPU.
 """
 
 import json
