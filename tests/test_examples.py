@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import clip_vit  # noqa: E402
 import docstrings  # noqa: E402
 import minilm  # noqa: E402
+import serving  # noqa: E402
 
 CLASSES = {"randes": ("demo", "store", "superposition"), "Python": ("json", "logging")}
 SIZES = minilm.Sizes(training=18, held_out=6, length=12, epochs=2, batch=6, rate=3e-3)
@@ -171,6 +172,37 @@ def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.Monke
     base, finetuned = clip_vit.sources(None)
     assert base == clip_vit.BASE
     assert len(finetuned) == 8
+
+
+def test_a_stream_is_answered_while_a_model_comes_and_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    found = serving.run(requests=48, changes=4)
+    assert found.answered + found.refused == 48
+    assert found.answered >= 36  # only the guest's can be refused
+    assert len(found.changes) == 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["serving", "--requests", "8", "--changes", "2"])
+        serving.main()
+    assert "2 changes of " in capsys.readouterr().out
+
+
+def test_the_servers_answers_are_each_models_own_and_errors_reach_who_asked() -> None:
+    base = serving.network(2)
+    sup = randes.Superposition.create(copy.deepcopy(base))
+    for seed, name in enumerate("ab"):
+        sup.add(name, serving.finetune(base, seed))
+    server = serving.Server(randes.SuperposedModel(copy.deepcopy(base), sup))
+    try:
+        x = torch.ones(64)
+        answers = {name: server.ask(name, x) for name in ("a", "nobody", "b", "__base__")}
+        for name in ("a", "b"):
+            plain = copy.deepcopy(base)
+            plain.load_state_dict(sup.retrieve(name))
+            torch.testing.assert_close(answers[name].result(), plain(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers["__base__"].result(), base(x), rtol=1e-4, atol=1e-4)
+        with pytest.raises(randes.UnknownModelError, match="no model is called 'nobody'"):
+            answers["nobody"].result()
+    finally:
+        server.close()
 
 
 def test_the_commands_refuse_what_they_cannot_do(

@@ -380,3 +380,112 @@ def test_a_superposed_model_is_not_superposed_again(served: Any) -> None:
     model, sup, _ = served
     with pytest.raises(ValueError, match="served by a superposition already"):
         randes.SuperposedModel(model.base_model, sup)
+
+
+def test_the_active_models_are_a_scopes_or_the_chosen_one(served: Any) -> None:
+    model, _, _ = served
+    assert (model.active_adapters, model.active_adapter) == ([], None)
+    model.set_adapter("m1")
+    assert (model.active_adapters, model.active_adapter) == (["m1"], "m1")
+    with model.using(["m2", "m0", "m2"]):
+        assert (model.active_adapters, model.active_adapter) == (["m2", "m0"], None)
+        with model.disable_adapter():
+            assert model.active_adapter == "__base__"
+    assert model.active_adapter == "m1"
+
+
+def described(module: nn.Module) -> list[Any]:
+    """Everything that a module is made of, by name, but for its weights."""
+    stores = ("_buffers", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
+    return [
+        (name, type(layer), sorted(vars(layer)), layer.extra_repr(), [list(vars(layer)[store]) for store in stores])
+        for name, layer in module.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("config", ["both", "everything", "average", "centred"])
+def test_one_model_is_merged_into_a_plain_module(config: str) -> None:
+    base = net()
+    more = {"average": randes.Config(others="average"), "centred": randes.Config(centre=True)}
+    tuned = {f"m{number}": finetune(base, number) for number in range(3)}
+    sup = randes.compress(copy.deepcopy(base), tuned, {**TRANSFORMS, **more}[config])
+    module = copy.deepcopy(base)
+    calls: list[Any] = []
+    hook = module.layers[0].up.register_forward_hook(lambda *_: calls.append(1))
+    before, weights = described(module), {name: value.clone() for name, value in module.state_dict().items()}
+    mine = dict(module.named_parameters())
+    model = randes.SuperposedModel(module, sup)
+    model.set_adapter("m1")
+    plain = model.merge_and_unload()
+    assert plain is module
+    assert described(plain) == before
+    retrieved = sup.retrieve("m1")
+    assert plain.state_dict().keys() == retrieved.keys()
+    assert all(torch.equal(value, retrieved[name]) for name, value in plain.state_dict().items())
+    assert all(torch.equal(mine[name], weights[name]) for name in mine)  # tensors that others may hold are left alone
+    x = tokens(3)
+    assert torch.equal(plain(x), alone(base, sup, "m1")(x))
+    assert calls
+    hook.remove()
+    with pytest.raises(RuntimeError, match="was unloaded: call the module"):
+        model(x)
+    with pytest.raises(randes.UnknownModelError, match="there are: no models"):
+        model(x, adapter_names=["m1"] * 3)
+    assert model.active_adapters == []
+
+
+def test_the_base_comes_back_to_the_bit_with_its_own_parameters() -> None:
+    base = net()
+    sup, _ = superposed(base, 2)
+    module = copy.deepcopy(base)
+    before, parameters = described(module), [*map(id, module.parameters())]
+    again = randes.SuperposedModel(module, sup).unload()
+    assert described(again) == before
+    assert [*map(id, again.parameters())] == parameters
+    assert torch.equal(again(tokens(2)), base(tokens(2)))
+    check = randes.SuperposedModel(again, sup)  # it can be served again
+    torch.testing.assert_close(
+        check(tokens(2), adapter_names=["m0", "m1"]), expected(base, sup, tokens(2), ["m0", "m1"]), **CLOSE
+    )
+
+
+def test_a_merged_module_keeps_its_dtype_its_ties_and_what_needs_no_gradient() -> None:
+    base = nn.Sequential(nn.Embedding(40, 32), linear(32, 32), nn.Linear(32, 40, bias=False))
+    base[2].weight = base[0].weight
+    sup = randes.Superposition.create(copy.deepcopy(base))
+    sup.add("m0", finetune(base, 0))
+    module = copy.deepcopy(base).half().requires_grad_(False)
+    merged = randes.SuperposedModel(module, sup).merge_and_unload("m0")
+    assert merged[0].weight is merged[2].weight
+    assert {value.dtype for value in merged.parameters()} == {torch.float16}
+    assert not any(value.requires_grad for value in merged.parameters())
+    retrieved = sup.retrieve("m0")
+    assert all(torch.equal(value, retrieved[name].half()) for name, value in merged.state_dict().items())
+
+
+def test_which_model_is_merged_must_be_known(served: Any) -> None:
+    model, _, base = served
+    with pytest.raises(RuntimeError, match="no model is chosen"):
+        model.merge_and_unload()
+    with pytest.raises(randes.UnknownModelError, match="no model is called 'm9'"):
+        model.merge_and_unload("m9")
+    with model.using(["m0", "m1"]), pytest.raises(ValueError, match="name must be given where several models are act"):
+        model.merge_and_unload()
+    with model.disable_adapter():
+        assert torch.equal(model(tokens(2)), base(tokens(2)))
+
+
+def test_a_module_that_cannot_be_served_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = net()
+    sup = randes.compress(copy.deepcopy(base), {"m0": finetune(base, 0)}, randes.Config(centre=True))
+    module = copy.deepcopy(base)
+    before, parameters = described(module), [*map(id, module.parameters())]
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("the superposition must fit")
+
+    monkeypatch.setattr(randes.pools.DeltaPool, "_check_finite", refuse)
+    with pytest.raises(ValueError, match="the superposition must fit"):
+        randes.SuperposedModel(module, sup)
+    assert described(module) == before
+    assert [*map(id, module.parameters())] == parameters

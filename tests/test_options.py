@@ -396,3 +396,34 @@ def test_the_error_is_the_predicted_one(matrix: Any) -> None:
     found = verify(sup, "m1", tuned["m1"])
     assert found.relative_error == pytest.approx(found.predicted_error, rel=0.3)
     assert (found.predicted_error > 2) == (matrix in ("diagonal", "dense"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(VECTORS, gains="shared", others="sum"),
+        randes.Config(matrix="dense", shuffle_layers=1, group_size=2),
+        randes.Config(matrix="rotation", origin="zero", gains="shared", others="sum"),
+    ],
+    ids=["vectors and sums", "dense, shifted", "rotated from zero"],
+)
+def test_models_join_and_leave_while_they_are_served(config: randes.Config) -> None:
+    base = net()
+    sup, tuned = superposed(base, 2, config)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup, capacity=4)
+
+    def agrees(names: list[str]) -> None:
+        y = model(TOKENS[: len(names)], adapter_names=names)
+        for row, name in enumerate(names):
+            expected = alone(base, sup, name)(TOKENS[row : row + 1])[0].detach()
+            torch.testing.assert_close(y[row], expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+    agrees(["m0", "m1"])
+    model.add_adapter("m2", finetune(base, 2))
+    agrees(["m0", "m1", "m2"])
+    model.delete_adapter("m0", tuned["m0"])
+    agrees(["m1", "m2"])
+    model.add_adapter("m3", finetune(base, 3))
+    agrees(["m3", "m1", "m2"])
+    with pytest.raises(ValueError, match=r"^index must be"):
+        randes.Superposition.create(base, randes.Config(shuffle_layers=1)).add("x", tuned["m0"], index=-1)

@@ -93,7 +93,7 @@ def test_tokens_that_are_no_whole_rows_are_refused() -> None:
 
 def test_a_batch_made_for_other_models_is_refused() -> None:
     # Its numbers would stand for other names.
-    with pytest.raises(ValueError, match=r"must be a batch of \('a', 'b'\), got one of \('b',\)"):
+    with pytest.raises(ValueError, match=r"must be a batch of this model, of \('a', 'b'\), got one of \('b',\)"):
         Router(["a", "b"]).of(Router(["b"]).of(["b"]))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from architectures import CASES, SIZES, VOCABULARY, build, tokens
-from models import alone, finetune, linear, superposed
+from models import alone, content, finetune, superposed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -298,9 +298,69 @@ def test_a_model_is_saved_as_a_store_again(folders: Path, tmp_path: Path) -> Non
     assert {f.name for f in (tmp_path / "again").iterdir()} == {f.name for f in (folders / "store").iterdir()}
     hf.AutoModelForCausalLM.from_pretrained(folders / "store").save_pretrained(tmp_path / "third")
     assert same(generated(randes.from_pretrained(tmp_path / "third")), answers(folders))
-    unsaved = randes.SuperposedModel(linear(), randes.Superposition.create(linear()))
-    with pytest.raises(randes.StoreError, match="was in no store"):
-        unsaved.save_pretrained(tmp_path / "fourth")
+
+
+def test_a_model_that_joined_is_in_what_is_saved_and_not_in_the_store_before(folders: Path, tmp_path: Path) -> None:
+    before = content(folders / "store")
+    model = randes.SuperposedModel.from_pretrained(folders / "store", capacity=3)
+    model.add_adapter("m2", folders / "m0")
+    inputs, mix = tokens(), ["m2", "m0", "__base__", "m1"]
+    y = model.generate(**inputs, adapter_names=mix, max_new_tokens=3, do_sample=False)
+    assert content(folders / "store") == before
+    model.save_pretrained(tmp_path / "again")
+    again = randes.from_pretrained(tmp_path / "again")
+    assert again.names == ["m0", "m1", "m2"]
+    assert torch.equal(again.generate(**inputs, adapter_names=mix, max_new_tokens=3, do_sample=False), y)
+
+
+CHANGED = ["Llama, tied", "GPT-2", "Mixtral", "GPT-OSS", "BERT, classifier", "T5", "ViT"]
+"""Every way of routing; the others take as long, and are right, too."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CHANGED)
+def test_models_of_every_kind_join_and_are_merged(name: str) -> None:
+    base, sup = build(name), served(name).superposition
+    if name == "GPT-OSS":
+        sup = randes.compress(copy.deepcopy(base), {"m1": alone(base, sup, "m1")}, CONFIG)
+    else:
+        sup = randes.Superposition.create(copy.deepcopy(base), CONFIG)
+    kinds = [type(layer) for layer in base.modules()]
+    kept = [{*vars(layer), *layer._buffers, *layer._modules} for layer in base.modules()]
+    model = randes.SuperposedModel(copy.deepcopy(base), sup, capacity=2)
+    tuned = {f"m{number}": served(name).plain[f"m{number}"] for number in range(2)}
+    for own in tuned:
+        if own not in sup.names:
+            model.add_adapter(own, tuned[own])
+    inputs = CASES[name].inputs()
+    y = model(**inputs, adapter_names=MIX)[0]
+    for row, own in enumerate(MIX):
+        expected = alone(base, sup, own).eval()(**of_row(inputs, row))[0][0]
+        torch.testing.assert_close(y[row], expected, rtol=1e-4, atol=1e-4)
+    plain = model.merge_and_unload("m1")
+    assert [type(layer) for layer in plain.modules()] == kinds
+    assert [{*vars(layer), *layer._buffers, *layer._modules} for layer in plain.modules()] == kept
+    assert torch.equal(plain(**inputs)[0], alone(base, sup, "m1").eval()(**inputs)[0])
+
+
+def test_a_class_of_transformers_own_has_the_verbs_and_is_merged_to_itself(folders: Path, tmp_path: Path) -> None:
+    model = hf.AutoModelForCausalLM.from_pretrained(folders / "store")
+    model.delete_adapter("m0")
+    with pytest.raises(randes.UnknownModelError, match="there are: m1"):
+        model.set_adapter("m0")
+    model.add_adapter("m0")
+    model.set_adapter("m0")
+    assert model.active_adapters() == ["m0"]
+    with pytest.raises(ValueError, match="must be made with room"):
+        model.add_adapter("m2", folders / "m0")
+    y = model(**tokens()).logits
+    plain = model.merge_and_unload()
+    assert plain is model
+    assert type(plain) is getattr(hf, plain.config.architectures[0])
+    torch.testing.assert_close(plain(**tokens()).logits, y, rtol=1e-4, atol=1e-4)
+    plain.save_pretrained(tmp_path / "plain")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(again(**tokens()).logits, plain(**tokens()).logits)
 
 
 def test_without_the_method_transformers_finds_no_weights(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

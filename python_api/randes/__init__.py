@@ -8,7 +8,7 @@ model(x, adapter_names=["german", "__base__"])
 
 from randes.compress import compress
 from randes.config import Config
-from randes.errors import BaseMismatchError, CheckpointError, RandesError, StoreError, UnknownModelError
+from randes.errors import BaseMismatchError, CapacityError, CheckpointError, RandesError, StoreError, UnknownModelError
 from randes.factors import merge_adapter, superpose_adapters
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BaseMismatchError",
+    "CapacityError",
     "CheckpointError",
     "Config",
     "RandesError",

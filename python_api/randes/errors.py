@@ -22,3 +22,7 @@ class BaseMismatchError(RandesError, ValueError):
 
 class StoreError(RandesError, ValueError):
     """A store on disk is torn, truncated, altered, of another version, or not a store."""
+
+
+class CapacityError(RandesError, RuntimeError):
+    """A model that serves others already has no room left for a change (``SuperposedModel(..., capacity=...)``)."""

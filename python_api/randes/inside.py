@@ -1,17 +1,19 @@
 """A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from randes.checkpoint import digest
 from randes.errors import BaseMismatchError
 from randes.kept import KeptTable, Routed
 from randes.layer_kinds import SuperposedLayer, kind_of
 from randes.layout import View, tied_in
-from randes.linear import DeltaPool, Superposed, SuperposedLinear, SuperposedMatrix, check_is_base
-from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer
+from randes.linear import Superposed, SuperposedLinear, SuperposedMatrix, check_is_base
+from randes.pools import DeltaPool
+from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
 from randes.routing import Router
 from randes.streams import headers
 from randes.superposition import BASE_NAME, Superposition
@@ -33,14 +35,29 @@ class Layer:
     tensors: dict[str, str] = field(default_factory=dict)
 
 
-def layers_of(module: nn.Module, superposition: Superposition) -> list[Layer]:
+@dataclass
+class Room:
+    """For how much a model's tables have rows.
+
+    numbers: of models. groups, kept: of superpositions of groups, and of tensors of each name that models keep; None
+    for what there is at first.
+    """
+
+    numbers: int
+    groups: int | None = None
+    kept: int | None = None
+
+
+def layers_of(module: nn.Module, superposition: Superposition, wanted: Collection[str] | None = None) -> list[Layer]:
     """The layers with superposed or kept tensors.
 
+    wanted: of which layers all tensors that are not superposed may come to be kept, beside those that take each row's
+    own in one pass: those that hold one of these. By default only what some model has of its own is kept.
     Raises ``BaseMismatchError`` where the module has other tensors than the base, and ``ValueError`` where one layer
     is to be two.
     """
     views = {name: view for name, view in _views(superposition).items() if not view.vector}
-    names = _base_names(module, superposition)
+    names = base_names(module, superposition)
     others = {*superposition.others, *superposition.layout.vectors}
     layers: dict[int, Layer] = {}
     for name, tensor in names.items():
@@ -51,8 +68,13 @@ def layers_of(module: nn.Module, superposition: Superposition) -> list[Layer]:
             raise ValueError(f"{path} is shared with {layer.path}, and cannot have other tensors than that")
         if tensor in views:
             layer.views[last] = views[tensor]
-        elif tensor in others:
+        elif tensor in others or wanted is not None:
             layer.kept[last] = tensor
+    if wanted is not None:
+        for layer in layers.values():
+            own = others.union(wanted).intersection(layer.tensors.values())
+            if not layer.views and not own and routing_of(layer.module, layer.kept) is RoutedByModel:
+                layer.kept = {}
     return [layer for layer in layers.values() if layer.views or layer.kept]
 
 
@@ -64,7 +86,7 @@ def _views(superposition: Superposition) -> dict[str, View]:
     return {**superposition.layout.views, **{name: View(shapes[name], {name: shapes[name][0]}) for name in plain}}
 
 
-def _base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
+def base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
     """Of every tensor of the module its name in the base: its own, or that of one it is tied to."""
     held = {superposition.layout.parts.get(name, name) for name in superposition.base}
     own = list(module.state_dict())
@@ -85,6 +107,14 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
     what serves it."""
     superposition.check_base()
     _check_values(module, superposition)
+    for layer in layers:
+        if isinstance(layer.module, Superposed | Routed):
+            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
+    check_calls(module, layers)
+
+
+def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise ``ValueError`` for a layer that would not call what serves it."""
     for path, layer in module.named_modules():
         # These read the weights of the layers inside them without calling those.
         if isinstance(layer, nn.TransformerEncoderLayer) or (
@@ -95,8 +125,6 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
                 " instead, and would silently answer as the base"
             )
     for layer in layers:
-        if isinstance(layer.module, Superposed | Routed):
-            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
         if "forward" in vars(layer.module):
             raise ValueError(
                 f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
@@ -116,7 +144,7 @@ def _runs_by_model(attention: nn.MultiheadAttention, path: str, layers: Sequence
 
 
 def _check_values(module: nn.Module, superposition: Superposition) -> None:
-    own = {tensor: module.state_dict()[name] for name, tensor in _base_names(module, superposition).items()}
+    own = {tensor: module.state_dict()[name] for name, tensor in base_names(module, superposition).items()}
     own = {name: value.detach().cpu() for name, value in own.items()}
     added = superposition.members.get(BASE_NAME)
     for name, value in superposition.layout.split(own).items():
@@ -144,24 +172,58 @@ def take_centre(layers: Sequence[Layer], superposition: Superposition) -> None:
 
 def take_over(
     layer: Layer, superposition: Superposition, router: Router, pools: Mapping[str, DeltaPool],
-    tables: Mapping[str, KeptTable],
+    tables: Mapping[str, KeptTable], room: Room,
 ) -> None:  # fmt: skip
     """Turn a layer, in place, into what serves it: its hooks and all references to it stay."""
     module = layer.module
     if _is_plain(layer):
         assert isinstance(module, nn.Linear)
         weight, bias = layer.tensors["weight"], layer.tensors.get("bias", "")
-        SuperposedLinear.take_over(module, superposition, weight, bias, router, pools[weight])
+        keeps_bias = "bias" in layer.kept
+        SuperposedLinear.take_over(
+            module, superposition, weight, bias, router, pools[weight], room.numbers, keeps_bias
+        )  # fmt: skip
         return
     kind: type[Routed] | None = kind_of(module, layer.views) if layer.views else None
     if _is_relative(layer):
         kind = Routed  # read for one model at a time: see RoutedBias
-    weights = {name: _matrices(module, name, view, superposition, pools) for name, view in layer.views.items()}
+    weights = {
+        name: [
+            SuperposedMatrix(superposition, part, own, pools[part], room.numbers)
+            for part, own in view.matrices(getattr(module, name).detach()).items()
+        ]
+        for name, view in layer.views.items()
+    }
+    if kind is None and routing_of(module, layer.kept) is RoutedEmbedding:
+        module.of_positions = "position" in layer.path  # type: ignore[assignment]
     route_layer(module, {name: tables[tensor] for name, tensor in layer.kept.items()}, router, kind, layer.views)
-    if isinstance(module, RoutedEmbedding):
-        module.of_positions = "position" in layer.path
     if isinstance(module, SuperposedLayer):
-        module.take_weights(weights, layer.views, superposition)
+        module.take_weights(weights, layer.views)
+
+
+def make_pools(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, DeltaPool]:
+    """The superpositions of each matrix; layers that are shuffled or tied share one."""
+    by_family: dict[str, DeltaPool] = {}
+    pools = {}
+    for layer in layers:
+        for name, view in layer.views.items():
+            for matrix, weight in view.matrices(getattr(layer.module, name).detach()).items():
+                first = superposition.family(matrix)[0]
+                if first not in by_family:
+                    by_family[first] = DeltaPool(superposition, matrix, weight, room.groups)
+                pools[matrix] = by_family[first]
+    return pools
+
+
+def make_tables(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, KeptTable]:
+    """Of every tensor that some model may have its own of, what each has: one for all layers that are tied."""
+    tables: dict[str, KeptTable] = {}
+    for layer in layers:
+        for name, tensor in layer.kept.items():
+            if tensor not in tables and not (_is_plain(layer) and name == "bias"):
+                like = getattr(layer.module, name)
+                tables[tensor] = KeptTable(superposition, tensor, like, room.numbers, room.kept)
+    return tables
 
 
 def _is_relative(layer: Layer) -> bool:
@@ -176,20 +238,15 @@ def _is_plain(layer: Layer) -> bool:
     )  # fmt: skip
 
 
-def _matrices(
-    module: nn.Module, name: str, view: View, superposition: Superposition, pools: Mapping[str, DeltaPool]
-) -> list[SuperposedMatrix]:
-    weight: Tensor = getattr(module, name).detach()
-    return [SuperposedMatrix(superposition, part, own, pools[part]) for part, own in view.matrices(weight).items()]
-
-
-def follow_calls(module: nn.Module, router: Router) -> None:
+def follow_calls(module: nn.Module, router: Router) -> list[RemovableHandle]:
     """Have every Transformers model in ``module`` tell the router the shape of each call of it: its rows, and their
     length. So a part that is called by itself is known (one tower of two, a decoder step of ``generate``)."""
+    hooks = []
     for layer in module.modules():
         if hasattr(layer, "config") and hasattr(layer, "get_input_embeddings"):
-            layer.register_forward_pre_hook(router.enter, prepend=True, with_kwargs=True)
-            layer.register_forward_hook(router.leave, always_call=True)
+            hooks.append(layer.register_forward_pre_hook(router.enter, prepend=True, with_kwargs=True))
+            hooks.append(layer.register_forward_hook(router.leave, always_call=True))
+    return hooks
 
 
 def route_containers(module: nn.Module, router: Router) -> None:

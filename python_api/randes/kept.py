@@ -1,46 +1,98 @@
 """What models have of their own beside the superposed matrices, and how a layer reads it for a mixed batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randes.routing import Router
+from randes.errors import CheckpointError
+from randes.leases import Lease, Rows, put
+from randes.members import BASE_NAME
+from randes.routing import Router, Version
+from randes.streams import headers
 from randes.superposition import Superposition
+
+RESERVED_ELEMENTS = 1 << 16
+"""Of a tensor that models with room for others reserve rows of; a larger one's are made when somebody needs one."""
 
 
 class KeptTable(nn.Module):
     """One tensor as each model has it: the rows of those that differ from the base, and who has which.
 
     Where models differ in its shape (heads of other numbers of classes), ``values`` is empty and each has its own.
+
+    like: the base's. numbers: of models that there is room for; ``write`` says which those are. room: for how many
+    tensors, by default for those that the models have.
     """
 
     values: Tensor
     rows: Tensor
 
-    def __init__(self, superposition: Superposition, tensor: str, like: Tensor) -> None:
+    def __init__(
+        self, superposition: Superposition, tensor: str, like: Tensor, numbers: int, room: int | None = None
+    ) -> None:
         super().__init__()
-        values: list[Tensor] = []
-        rows: list[int] = []
-        summed: dict[float, int] = {}  # an average is one for all, a sum for all of one α
-        for model in superposition.served:
-            own = superposition.other(model, tensor)
-            if own is superposition.base[tensor]:
-                rows.append(-1)
-                continue
-            if tensor in superposition.averages:
-                alpha = superposition.members[model].alpha if superposition.config.others == "sum" else 1.0
-                rows.append(summed.setdefault(alpha, len(values)))
-            else:
-                rows.append(len(values))
-            if rows[-1] == len(values):
-                values.append(own.to(like.device, like.dtype))
-        self.ragged = any(value.shape != like.shape for value in values)
-        for number, value in enumerate(values if self.ragged else []):
-            self.register_buffer(f"value_{number}", value, persistent=False)
-        self.register_buffer("values", torch.empty(0) if self.ragged else torch.stack(values), persistent=False)
-        self.register_buffer("rows", torch.tensor(rows, dtype=torch.int32, device=like.device), persistent=False)
-        self.numbers = tuple(rows)
+        like = like.detach()
+        members = superposition.members.values()
+        own = [headers(member.kept)[tensor].shape for member in members if tensor in member.kept]
+        count = len(own) + superposition.is_averaged(tensor)
+        if superposition.has_own(tensor):
+            count = len(members)
+        self.tensor, self.shape = tensor, like.shape
+        self.ragged = any(shape != like.shape for shape in own)
+        self.leases = Rows(max(count, room or 0))
+        # Whether any model's tensor may be here: a layer that nobody changed costs nothing.
+        self.used = count > 0 or (room is not None and like.numel() <= RESERVED_ELEMENTS)
+        held = self.leases.count if self.used and not self.ragged else 0
+        self.register_buffer("values", like.new_zeros(held, *like.shape), persistent=False)
+        self.numbers = [-1] * numbers
+        rows = torch.full((numbers,), -1, dtype=torch.int32, device=like.device)
+        self.register_buffer("rows", rows, persistent=False)
+
+    @torch.no_grad()
+    def hold(self, superposition: Superposition, name: str, averages: dict[str, Lease]) -> Lease | None:
+        """A row with a model's own tensor; None where it has the base's. averages: rows that all models share.
+
+        Raises ``CapacityError`` where no row is free, and ``CheckpointError`` for another shape where all have one.
+        """
+        own = self.tensor in superposition.members[name].kept or self.tensor in superposition.layout.vectors
+        if not own and (name == BASE_NAME or not superposition.is_averaged(self.tensor)):
+            return None
+        own = own or superposition.has_own(self.tensor)
+        if not own and self.tensor in averages:
+            return averages[self.tensor]
+        lease = self.leases.take(f"row for {self.tensor} of {name!r}")
+        value = superposition.other(name, self.tensor)
+        if self.ragged:
+            taken = self.leases.taken
+            for key in [f"value_{row}" for row in range(self.leases.count) if row not in taken]:
+                self._buffers.pop(key, None)
+            place = self.rows.device, self.values.dtype
+            self.register_buffer(f"value_{lease.row}", value.to(*place, copy=True), persistent=False)
+        elif value.shape != self.shape:
+            raise CheckpointError(
+                f"{self.tensor} of {name!r} must be {tuple(self.shape)}, got {tuple(value.shape)}: a model with a head"
+                " of another shape can join only where one was served from the start"
+            )
+        else:
+            if not self.used:
+                self.values = self.values.new_zeros(self.leases.count, *self.shape)
+            put(self.values, lease.row, value)
+        self.used = True
+        if not own:
+            averages[self.tensor] = lease
+        return lease
+
+    @torch.no_grad()
+    def write(self, versions: Sequence[Version]) -> None:
+        """Fill these models' rows, which nobody reads yet."""
+        for version in versions:
+            lease = version.kept.get(self.tensor)
+            self.numbers[version.number] = -1 if lease is None else lease.row
+        numbers = [version.number for version in versions]
+        rows = [self.numbers[number] for number in numbers]
+        put(self.rows, numbers, torch.tensor(rows, dtype=torch.int32, device="cpu"))
 
     def row_of(self, ids: Tensor) -> Tensor:
         """For each id the row of ``values`` that is its own, −1 for the base's."""
@@ -106,10 +158,11 @@ class Routed(nn.Module):
     _tables: nn.ModuleDict  # of KeptTable
 
     def _table(self, name: str) -> KeptTable | None:
+        """None where all models have the base's."""
         held: dict[str, nn.Module] = dict(self._tables.items())
         table = held.get(key_of(name))
         assert table is None or isinstance(table, KeptTable)
-        return table
+        return table if table is not None and table.used else None
 
     def _own(self, name: str, ids: Tensor, *place: int) -> Tensor | None:
         """The parameter ``name`` for each id, or what is at ``place`` in it, (B, *shape); None where there is none."""
@@ -128,10 +181,11 @@ class Routed(nn.Module):
         return batch.spread(input), None if batch.runs_base else batch.on(input.device)
 
     def _kept(self, name: str) -> Tensor:
-        batch, table = self._router.batch(), self._table(name)
-        base = self._parameters.get(name, self._buffers.get(name))
+        base, table = self._parameters.get(name, self._buffers.get(name)), self._table(name)
         assert base is not None
-        assert table is not None
+        if table is None:
+            return base
+        batch = self._router.batch()
         if batch.by_row:
             return table.select(batch.on(base.device), base)[:, None]
         if batch.mixed:

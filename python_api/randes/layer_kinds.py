@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from randes.kept import Routed
 from randes.layout import View, is_conv1d
+from randes.leases import put
 from randes.linear import SuperposedMatrix
+from randes.routing import Version
 from randes.superposition import Superposition
 from randes_kernels import mixing
 from randes_kernels.reference import transform_parts
@@ -30,15 +32,13 @@ class SuperposedLayer(Routed):
     _weights: nn.ModuleDict  # by parameter, a list of SuperposedMatrix
     _views: Mapping[str, View]
 
-    def take_weights(
-        self, weights: Mapping[str, Sequence[SuperposedMatrix]], views: Mapping[str, View], superposition: Superposition
-    ) -> None:
+    def take_weights(self, weights: Mapping[str, Sequence[SuperposedMatrix]], views: Mapping[str, View]) -> None:
         """The superposed parameters' matrices by name, in the order of their views."""
         self._weights = nn.ModuleDict({_key(name): nn.ModuleList(own) for name, own in weights.items()})
         self._views = views
-        self._prepare(superposition)
+        self._prepare()
 
-    def _prepare(self, superposition: Superposition) -> None:
+    def _prepare(self) -> None:
         """What a kind needs beside its matrices; after they are there."""
 
     def _matrices(self, name: str) -> list[SuperposedMatrix]:
@@ -96,6 +96,9 @@ class SuperposedConv(SuperposedLayer, nn.modules.conv._ConvNd):
         return self._plus_bias(torch.cat(own, -1), ids).movedim(-1, 1)
 
 
+SIGNS = "row_signs", "column_signs", "columns"
+
+
 class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     """An embedding superposed by row: a token's row of D is turned back on its way out.
 
@@ -107,14 +110,26 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     columns: Tensor
     mixed: Tensor  # what turns columns back in place of signs
 
-    def _prepare(self, superposition: Superposition) -> None:
+    def _prepare(self) -> None:
         (matrix,), weight = self._matrices("weight"), _plain(self, "weight")
-        keys = [superposition.key(model) for model in superposition.served]
-        parts = [transform_parts(key, matrix.tensor, weight.shape, matrix.transform) for key in keys]
-        for name, held in zip(("row_signs", "column_signs", "columns"), zip(*parts, strict=True), strict=True):
-            self.register_buffer(name, torch.stack(held).to(weight.device), persistent=False)
-        mixed = mixing.tables_back(keys, matrix.tensor, weight.shape[1], matrix.transform.matrix)
-        self.register_buffer("mixed", mixed.to(weight.device), persistent=False)
+        parts = transform_parts(0, matrix.tensor, weight.shape, matrix.transform)
+        for name, like in zip(SIGNS, parts, strict=True):
+            table = torch.zeros((len(matrix.keys), *like.shape), dtype=like.dtype, device=weight.device)
+            self.register_buffer(name, table, persistent=False)
+        mixed = mixing.tables_back([0], matrix.tensor, weight.shape[1], matrix.transform.matrix)[0]
+        table = torch.zeros((len(matrix.keys), *mixed.shape), dtype=mixed.dtype, device=weight.device)
+        self.register_buffer("mixed", table, persistent=False)
+
+    def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
+        """Fill these models' rows, which nobody reads yet."""
+        (matrix,), shape = self._matrices("weight"), _plain(self, "weight").shape
+        for version in versions:
+            parts = transform_parts(superposition.key(version.name), matrix.tensor, shape, matrix.transform)
+            for name, own in zip(SIGNS, parts, strict=True):
+                put(getattr(self, name), version.number, own)
+            keys = [superposition.key(version.name)]
+            own = mixing.tables_back(keys, matrix.tensor, shape[1], matrix.transform.matrix)[0]
+            put(self.mixed, version.number, own)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""

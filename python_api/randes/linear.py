@@ -1,6 +1,5 @@
 """``SuperposedLinear``: an ``nn.Linear`` that answers as any of many fine-tunes, row by row."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,91 +10,22 @@ from torch import Tensor, nn
 from randes import basis
 from randes.basis import UNIT
 from randes.errors import BaseMismatchError
-from randes.integers import STEP
-from randes.packed import Held, coordinates_of, values_of
-from randes.routing import Batch, Router
-from randes.streams import headers
+from randes.leases import put
+from randes.packed import Held, coordinates_of
+from randes.pools import DeltaPool, group_rows
+from randes.routing import Batch, Router, Version
 from randes.superposition import Superposition
-from randes_kernels import Basis, Packed, mixing, superposed_linear, unpack
+from randes_kernels import Basis, mixing, superposed_linear
 from randes_kernels.format import Matrix
 
-PEAK_BITS = 3
-"""The largest of what is near a normal distribution of size 1 lies about there: below 2³."""
 
-
-class DeltaPool(nn.Module):
-    """The superpositions that a layer reads, ``(S, N, K)``: one slot a group of models, in its dtype or in few bits.
-
-    unit: what one of its numbers is worth, in units of a gain; 1, but where models share one gain, which says nothing
-    of the deltas' size: a power of two then, which brings them near 1 as half precision needs them.
-
-    A module of its own because layers that are shuffled share one, and must go on sharing it when they move.
-    """
-
-    values: Tensor
-    steps: Tensor | None
-
-    def __init__(self, superposition: Superposition, tensor: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        family = superposition.family(tensor)
-        held = {
-            (group, place): deltas[place]
-            for group, deltas in sorted(superposition.held.items())
-            for place in family
-            if place in deltas
-        }
-        self.slots = {where: slot for slot, where in enumerate(held)}
-        self.tensor = tensor
-        self.packing: tuple[int, int, int] | None = None
-        self.unit = 1.0
-        steps = None
-        if held and superposition.packing is not None:
-            packed = [value for value in held.values() if isinstance(value, Packed)]
-            values, steps = (torch.stack(parts) for parts in zip(*(value[:2] for value in packed), strict=True))
-            self.packing = packed[0][2:]
-        else:
-            values = torch.empty((len(held), *headers(superposition.base)[tensor].shape), dtype=dtype)
-            if held and superposition.config.gains == "shared":
-                peak = max(float(values_of(value)[0].abs().max()) for value in held.values())
-                self.unit = 2.0 ** (math.frexp(peak * STEP)[1] - PEAK_BITS)
-            for slot, value in enumerate(held.values()):
-                numbers, unit = values_of(value)
-                values[slot] = numbers.float() * (unit / self.unit)
-        self.register_buffer("values", values, persistent=False)
-        self.register_buffer("steps", steps, persistent=False)
-        self._check_finite()
-
-    @property
-    def delta(self) -> Held:
-        """As ``superposed_linear`` takes it."""
-        if self.packing is None:
-            return self.values
-        assert self.steps is not None
-        return Packed(self.values, self.steps, *self.packing)
-
-    def rows(self, slots: Tensor, rows: Tensor) -> Tensor:
-        """Rows of the superpositions, (..., K) for integers (...): what an embedding looks up."""
-        if self.packing is None:
-            return self.values[slots, rows]
-        assert self.steps is not None
-        return unpack(Packed(self.values[slots, rows], self.steps[slots, :, rows].mT, *self.packing))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeltaPool":
-        before, steps = self.values.dtype, self.steps
-        super()._apply(fn, recurse)
-        if steps is not None and self.steps is not None and self.steps.dtype != steps.dtype:
-            self.steps = steps.to(self.steps.device)  # part of the packed form, whatever the layer becomes
-        if self.values.dtype != before:
-            self._check_finite()
-        return self
-
-    def _check_finite(self) -> None:
-        # One infinity would reach the other rows of a matmul's tile as NaN.
-        if not torch.isfinite(self.values).all():
-            dtype = self.values.dtype
-            raise ValueError(
-                f"the superposition of {self.tensor} must fit {dtype}, got infinity; serve it in another dtype"
-            )
+def first_versions(superposition: Superposition) -> list[Version]:
+    """The models of a superposition, as a layer by itself serves them."""
+    rows = group_rows(superposition)
+    return [
+        Version(name, number, rows[superposition.members[name].group])
+        for number, name in enumerate(superposition.served)
+    ]
 
 
 def tensor_of(layer: str, parameter: str) -> str:
@@ -131,48 +61,66 @@ class Superposed(nn.Module):
     corrections: Tensor | None
     inverses: Tensor | None  # of dense matrices (Config.matrix), one a model
 
-    def _take_deltas(self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool) -> None:
-        """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K)."""
-        names, device = superposition.served, weight.device
-        members = [superposition.members[model] for model in names]
-        self.pool = pool
-        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.config.transform
-        keys = [superposition.key(model) for model in names]
-        slots = [
-            self.pool.slots[member.group, superposition.place(model, tensor)] if tensor in member.gains else -1
-            for model, member in zip(names, members, strict=True)
-        ]
-        inverses, units = None, [1.0] * len(names)
-        if self.transform.matrix == Matrix.DENSE:
-            inverses, units = mixing.inverses_of(keys, self.tensor, weight.shape[1])
-            inverses = inverses.to(device)
-        scale = [
-            member.alpha_of(tensor) * member.gains.get(tensor, 0.0) * self.pool.unit * unit
-            for member, unit in zip(members, units, strict=True)
-        ]
-        self.register_buffer("keys", torch.tensor(keys, dtype=torch.int64, device=device), persistent=False)
-        self.register_buffer("slots", torch.tensor(slots, dtype=torch.int32, device=device), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32, device=device), persistent=False)
-        self.register_buffer("inverses", inverses, persistent=False)
-        self._keep_basis(superposition, tensor, weight)
+    def _take_deltas(
+        self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
+    ) -> None:
+        """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K).
 
-    def _keep_basis(self, superposition: Superposition, tensor: str, weight: Tensor) -> None:
-        """The shared basis U (K, r), and for each model what is added and taken off in it, (J, r, N)."""
-        shared = corrections = None
-        if tensor in superposition.bases:
-            members = [superposition.members[model] for model in superposition.served]
-            shared = superposition.bases[tensor].float() * UNIT
-            held = torch.zeros(len(members), shared.shape[1], weight.shape[0])
-            for number, member in enumerate(members):
-                if tensor in member.coordinates:
-                    own = coordinates_of(member.coordinates[tensor])
-                    held[number] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
-            corrections = basis.corrections(
-                shared, held, self.pool.delta, self.keys, self.scale, self.slots, self.tensor, self.transform
-            ).to(weight.dtype)
-            shared = shared.to(weight)
-        self.register_buffer("shared_basis", shared, persistent=False)
-        self.register_buffer("corrections", corrections, persistent=False)
+        numbers: of models that there is room for; ``write`` says which those are.
+        """
+        self.pool, self.matrix = pool, tensor
+        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.config.transform
+        shared = corrections = inverses = None
+        if self.transform.matrix == Matrix.DENSE:
+            columns = weight.shape[1]
+            inverses = torch.zeros(numbers, columns, columns, dtype=torch.float32, device=weight.device)
+        if tensor in superposition.bases:  # U (K, r), and for each model what is added and taken off in it
+            shared = (superposition.bases[tensor].float() * UNIT).to(weight)
+            corrections = weight.new_zeros(numbers, shared.shape[1], weight.shape[0])
+        tables: dict[str, Tensor | None] = {
+            "keys": torch.zeros(numbers, dtype=torch.int64, device=weight.device),
+            "slots": torch.full((numbers,), -1, dtype=torch.int32, device=weight.device),
+            "scale": torch.zeros(numbers, dtype=torch.float32, device=weight.device),
+            "shared_basis": shared,
+            "corrections": corrections,
+            "inverses": inverses,
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    @torch.no_grad()
+    def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
+        """Fill these models' rows, which nobody reads yet; their groups' superpositions are there."""
+        if not versions:
+            return
+        tensor, numbers = self.matrix, [version.number for version in versions]
+        members = [superposition.members[version.name] for version in versions]
+        slots = [
+            self.pool.slots[version.group, superposition.place(version.name, tensor)] if tensor in member.gains else -1
+            for version, member in zip(versions, members, strict=True)
+        ]
+        keys = [superposition.key(version.name) for version in versions]
+        units = [self.pool.units.get(slot, 1.0) for slot in slots]
+        if self.inverses is not None:
+            inverses, factors = mixing.inverses_of(keys, self.tensor, self.inverses.shape[1])
+            put(self.inverses, numbers, inverses)
+            units = [unit * factor for unit, factor in zip(units, factors, strict=True)]
+        gains = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
+        scale = [gain * unit for gain, unit in zip(gains, units, strict=True)]
+        put(self.keys, numbers, torch.tensor(keys, dtype=torch.int64, device="cpu"))
+        put(self.slots, numbers, torch.tensor(slots, dtype=torch.int32, device="cpu"))
+        put(self.scale, numbers, torch.tensor(scale, dtype=torch.float32, device="cpu"))
+        if self.corrections is None:
+            return
+        shared = superposition.bases[tensor].float() * UNIT
+        held = torch.zeros(len(members), *self.corrections.shape[1:])
+        for place, member in enumerate(members):
+            if tensor in member.coordinates:
+                own = coordinates_of(member.coordinates[tensor])
+                held[place] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
+        tables = self.keys[numbers], self.scale[numbers], self.slots[numbers]
+        corrections = basis.corrections(shared, held, self.pool.delta, *tables, self.tensor, self.transform)
+        put(self.corrections, numbers, corrections)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
         scale, inverses = self.scale, self.inverses
@@ -198,9 +146,11 @@ class Superposed(nn.Module):
 class SuperposedMatrix(Superposed):
     """The superposed deltas of one weight, or a part of one, of a layer of another kind than ``nn.Linear``."""
 
-    def __init__(self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool) -> None:
+    def __init__(
+        self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
+    ) -> None:
         super().__init__()
-        self._take_deltas(superposition, tensor, weight, pool)
+        self._take_deltas(superposition, tensor, weight, pool, numbers)
 
     def forward(self, x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., N). weight: (N, K), the base's. ids: (B,) int32, of B equal runs of the rows of x."""
@@ -225,6 +175,8 @@ class SuperposedLinear(Superposed, nn.Linear):
     """
 
     biases: Tensor | None
+    router: Router
+    bias_tensor: str
 
     @classmethod
     def from_linear(
@@ -260,30 +212,44 @@ class SuperposedLinear(Superposed, nn.Linear):
             layer.weight = nn.Parameter(torch.zeros_like(linear.weight), requires_grad=linear.weight.requires_grad)
         layer.train(linear.training)
         router = router or Router(superposition.served, superposition.has_base)
-        pool = pool or DeltaPool(superposition, tensor, linear.weight.dtype).to(linear.weight.device)
-        return cls.take_over(layer, superposition, tensor, tensor_of(name, "bias"), router, pool)
+        versions = first_versions(superposition)
+        if pool is None:
+            pool = DeltaPool(superposition, tensor, linear.weight)
+            for version in {version.group: version for version in versions}.values():
+                pool.write(superposition, superposition.members[version.name].group, version.group)
+        bias = tensor_of(name, "bias")
+        keeps_bias = bias in superposition.others or bias in superposition.layout.vectors
+        cls.take_over(layer, superposition, tensor, bias, router, pool, len(versions), keeps_bias)
+        assert isinstance(layer, cls)
+        layer.write(superposition, versions)
+        return layer
 
     @classmethod
     def take_over(
-        cls, linear: nn.Linear, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool
-    ) -> "SuperposedLinear":
+        cls, linear: nn.Linear, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool,
+        numbers: int, keeps_bias: bool,
+    ) -> None:  # fmt: skip
         """Turn ``linear`` itself into a superposed layer: its hooks and all references to it stay.
 
-        weight, bias: the names of its tensors in the base.
+        weight, bias: the names of its tensors in the base. numbers: of models that there is room for, which ``write``
+        fills. keeps_bias: whether each may have its own.
         """
-        linear.__class__ = cls
-        assert isinstance(linear, cls)
-        linear._superpose(superposition, weight, bias, router, pool)
-        return linear
-
-    def _superpose(self, superposition: Superposition, weight: str, bias: str, router: Router, pool: DeltaPool) -> None:
+        layer: Any = linear
         biases = None
-        self.router = router
-        if self.bias is not None and (bias in superposition.others or bias in superposition.layout.vectors):
-            own = [superposition.other(model, bias) for model in superposition.served]
-            biases = torch.stack(own).to(self.weight.device, self.weight.dtype)
-        self.register_buffer("biases", biases, persistent=False)
-        self._take_deltas(superposition, weight, self.weight, pool)
+        if linear.bias is not None and keeps_bias:
+            biases = linear.bias.detach().new_zeros(numbers, len(linear.bias))
+        layer.router, layer.bias_tensor = router, bias
+        layer.register_buffer("biases", biases, persistent=False)
+        cls._take_deltas(layer, superposition, weight, linear.weight, pool, numbers)
+        layer.__class__ = cls
+
+    @torch.no_grad()
+    def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
+        """See ``Superposed.write``; and their biases."""
+        super().write(superposition, versions)
+        if self.biases is not None and versions:
+            own = [superposition.other(version.name, self.bias_tensor) for version in versions]
+            put(self.biases, [version.number for version in versions], torch.stack(own))
 
     def forward(self, input: Tensor, adapter_names: Sequence[str] | Batch | None = None) -> Tensor:
         """``input``: (..., K). ``adapter_names``: one name a row of its first dimension, or one for all rows.
@@ -299,7 +265,7 @@ class SuperposedLinear(Superposed, nn.Linear):
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""
-        return f"{super().extra_repr()}, models={len(self.keys)}, slots={len(self.pool.slots)}"
+        return f"{super().extra_repr()}, models={len(self.router.names)}, slots={len(self.pool.slots)}"
 
     def _named(self, input: Tensor, adapter_names: Sequence[str] | Batch) -> Batch:
         batch = self.router.of(adapter_names)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randes import store
-from randes.errors import StoreError
-from randes.inside import Layer, check_layers, follow_calls, layers_of, route_containers, take_centre, take_over
-from randes.kept import KeptTable
+from randes.checkpoint import Checkpoint
+from randes.inside import check_layers, follow_calls, take_centre
 from randes.layer_kinds import SuperposedLayer
-from randes.linear import DeltaPool, Superposed, SuperposedLinear
+from randes.linear import Superposed, SuperposedLinear
+from randes.roster import Roster
 from randes.routing import Batch, Router, first_input
+from randes.streams import Progress, silent
 from randes.superposition import BASE_NAME, Superposition
+from randes.unloading import Unloaded, give, merged_tensors
 from randes_kernels.tiles import device_name, rows_of_plans
 
 
@@ -25,8 +26,14 @@ class SuperposedModel(nn.Module):
 
     Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters, and other layers
     with superposed weights what serves them (``layer_kinds.py``); the rest take each row's own norms, biases and heads
-    where those are kept per model. It serves the models that the
-    superposition holds now; make a new one after adding more.
+    where those are kept per model.
+
+    capacity: for how many models there shall be room, so that they can be added and deleted while others are answered:
+    memory for the superpositions of so many groups and one more, and for what models keep (``roster.py``,
+    docs/serving.md). Without it the model serves those that the superposition holds now.
+
+    It keeps the superposition, which ``add_adapter`` and ``delete_adapter`` change, in memory alone: the store that it
+    was loaded from stays as it is, and ``save_pretrained`` writes another.
 
     Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
     stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
@@ -34,34 +41,156 @@ class SuperposedModel(nn.Module):
     become zeros, whatever they were, and ``"__base__"`` is a name like any other that nobody added.
 
     Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
-    dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called.
+    dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called,
+    for a capacity below the number of models, and for one where the superposition is packed.
     """
 
-    def __init__(self, base_module: nn.Module, superposition: Superposition) -> None:
+    def __init__(self, base_module: nn.Module, superposition: Superposition, *, capacity: int | None = None) -> None:
         super().__init__()
-        layers = layers_of(base_module, superposition)
+        self.router = Router((), superposition.has_base)
+        self._roster = Roster(superposition, self.router, capacity)
+        layers = self._roster.layers(base_module)
         check_layers(base_module, layers, superposition)
-        pools = _pools(layers, superposition)
-        tables = _kept_tables(layers, superposition)
-        # Nothing fails from here on: the model is changed whole or not at all.
-        self.router = Router(superposition.served, superposition.has_base)
+        own = [(layer.module, dict(layer.module._parameters)) for layer in layers]
+        try:
+            if superposition.config.centre or not superposition.has_base:
+                take_centre(layers, superposition)
+            self._roster.take_over(base_module, layers)
+            self._roster.serve(base_module, superposition.served)
+        except BaseException:  # the module is changed whole or not at all
+            for original in reversed(self._roster.originals):
+                original.restore()
+            for module, parameters in own:
+                module._parameters.update(parameters)
+            raise
         self.base_model = base_module
-        if superposition.config.centre or not superposition.has_base:
-            take_centre(layers, superposition)
-        for layer in layers:
-            take_over(layer, superposition, self.router, pools, tables)
-        route_containers(base_module, self.router)
-        follow_calls(base_module, self.router)
-        self._store = superposition.stored
+        self._hooks = follow_calls(base_module, self.router)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None = None, *,
+        capacity: int | None = None, **kwargs: Any,
+    ) -> "SuperposedModel":  # fmt: skip
+        """See ``randes.from_pretrained``."""
+        from randes.pretrained import from_pretrained
+
+        return from_pretrained(path_or_name, store, capacity=capacity, **kwargs)
 
     @property
     def names(self) -> list[str]:
         """The models that can be asked for."""
-        return [name for name in self.router.names if name != BASE_NAME]
+        return self._roster.names
+
+    @property
+    def superposition(self) -> Superposition:
+        """What the models come from; some of its models may not be served (``delete_adapter``)."""
+        return self._roster.superposition
+
+    def add_adapter(
+        self, name: str, checkpoint: Checkpoint | None = None, *, group: int | None = None, alpha: float = 1.0,
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        """Superpose one more fine-tune and serve it, while other threads are answered: calls that began before finish
+        with what they found.
+
+        checkpoint: a model, a state dict or a path, as ``Superposition.add`` takes it, which group, alpha and progress
+        are for too. None to serve a model that the superposition has already.
+        Raises what ``Superposition.add`` does, ``ValueError`` where there is no capacity at all or the superposition is
+        packed, ``UnknownModelError``, and ``CapacityError`` where there is no room, or where calls under way
+        still need what the last change replaced. Nothing is changed then.
+        """
+        roster, superposition = self._roster, self.superposition
+        with self.router.changing:
+            if checkpoint is None:
+                if superposition.member(name) and name in self.router.names:
+                    raise ValueError(f"a model called {name!r} is served already")
+                roster.check_capacity(1)
+                roster.serve(self.base_model, [*self.router.names, name])
+                return
+            superposition.check_master()
+            superposition.check_name(name)
+            roster.check_room(superposition.place_for(group), 1)
+            superposition.add(name, checkpoint, group=group, alpha=alpha, progress=progress)
+            try:
+                roster.serve(self.base_model, [*self.router.names, name])
+            except BaseException:
+                superposition.remove(name, checkpoint)
+                raise
+
+    def delete_adapter(self, name: str, checkpoint: Checkpoint | None = None, *, progress: Progress = silent) -> None:
+        """Serve a model no more, while other threads are answered: calls that began before finish with it.
+
+        checkpoint: what was added as this model, to subtract it from the superposition, exactly. Without it the model
+        stays superposed, in its neighbours' noise and in what is saved, and ``add_adapter(name)`` serves it again.
+        Raises ``UnknownModelError``, ``ValueError`` for the model that ``set_adapter`` chose and for the base; with a
+        checkpoint what ``Superposition.remove`` and ``add_adapter`` do. Nothing is changed then.
+        """
+        roster, superposition = self._roster, self.superposition
+        with self.router.changing:
+            if name == BASE_NAME:
+                raise ValueError(f"name must be a fine-tune's, got {name!r}")
+            if checkpoint is None:
+                self.router.of([name])
+            member = superposition.member(name)
+            if self.router.chosen is not None and name in _names_of(self.router.chosen):
+                raise ValueError(f"name must not be the model that set_adapter chose, {name!r}; choose another first")
+            names = [other for other in self.router.names if other != name]
+            if checkpoint is None:
+                roster.serve(self.base_model, names)
+                return
+            superposition.check_master()
+            roster.check_room(member.group)
+            superposition.remove(name, checkpoint, progress=progress)
+            try:
+                roster.serve(self.base_model, names)
+            except BaseException:
+                superposition.add(name, checkpoint, group=member.group, alpha=member.alpha, index=member.index)
+                superposition.members[name] = member
+                raise
 
     def set_adapter(self, name: str) -> None:
-        """Answer every row as this model (or ``"__base__"``) where a call does not say otherwise. All threads."""
-        self.router.chosen = self.router.of([name])
+        """Answer every row as this model (or ``"__base__"``) where a call does not say otherwise. All threads, from
+        their next call on."""
+        self.router.choose(name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """What answers this thread's calls that name no model: a scope's models, the one that was chosen, or none."""
+        batch = self.router.current()
+        return [] if batch is None else _names_of(batch)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The one such model; None where there is none, or several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else None
+
+    def merge_and_unload(self, name: str | None = None) -> nn.Module:
+        """The base module as a plain model again, of its own classes, with one model's retrieved weights.
+
+        name: of the model, ``"__base__"`` for the base's weights; by default the active one.
+        The weights are new tensors, in the module's dtype and on its devices, where they are not the base's: all of
+        them beside the old ones for a moment. This object answers no more. No call may be under way.
+        Raises ``UnknownModelError``, ``RuntimeError`` where no model is active, and ``ValueError`` where several are.
+        """
+        with self.router.changing:
+            batch = self.router.batch() if name is None else self.router.of([name])
+            if len(batch.named.versions) > 1:
+                raise ValueError(f"name must be given where several models are active, {_names_of(batch)}")
+            module = self.base_model
+            merged = merged_tensors(module, self.superposition, _names_of(batch)[0])
+            for hook in self._hooks:
+                hook.remove()
+            for original in reversed(self._roster.originals):
+                original.restore()
+            give(module, merged)
+            self.router.serve([])
+            self.base_model = Unloaded()
+            return module
+
+    def unload(self) -> nn.Module:
+        """The base module as a plain model again, with the base's weights: ``merge_and_unload("__base__")``."""
+        return self.merge_and_unload(BASE_NAME)
 
     def batch(self, names: Sequence[str]) -> Batch:
         """The models of a batch, once for many calls, and as tensors: ``torch.compile`` does not guard on names."""
@@ -118,7 +247,7 @@ class SuperposedModel(nn.Module):
         n, k = weight.shape
         bits = 16 if layer.pool.packing is None else layer.pool.packing[0]
         return rows_of_plans(
-            n, k, weight.dtype, models=len(self.router.names), turned=turned, bits=bits,
+            n, k, weight.dtype, models=self._roster.room.numbers, turned=turned, bits=bits,
             device=device_name(weight.device.index or 0),
         )  # fmt: skip
 
@@ -130,7 +259,8 @@ class SuperposedModel(nn.Module):
         model was chosen at all.
         """
         if adapter_names is None:
-            return self.base_model(*args, **kwargs)
+            with self.router.during(self.router.current()):  # what is chosen for all may change under way
+                return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
         with self.router.during(batch.over(_check_rows(batch, first_input(args, kwargs)))):
             return self.base_model(*args, **kwargs)
@@ -149,20 +279,18 @@ class SuperposedModel(nn.Module):
         """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
         batch = self.router.current() if names is None else self.router.of(names)
         if batch is None or (names is None and not batch.mixed):
-            yield
+            with self.router.during(batch):
+                yield
             return
         _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
         with self.router.during(replace(batch, spreads=True)):
             yield
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the store that this model was made of to a new folder, with its configuration and tokenizer.
-
-        Raises ``StoreError`` where its superposition was in no store when the model was made: save that itself then.
-        """
-        if not isinstance(self._store, store.Stored):
-            raise StoreError("the model's superposition was in no store: save it with Superposition.save(path)")
-        store.load(self._store.folder).save(path)
+        """Write the superposition as it is now to a store, also its models that are not served, with the base's
+        configuration and tokenizer where it has any."""
+        with self.router.changing:
+            self.superposition.save(path)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else the base model has: its configuration, device, and what pipelines ask for."""
@@ -172,6 +300,10 @@ class SuperposedModel(nn.Module):
             if name == "base_model":
                 raise
         return getattr(self.base_model, name)
+
+
+def _names_of(batch: Batch) -> list[str]:
+    return [version.name for version in batch.named.versions]
 
 
 def _products(layer: nn.Module) -> Iterator[tuple[Superposed, Tensor]]:
@@ -187,33 +319,3 @@ def _check_rows(batch: Batch, first: Tensor | None) -> Tensor:
         rows = 0 if first is None else first.shape[0]
         raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
     return first
-
-
-def _pools(layers: Sequence[Layer], superposition: Superposition) -> dict[str, DeltaPool]:
-    """The superpositions of each matrix; layers that are shuffled or tied share one."""
-    by_family: dict[str, DeltaPool] = {}
-    pools = {}
-    for layer in layers:
-        for name, view in layer.views.items():
-            weight = getattr(layer.module, name)
-            for matrix in view.parts:
-                first = superposition.family(matrix)[0]
-                if first not in by_family:
-                    pool = DeltaPool(superposition, matrix, weight.dtype).to(weight.device)
-                    if (
-                        view.transposed and pool.packing is None
-                    ):  # in one order of memory with the weight, as the kernels like it
-                        pool.values = pool.values.mT.contiguous().mT
-                    by_family[first] = pool
-                pools[matrix] = by_family[first]
-    return pools
-
-
-def _kept_tables(layers: Sequence[Layer], superposition: Superposition) -> dict[str, KeptTable]:
-    """Of every tensor that some model has its own of, what each has: one for all layers that are tied."""
-    tables: dict[str, KeptTable] = {}
-    for layer in layers:
-        for name, tensor in layer.kept.items():
-            if tensor not in tables:
-                tables[tensor] = KeptTable(superposition, tensor, getattr(layer.module, name))
-    return tables

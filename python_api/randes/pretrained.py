@@ -15,13 +15,15 @@ from randes.superposition import Superposition
 
 
 def from_pretrained(
-    path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None = None, **kwargs: Any
-) -> SuperposedModel:
+    path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None = None, *,
+    capacity: int | None = None, **kwargs: Any,
+) -> SuperposedModel:  # fmt: skip
     """A Transformers model over a store: the class that its configuration names, and every fine-tune in the store.
 
     path_or_name: the base, as Transformers' ``from_pretrained`` takes it; or the store itself, where that was made of
         a Transformers model.
     store: the store's folder, or a superposition at hand; ``path_or_name`` where it is left out.
+    capacity: for how many models there shall be room (``SuperposedModel``).
     kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``...
     Raises ``StoreError`` for a folder that is not such a store, ``BaseMismatchError`` for another base or a
     configuration that names no class of Transformers, and ``ImportError`` where that is not installed.
@@ -41,7 +43,7 @@ def from_pretrained(
         config.transformers_weights = quantization["base"]
         del config.quantization_config
     model = model_class(config, path_or_name).from_pretrained(path_or_name, config=config, **kwargs)
-    return SuperposedModel(model, superposition)
+    return SuperposedModel(model, superposition, capacity=capacity)
 
 
 def model_class(config: Any, path_or_name: object) -> Any:

@@ -5,7 +5,7 @@ routed here, by the kind of the layer. Any other layer is run once for each mode
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,11 @@ class RoutedLinear(Routed, nn.Linear):
         input, ids = self._spread(input)
         if ids is None:
             return super().forward(input)
+        tables = [table for table in map(self._table, ("weight", "bias")) if table is not None]
+        if not tables:
+            return super().forward(input)
         large = self._parameters["weight"].numel() > FEW_ELEMENTS  # type: ignore[union-attr]
-        ragged = any(table is not None and table.ragged for table in map(self._table, ("weight", "bias")))
+        ragged = any(table.ragged for table in tables)
         if len(ids) > 1 and (ragged or (large and not torch.compiler.is_compiling())):
             return _by_model(self._router, super().forward, (input,), {}, ragged=ragged)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
@@ -118,9 +121,8 @@ class RoutedEmbedding(Routed, nn.Embedding):
         input, ids = self._spread(input)
         weight, table = self._parameters["weight"], self._table("weight")
         assert weight is not None
-        assert table is not None
         base = F.embedding(input, weight)
-        if ids is None:
+        if ids is None or table is None:
             return base
         row = table.row_of(ids).repeat_interleave(input.shape[0] // len(ids) if input.shape[0] else 0)
         row = row.view(-1, *[1] * (input.dim() - 1))
@@ -227,14 +229,15 @@ def _superposed_property(name: str) -> property:
     return property(lambda self: self._superposed(name))
 
 
-def _kind_of(layer: nn.Module, tables: dict[str, KeptTable]) -> type[Routed]:
+def routing_of(layer: nn.Module, tables: Collection[str]) -> type[Routed]:
+    """How a layer takes each row's own of its tensors ``tables``."""
     if type(layer) in ROUTED:
         return ROUTED[type(layer)]
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and calls_super(layer):  # max_norm rewrites the table
         return RoutedEmbedding
     own = dict(layer.named_parameters(recurse=False))
     named_norm = type(layer).__name__.endswith("Norm") and not type(layer).__module__.startswith("torch.")
-    if named_norm and own.keys() == tables.keys() == {"weight"} and own["weight"].dim() == 1:
+    if named_norm and own.keys() == set(tables) == {"weight"} and own["weight"].dim() == 1:
         return RoutedNorm
     return RoutedByModel
 
@@ -253,7 +256,7 @@ def route_layer(
 
     kind: how, where it is not only kept tensors. superposed: its parameters that are.
     """
-    plain, kind = type(layer), kind or _kind_of(layer, tables)
+    plain, kind = type(layer), kind or routing_of(layer, tables)
     bases: tuple[type, ...] = (kind, plain)
     if issubclass(kind, plain):
         bases = (kind,)
@@ -261,7 +264,7 @@ def route_layer(
         bases = (plain, kind)  # its own forward, around the routed look-up
     way = "Superposed" if kind.__name__.startswith("Superposed") else "Routed"
     reads = {name: _kept_property(name) for name in tables} | {name: _superposed_property(name) for name in superposed}
-    layer.__class__ = type(f"{way}{plain.__name__}", bases, reads)
-    assert isinstance(layer, Routed)
-    layer._router = router
-    layer._tables = nn.ModuleDict({key_of(name): table for name, table in tables.items()})
+    made: Any = layer
+    made._router = router
+    made._tables = nn.ModuleDict({key_of(name): table for name, table in tables.items()})
+    made.__class__ = type(f"{way}{plain.__name__}", bases, reads)  # last: another thread may be about to call it

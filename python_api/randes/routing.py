@@ -1,25 +1,58 @@
 """Which model answers which row of a batch, and how the layers of a model are told."""
 
+import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from randes.errors import UnknownModelError
-from randes.superposition import BASE_NAME
+from randes.leases import Lease
+from randes.members import BASE_NAME, Member
+
+
+@dataclass(frozen=True, eq=False)
+class Version:
+    """A model as it is served from one change of what it is made of to the next.
+
+    number: its row of the tables by model, −1 for the base. group: the row of its superposition in every ``DeltaPool``.
+    kept: of each table of tensors that it has its own of, the row. member: what the superposition recorded of it.
+    leases: keep these rows its own for as long as a call or a batch has this version.
+    """
+
+    name: str
+    number: int
+    group: int = -1
+    kept: Mapping[str, Lease] = field(default_factory=dict)
+    member: Member | None = None
+    leases: tuple[Lease, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Version":
+        own = copy.deepcopy((self.kept, self.leases), memo)
+        return replace(self, kept=own[0], leases=own[1])
+
+
+class Named:
+    """The versions that a batch names, and whose they are: an object that ``torch.compile`` does not look into, so that
+    one program serves any."""
+
+    def __init__(self, router: "Router", versions: tuple[Version, ...]) -> None:
+        self.router, self.versions = router, versions
 
 
 @dataclass(frozen=True)
 class Batch:
     """The models of a batch: of all its rows, or of each of B rows.
 
-    ids: (B,) int32, numbers of ``models``, −1 for the base; B = 1 stands for every row.
+    It means the same models, as they were when it was made, for as long as it lives; what they need is kept until then.
+
+    ids: (B,) int32, the models' numbers, −1 for the base; B = 1 stands for every row.
     base_only: no row belongs to a model, so that a layer is the base's own.
-    models: all that could have been named, in the order of their numbers.
+    named: the versions that these numbers stand for.
     of_rows: (rows,) int32, the same with a number for every row that was named.
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
     by_row: a layer under way reads its kept tensors with a row for each row of the batch (``kept.py``).
@@ -28,7 +61,7 @@ class Batch:
 
     ids: Tensor
     base_only: bool
-    models: tuple[str, ...]
+    named: Named
     of_rows: Tensor
     length: int = 1
     by_row: bool = False
@@ -61,7 +94,7 @@ class Batch:
     def of_one(self, number: int) -> "Batch":
         """The batch of the rows of one model of it."""
         one = torch.tensor([number], dtype=torch.int32, device="cpu")
-        return Batch(one.to(self.ids.device), number == -1, self.models, one, self.length)
+        return Batch(one.to(self.ids.device), number == -1, self.named, one, self.length)
 
     def over(self, first: Tensor) -> "Batch":
         """The same batch for a model whose first input is ``first``, (B, length, ...): on its device.
@@ -74,8 +107,8 @@ class Batch:
             of_rows, ids = (value.repeat_interleave(first.shape[0] // self.rows) for value in (of_rows, ids))
         if torch.compiler.is_compiling():
             of_rows = of_rows.to(first.device, non_blocking=True)
-            return Batch(of_rows, self.base_only, self.models, of_rows, length)
-        return Batch(ids.to(first.device, non_blocking=True), self.base_only, self.models, of_rows, length)
+            return Batch(of_rows, self.base_only, self.named, of_rows, length)
+        return Batch(ids.to(first.device, non_blocking=True), self.base_only, self.named, of_rows, length)
 
     def spread(self, x: Tensor) -> Tensor:
         """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.
@@ -122,18 +155,43 @@ class _Scoped(threading.local):
 
 
 class Router:
-    """Tells layers the batch's models: those of the call under way in this thread, else those chosen for all calls."""
+    """Tells layers the batch's models: those of the call under way in this thread, else those chosen for all calls.
+
+    Which models there are is replaced as a whole, so that no call waits: one that began goes on with what it found.
+    """
 
     def __init__(self, names: Sequence[str], has_base: bool = True) -> None:
         """has_base: whether the base can be asked for beside ``names``."""
-        self.names, self.has_base = tuple(names), has_base
+        self.has_base = has_base
         self.chosen: Batch | None = None
+        self.changing = threading.RLock()  # held by who adds and deletes models
+        self._lock = threading.RLock()
         self._scoped = _Scoped()
-        # Where deltas are centred the base is superposed too, and has a number of its own.
-        self._numbers = ({BASE_NAME: -1} if has_base else {}) | {name: number for number, name in enumerate(self.names)}
+        self.versions: Mapping[str, Version] = self._with_base(
+            Version(name, number) for number, name in enumerate(names)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Router, (self.names, self.has_base), {"chosen": self.chosen}  # a copy has calls of its own
+        # A copy has calls of its own.
+        return Router, ((), self.has_base), {"chosen": self.chosen, "versions": self.versions}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that can be asked for, but for a base that is not superposed."""
+        return tuple(sorted(name for name, version in self.versions.items() if version.number >= 0))
+
+    def serve(self, versions: Sequence[Version]) -> None:
+        """Calls that begin from now on find these models."""
+        with self._lock:
+            self.versions = self._with_base(versions)
+            if self.chosen is not None:
+                name = self.chosen.named.versions[0].name
+                self.chosen = self.of([name]) if name in self.versions else None
+
+    def choose(self, name: str) -> None:
+        """Have all calls that name no model answer as this one. Raises ``UnknownModelError``."""
+        with self._lock:
+            self.chosen = self.of([name])
 
     def current(self) -> Batch | None:
         """The batch under way, if there is one."""
@@ -152,23 +210,29 @@ class Router:
     def of(self, names: "Sequence[str] | Batch") -> Batch:
         """The batch of these names. Raises ``UnknownModelError``, or ``ValueError`` for none or for a bare string."""
         if isinstance(names, Batch):
-            if names.models != self.names:
-                raise ValueError(f"adapter_names must be a batch of {self.names}, got one of {names.models}")
+            if names.named.router is not self:
+                others = names.named.router.names
+                raise ValueError(f"adapter_names must be a batch of this model, of {self.names}, got one of {others}")
             return names
         if isinstance(names, str) or not names:
             raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
-        if unknown := [name for name in names if not isinstance(name, str) or name not in self._numbers]:
+        versions = self.versions  # may be replaced meanwhile
+        if unknown := [name for name in names if not isinstance(name, str) or name not in versions]:
             known = ", ".join(self.names) or "no models"
-            raise UnknownModelError(f"no model is called {', '.join(sorted(map(repr, unknown)))}; there are: {known}")
-        ids = [self._numbers[name] for name in names]
+            del versions  # an error may be kept long, with this frame, and they would be
+            raise UnknownModelError(
+                f"no model is called {', '.join(sorted({*map(repr, unknown)}))}; there are: {known}"
+            )
+        ids = [versions[name].number for name in names]
         of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
         alike = len(set(ids)) == 1
-        return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, self.names, of_rows)
+        named = Named(self, tuple(versions[name] for name in dict.fromkeys(names)))
+        return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, named, of_rows)
 
     def of_base(self) -> Batch:
         """The batch that runs every layer as the base's own: to look at layers with."""
         base = torch.tensor([-1], dtype=torch.int32, device="cpu")
-        return Batch(base, True, self.names, base)
+        return Batch(base, True, Named(self, (Version(BASE_NAME, -1),)), base)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
@@ -198,7 +262,7 @@ class Router:
         self._scoped.batch = self._scoped.before.pop()
 
     @contextmanager
-    def during(self, batch: Batch) -> Iterator[None]:
+    def during(self, batch: Batch | None) -> Iterator[None]:
         """Choose a batch for the calls that this thread makes inside."""
         before = self._scoped.batch
         self._scoped.batch = batch
@@ -206,3 +270,8 @@ class Router:
             yield
         finally:
             self._scoped.batch = before
+
+    def _with_base(self, versions: Iterable[Version]) -> dict[str, Version]:
+        # Where deltas are centred the base is superposed too, and has a number of its own.
+        base = {BASE_NAME: Version(BASE_NAME, -1)} if self.has_base else {}
+        return base | {version.name: version for version in versions}

@@ -112,7 +112,7 @@ class Superposition:
 
     def add(
         self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0,
-        progress: Progress = silent,
+        index: int | None = None, progress: Progress = silent,
     ) -> None:  # fmt: skip
         """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding, but
         where layers shift by a model's place, which it takes when it is added (``shuffle_layers`` above 0).
@@ -120,15 +120,16 @@ class Superposition:
         finetuned: a model, a state dict, or a path, which is read tensor by tensor: safetensors, or a LoRA adapter.
         group: the superposition it joins; by default the first that has room.
         alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
+        index: its place, where layers shift; by default the first that is free.
         progress: told of each stage and its bytes, for a progress bar.
-        Raises ``ValueError`` for a name that is taken or not allowed or a group that is full, and
-        ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
+        Raises ``ValueError`` for a name that is taken or not allowed, a group that is full or an index that is
+        taken, and ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
         """
         self.check_master()
         self.check_name(name)
         if not math.isfinite(alpha):
             raise ValueError(f"alpha must be a finite number, got {alpha}")
-        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index())
+        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))
         superposing.join(self, model, step)
@@ -283,7 +284,7 @@ class Superposition:
         if own is not None:
             return own
         base = self.base[tensor]
-        if not self._is_summed(tensor) or name == BASE_NAME:
+        if name == BASE_NAME or not self.is_averaged(tensor):
             return base
         if self.config.others == "average":
             return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
@@ -291,6 +292,20 @@ class Superposition:
         if not self.has_base:
             return (alpha * total).to(base.dtype)
         return (base.double() + alpha * (total - len(self.names) * base.double())).to(base.dtype)
+
+    def is_averaged(self, tensor: str) -> bool:
+        """Whether all models have the average or the sum of a tensor, which is not the base's: any of them changed it,
+        or it is summed from zero."""
+        if tensor not in self.averages:
+            return False
+        if self.config.others == "sum" and not self.has_base:
+            return True
+        return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
+
+    def has_own(self, tensor: str) -> bool:
+        """Whether each model may have its own of a tensor that the others decide about as well: a superposed vector,
+        or α times a sum."""
+        return tensor in self.layout.vectors or (self.config.others == "sum" and self.is_averaged(tensor))
 
     def read(self, finetuned: Checkpoint) -> Tensors:
         """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
@@ -328,7 +343,7 @@ class Superposition:
     @property
     def others(self) -> list[str]:
         """The tensors that some model has its own of, or that are averaged or summed."""
-        names = {tensor for tensor in self.averages if self._is_summed(tensor)}
+        names = {tensor for tensor in self.averages if self.is_averaged(tensor)}
         for member in self.members.values():
             names |= member.kept.keys()
         return sorted(names)
@@ -378,16 +393,6 @@ class Superposition:
 
     # ---------------------------------------------------------------- inside
 
-    def _differs(self, tensor: str) -> bool:
-        """Whether any model's own tensor is not the base's."""
-        return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
-
-    def _is_summed(self, tensor: str) -> bool:
-        """Whether the models have a mean or a sum of a tensor, which is not the base's."""
-        return tensor in self.averages and (
-            self._differs(tensor) or (self.config.others == "sum" and not self.has_base)
-        )
-
     def check_master(self) -> None:
         """Raise ``ValueError`` for what is packed for serving: the integers it was made of are what can be changed."""
         if self.packing is not None:
@@ -403,12 +408,16 @@ class Superposition:
         if name in self.members:
             raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
 
-    def next_index(self) -> int:
+    def next_index(self, wanted: int | None = None) -> int:
         """A new model's place among those that are there, the first that is free; 0 where no layers are shifted."""
         if self.config.shuffle_layers <= 0:
             return 0
         taken = {member.index for member in self.members.values()}
-        return next(index for index in range(len(taken) + 1) if index not in taken)
+        if wanted is None:
+            return next(index for index in range(len(taken) + 1) if index not in taken)
+        if not isinstance(wanted, int) or wanted < 0 or wanted in taken:
+            raise ValueError(f"index must be an integer of at least 0 that no model has, got {wanted!r}")
+        return wanted
 
     def place_for(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from randes.checkpoint import Checkpoint
 from randes.companions import METHOD
 from randes.model import SuperposedModel
 from randes.routing import Batch
@@ -64,6 +65,30 @@ class RandesQuantizer(HfQuantizer):
 
 class Adapters:
     """Mixed into a model's class: ``adapter_names`` for its calls, and the methods that choose a model."""
+
+    def add_adapter(self, name: str, checkpoint: Checkpoint | None = None) -> None:
+        """See ``SuperposedModel.add_adapter``: for models that were deleted, as there is room for no others;
+        ``randes.from_pretrained(store, capacity=...)`` has some."""
+        served(self).add_adapter(name, checkpoint)
+
+    def delete_adapter(self, name: str, checkpoint: Checkpoint | None = None) -> None:
+        """See ``SuperposedModel.delete_adapter``."""
+        served(self).delete_adapter(name, checkpoint)
+
+    def active_adapters(self) -> list[str]:
+        """See ``SuperposedModel.active_adapters``; a method, as Transformers' models have it."""
+        return served(self).active_adapters
+
+    def merge_and_unload(self, name: str | None = None) -> nn.Module:
+        """See ``SuperposedModel.merge_and_unload``: this model itself, of its own class again, whose
+        ``save_pretrained`` is Transformers'."""
+        plain, model = type(self).__bases__[1], served(self).merge_and_unload(name)
+        if isinstance(model, Adapters):
+            model.__class__ = plain
+        del vars(model)["_randes"]
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
+        return model
 
     def set_adapter(self, name: str) -> None:
         """See ``SuperposedModel.set_adapter``."""
