@@ -20,6 +20,8 @@ FULL = "full fine-tunes"
 AUTO = "shared basis of rank auto"
 
 sys.path.insert(0, str(ROOT / "bench"))
+import claim_tables  # noqa: E402
+import claims  # noqa: E402
 import language  # noqa: E402
 import plots  # noqa: E402
 import quality  # noqa: E402
@@ -128,6 +130,49 @@ def test_what_compress_does_by_default_keeps_the_most_at_its_storage() -> None:
     # More directions in 4 bits against fewer with coordinates in 8: the default of pack.
     more, fewer = (share(rows, f"shared basis of rank {r}, centred", 8, held) for r, held in ((32, 4), (16, 8)))
     assert more.mean > fewer.mean + 1
+
+
+def test_the_tables_of_the_papers_claims_are_those_of_the_rows() -> None:
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = claim_tables.read(claims.RESULTS)
+    for name, table in claim_tables.TABLES.items():
+        command = f"python bench/claims.py --table {name}"
+        found = re.search(rf"<!-- claims {name}: {command} -->\n(.*?)\n<!-- /claims {name} -->", text, re.DOTALL)
+        assert found is not None
+        assert found[1] == table(rows)
+
+
+def test_the_papers_claims_hold_as_the_page_says() -> None:
+    rows = claim_tables.read(claims.RESULTS)
+    chosen, mean = claim_tables.chosen, claim_tables.mean
+    assert {row["seed"] for row in rows if row["experiment"] != "times"} == set(claims.SEEDS)
+    *_, both, ours = claims.METHODS
+    for count in claims.COUNTS[1:]:  # two models interfere too little to tell
+        kept = [mean(chosen(rows, "count", method=method, models=count), "kept") for method in claims.METHODS]
+        assert kept == sorted(kept)
+        if count >= 8:
+            assert 0.2 < (1 - kept[-1]) / (1 - kept[-2]) < 0.4
+    for method in (both, ours, "column signs alone"):
+        alike = [mean(chosen(rows, "similarity", method=method, set=name), "kept") for name in
+                 claim_tables.distinct(rows, "similarity", "set")]  # fmt: skip
+        assert max(alike) - min(alike) < 0.02
+        by_alpha = {alpha: mean(chosen(rows, "alpha", method=method, alpha=alpha), "kept") for alpha in claims.ALPHAS}
+        assert max(by_alpha, key=by_alpha.__getitem__) == 1.0
+    assert all(row["bytes_as_if_never_there"] for row in chosen(rows, "leaving"))
+
+
+def test_the_claims_are_measured_as_the_rows_say() -> None:
+    """On two untrained models: every experiment gives the entries that the tables read."""
+    torch.manual_seed(0)
+    base = claims.DigitEncoder(32, depth=2)
+    tasks = claims.sets()["distinct"][:2]
+    held_out = claims.load(0)[1]
+    models: dict[str, nn.Module] = {task.name: claims.DigitEncoder(32, depth=2) for task in tasks}
+    tuned = claims.Finetunes(base, models, {task.name: task.of(held_out) for task in tasks}, 0)
+    found = [next(iter(claims.by_similarity({"distinct": tuned}))), next(iter(claims.by_alpha(tuned)))]
+    found += list(claims.by_coming_and_going(tuned))[:3]
+    committed = {row["experiment"]: row.keys() - {"seed"} for row in claim_tables.read(claims.RESULTS)}
+    assert [row.keys() for row in found] == [committed[row["experiment"]] for row in found]
 
 
 def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:

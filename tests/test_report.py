@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import randes
-from randes import report
+from randes import analysis, report
 from randes.cli import app
 from randes.report import cosines, pictures
 from randes.summary import verify
@@ -186,6 +186,27 @@ def test_errors_are_those_that_verify_finds_and_predicts(tmp_path: Path, kind: s
         else:
             assert 0 < energy < sum(own.values())
     assert page.tables["config"][-1][1][0].startswith("2 bits" if kind == "packed" else "no")
+
+
+def test_retrieved_models_are_beside_their_fine_tunes(tmp_path: Path) -> None:
+    sup, models = superposed(net(), 3)
+    page = written(sup, tmp_path, models)
+    found = page.exact("retrieval")
+    assert list(found) == sup.names
+    for name, model in models.items():
+        near = analysis.retrieval(sup, name, model)
+        assert found[name]["cosine of weights"] == near.weights.cosine
+        assert found[name]["cosine of deltas"] == near.deltas.total.cosine
+        assert (
+            tuple(found[name][third] for third in ("louder third", "middle third", "quieter third")) == near.subspaces
+        )
+        layers = page.exact("retrieval-layers")[name]
+        assert layers == near.deltas.layers()
+    counted = page.exact("storage")
+    counts = {"this store": analysis.storage(sup), "as FusionBench counts": analysis.fusionbench_storage(sup)}
+    for column, own in counts.items():
+        assert {name: row[column] for name, row in counted.items()} == own.to_dict()
+    assert "retrieval" not in written(sup, tmp_path).tables
 
 
 def test_it_says_what_is_kept_and_why(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from randes import fusionbench
 from randes.basis import MOST
 from randes.compress import compress as make
 from randes.config import Config
@@ -31,6 +32,7 @@ from randes.errors import RandesError
 from randes.factors import merge_adapter as merged
 from randes.factors import superpose_adapters as make_of_adapters
 from randes.files import write_file
+from randes.fusionbench import Options
 from randes.plan import plan as plan_of
 from randes.report import write as write_report
 from randes.store import MANIFEST, check_new
@@ -129,6 +131,7 @@ def _named(models: list[str]) -> dict[str, Path]:
 
 @app.command()
 def compress(
+    context: typer.Context,
     base: Annotated[
         Path, typer.Option(help="The base model's checkpoint: safetensors, a folder of shards or their index.")
     ],
@@ -172,6 +175,10 @@ def compress(
     per_layer: Annotated[bool, typer.Option(help="A transform for each tensor, or one for all of a model.")] = True,
     vectors: Annotated[bool, typer.Option(help="Superpose selected biases, norms and other vectors too.")] = False,
     alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by when they are used.")] = 1.0,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
+    ] = None,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with _errors(), _progress() as begin:
@@ -179,18 +186,35 @@ def compress(
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         patterns = {"include": include, "exclude": exclude}
         options: dict[str, Any] = {name: tuple(given) for name, given in patterns.items() if given is not None}
-        with_basis = (
-            matrix != "dense" and origin != "zero"
-        )  # what the first cannot have, and the second has no deltas for
-        options |= {"rank": _rank(rank if rank is not None else "auto" if with_basis else "0"), "centre": centre}
-        options |= {"min_width": min_width, "matrix": matrix, "gains": gains}
-        options |= {"origin": origin, "every": every, "per_layer": per_layer, "vectors": vectors}
-        config = Config(signs, permute, shuffle_layers, group_size, seed, others, **options)  # type: ignore[arg-type]
+        # A basis is what the first cannot have, and the second has no deltas for.
+        by_default = "0" if matrix == "dense" or origin == "zero" else "auto"
+        options |= {
+            "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
+            "seed": seed, "others": others, "centre": centre, "rank": _rank(rank or by_default), "min_width": min_width,
+            "matrix": matrix, "gains": gains, "origin": origin, "every": every, "per_layer": per_layer,
+            "vectors": vectors,
+        }  # fmt: skip
         models = _named(model)
+        chosen = Options(Config(**options), alpha, False, ())
+        if config_file is not None:
+            chosen = _overridden(fusionbench.options(fusionbench.read(config_file), len(models)), context, options)
         check_new(out)
-        superposition = make(base, models, config, alpha=alpha, progress=begin)
+        if chosen.lora:
+            superposition = make_of_adapters(base, models, chosen.config, progress=begin)
+        else:
+            superposition = make(base, models, chosen.config, alpha=chosen.alpha, progress=begin)
         superposition.save(out, progress=begin)
     _print_sizes(superposition)
+
+
+def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
+    """FusionBench's configuration, with the flags that were given in its place; its notes go to standard error."""
+    for note in found.notes:
+        Console(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    config = replace(found.config, **{name: value for name, value in flags.items() if name in given})
+    return found._replace(config=config, alpha=context.params["alpha"] if "alpha" in given else found.alpha)
 
 
 @app.command()

@@ -48,9 +48,8 @@ def compress(
     calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite and for a calibration that does not fit, and
-    whatever ``Superposition.create``
-    and ``add`` raise.
+    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite and for a calibration that does not fit,
+    and whatever ``Superposition.create`` and ``add`` raise.
     """
     config = config or TOGETHER
     if not models:

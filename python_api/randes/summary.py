@@ -83,8 +83,9 @@ def _predicted_error(superposition: Superposition, name: str) -> float:
 def predicted(superposition: Superposition, name: str, tensor: str, sharing: int) -> tuple[float, float]:
     """‖δ‖² of a model's delta of one tensor, and ‖Ŵ − W‖² of what comes back where so many models share the buffer.
 
-    Every neighbour comes as large as the delta itself, and packing adds a share of all of them; a shared basis takes
-    its directions' part of that away. What turns columns back may amplify it. A delta scaled by α keeps an error of 1 − α of its own.
+    Every neighbour comes as large as the delta itself, and packing adds a share of all of them; what turns columns back
+    may amplify that, and a shared basis takes its directions' part of it away. A delta scaled by α keeps an error of
+    1 − α of its own.
     """
     member, packing = superposition.members[name], superposition.packing
     header = headers(superposition.base)[tensor]

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -86,24 +86,40 @@ def finetune(count: int, *, seed: int, matrices_only: bool, progress: Progress) 
     """
     if not 2 <= count <= len(TASKS):
         raise ValueError(f"models must be from 2 to {len(TASKS)}, got {count}")
+    base = pretrain(seed, progress)
+    return finetune_for(base, TASKS[:count], seed=seed, matrices_only=matrices_only, progress=progress)
+
+
+def pretrain(seed: int, progress: Progress, *, width: int = 128) -> nn.Module:
+    """A base of this width that knows plain digits."""
     torch.manual_seed(seed)
-    training, held_out = load(seed)
-    tasks = TASKS[:count]
-    base = DigitEncoder()
-    chosen = set(Superposition.create(base).superposed) if matrices_only else set(base.state_dict())
+    training, _ = load(seed)
+    base = DigitEncoder(width)
     with _one_thread_a_model():
         step = progress("pre-training", PRETRAINING_EPOCHS)
         train(base, training, epochs=PRETRAINING_EPOCHS, rate=PRETRAINING_RATE, seed=seed, step=step)
-        step = progress("fine-tuning", count * FINETUNING_EPOCHS)
+    return base
 
-        def finetuned(task: Task) -> nn.Module:
-            model, images = copy.deepcopy(base), task.of(training)
-            train(model, images, epochs=FINETUNING_EPOCHS, rate=FINETUNING_RATE, seed=seed, step=step, only=chosen)
+
+def finetune_for(
+    base: nn.Module, tasks: Sequence[Task], *, seed: int, matrices_only: bool, progress: Progress,
+    epochs: int = FINETUNING_EPOCHS, orders: bool = False,
+) -> Finetunes:  # fmt: skip
+    """One fine-tune of ``base`` for each task. orders: give each its own order of batches, where tasks may be one."""
+    training, held_out = load(seed)
+    chosen = set(Superposition.create(base).superposed) if matrices_only else set(base.state_dict())
+    with _one_thread_a_model():
+        step = progress("fine-tuning", len(tasks) * epochs)
+
+        def finetuned(number: int, task: Task) -> nn.Module:
+            model, images, order = copy.deepcopy(base), task.of(training), seed + number * orders
+            train(model, images, epochs=epochs, rate=FINETUNING_RATE, seed=order, step=step, only=chosen)
             return model
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            models = dict(zip((task.name for task in tasks), pool.map(finetuned, tasks), strict=True))
-    return Finetunes(base, models, {task.name: task.of(held_out) for task in tasks}, seed)
+            models = pool.map(finetuned, range(len(tasks)), tasks)
+            named = dict(zip((task.name for task in tasks), models, strict=True))
+    return Finetunes(base, named, {task.name: task.of(held_out) for task in tasks}, seed)
 
 
 @contextmanager

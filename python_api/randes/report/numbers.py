@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from randes.analysis.retrieval import Retrieval, retrieval
+from randes.analysis.storage import Storage, fusionbench_storage, storage
 from randes.checkpoint import Checkpoint
 from randes.config import Config
 from randes.layout import SUPERPOSABLE
@@ -70,7 +72,8 @@ class Numbers:
     """What a report shows. names: by group, then in alphabetical order. packed: sizes by bits, of ``pack``.
 
     cosines: before and after with two checkpoints or more; else of what is retrieved. cells: by model and tensor.
-    layers: the tensors of each layer. verified: of each model with a checkpoint.
+    layers: the tensors of each layer. verified, retrieved: of each model with a checkpoint. storage: ours, and
+    as FusionBench counts.
     """
 
     config: Config
@@ -84,6 +87,8 @@ class Numbers:
     cells: Mapping[str, Mapping[str, Cell]]
     layers: Mapping[str, tuple[str, ...]]
     verified: Mapping[str, Verification]
+    retrieved: Mapping[str, Retrieval]
+    storage: tuple[Storage, Storage]
     kinds: tuple[Kind, ...]
 
     def layer(self, model: str, layer: str) -> Cell:
@@ -118,6 +123,8 @@ def measure(
         cells=_cells(sup, names, verified),
         layers=layers(sup.superposed),
         verified=verified,
+        retrieved={name: retrieval(sup, name, checkpoint, progress=progress) for name, checkpoint in given.items()},
+        storage=(storage(sup), fusionbench_storage(sup)),
         kinds=_kinds(sup),
     )
 

@@ -1,9 +1,7 @@
 """A report as one HTML file: no scripts, nothing fetched, light and dark."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,25 +9,23 @@ from numpy.typing import NDArray
 from randes.members import Sizes
 from randes.report import pictures
 from randes.report.cosines import SAMPLE, Cosines
+from randes.report.html import UNITS, Value, byte_size, details, escaped, figure, number, share, table
 from randes.report.numbers import Cell, Numbers
 from randes.report.text import STYLE, WORDS
 from randes.streams import size
-
-Value: TypeAlias = str | int | float | tuple[str, object]
-"""What a table has in a place: text, a number, or what is shown and what it is exactly."""
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def page(numbers: Numbers, title: str) -> str:
     """The whole file."""
     sections = (
-        _header(numbers, title), _sizes(numbers), _models(numbers), _interference(numbers), _cosines(numbers),
+        _header(numbers, title), _sizes(numbers), _models(numbers), _interference(numbers), _retrieved(numbers),
+        _cosines(numbers),
         _energy(numbers), _tensors(numbers), WORDS["reading"],
     )  # fmt: skip
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)} · randes report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escaped(title)} · randes report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(sections)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -44,7 +40,7 @@ def _header(numbers: Numbers, title: str) -> str:
     count = len([name for name in numbers.names if name != "__base__"])
     whole = sizes.separate_models
     against = (
-        f" Separate fine-tunes take {_bytes(whole)[0]}: this is {100 * sizes.total / whole:.0f} %." if whole else ""
+        f" Separate fine-tunes take {byte_size(whole)[0]}: this is {100 * sizes.total / whole:.0f} %." if whole else ""
     )
     rows: list[tuple[str, object]] = [
         ("signs", config.signs), ("permute", config.permute), ("shuffle_layers", config.shuffle_layers),
@@ -59,10 +55,10 @@ def _header(numbers: Numbers, title: str) -> str:
          f" for serving only, of the store with checksum {packing.master}"),
     ]  # fmt: skip
     return (
-        f"<h1>{_text(title)}</h1>\n<p class='lead'>{count} fine-tunes and their base in {_bytes(sizes.total)[0]}."
+        f"<h1>{escaped(title)}</h1>\n<p class='lead'>{count} fine-tunes and their base in {byte_size(sizes.total)[0]}."
         f"{against}</p>"
-        + _details(
-            "How it was made", _table("config", ("option", "value"), [(option, str(value)) for option, value in rows])
+        + details(
+            "How it was made", table("config", ("option", "value"), [(option, str(value)) for option, value in rows])
         )
     )
 
@@ -80,18 +76,52 @@ def _sizes(numbers: Numbers) -> str:
     ]
     bars += [(label, list(zip(PARTS, _parts(sizes), strict=True))) for label, sizes in of.items()]
     rows: list[Sequence[Value]] = [
-        (label, *map(_bytes, _parts(sizes)), _bytes(sizes.total), _share(sizes.total, sizes.separate_models))
+        (label, *map(byte_size, _parts(sizes)), byte_size(sizes.total), share(sizes.total, sizes.separate_models))
         for label, sizes in of.items()
     ]
     whole = numbers.sizes.separate_models
-    rows.append((f"{count} separate models", "", "", "", "", _bytes(whole), _share(whole, whole)))
+    rows.append((f"{count} separate models", "", "", "", "", byte_size(whole), share(whole, whole)))
     return (
         f"<h2>Sizes</h2>{WORDS['sizes']}"
-        + _figure(pictures.bars(bars, 1024.0**power, UNITS[power], "Sizes"))
-        + _table("sizes", ("", *PARTS, "total", "of separate models"), rows)
+        + figure(pictures.bars(bars, 1024.0**power, UNITS[power], "Sizes"))
+        + table("sizes", ("", *PARTS, "total", "of separate models"), rows)
+        + _storage(numbers)
     )
 
 
+def _storage(numbers: Numbers) -> str:
+    ours, theirs = (own.to_dict() for own in numbers.storage)
+    rows: list[Sequence[Value]] = [(name, *(_counted(own[name]) for own in (ours, theirs))) for name in ours]
+    return details(
+        "Numbers and gigabytes, and as FusionBench counts them",
+        WORDS["storage"] + table("storage", ("", "this store", "as FusionBench counts"), rows),
+    )
+
+
+def _counted(value: float) -> Value:
+    return (f"{value:,}" if isinstance(value, int) else f"{value:.4g}"), value
+
+
+def _retrieved(numbers: Numbers) -> str:
+    if not numbers.retrieved:
+        return ""
+    rows: list[Sequence[Value]] = []
+    layers: list[Sequence[Value]] = []
+    names = tuple(numbers.layers)
+    for name, own in numbers.retrieved.items():
+        thirds = own.subspaces or (math.nan,) * len(THIRDS)
+        rows.append((name, *map(number, (own.weights.cosine, own.weights.l2, own.deltas.total.cosine, *thirds))))
+        of_layers = own.deltas.layers()
+        layers.append((name, *(number(of_layers.get(layer, math.nan)) for layer in names)))
+    head = ("model", "cosine of weights", "‖Ŵ − W‖", "cosine of deltas", *THIRDS)
+    return (
+        f"<h2>Retrieved models beside their fine-tunes</h2>{WORDS['retrieval']}"
+        + table("retrieval", head, rows)
+        + details("Cosines of deltas by layer", table("retrieval-layers", ("model", *names), layers))
+    )
+
+
+THIRDS = ("louder third", "middle third", "quieter third")
 PARTS = ("base", "superposed", "kept per model", "basis and coordinates")
 
 
@@ -105,16 +135,16 @@ def _models(numbers: Numbers) -> str:
         member, own, verified = numbers.members[name], numbers.together(name), numbers.verified.get(name)
         kept = size(member.kept)
         rows.append((
-            name, member.group, member.alpha, len(member.alphas), len(member.gains), len(member.kept), _bytes(kept),
-            _number(math.sqrt(own.size)), _number(own.relative(own.predicted)),
-            _number(verified.relative_error) if verified else "not given",
+            name, member.group, member.alpha, len(member.alphas), len(member.gains), len(member.kept), byte_size(kept),
+            number(math.sqrt(own.size)), number(own.relative(own.predicted)),
+            number(verified.relative_error) if verified else "not given",
             ("yes" if verified.kept_exact else "NO") if verified else "not given",
         ))  # fmt: skip
     head = (
         "model", "group", "α", "tuned α", "superposed tensors", "kept tensors", "kept", "‖δ‖", "predicted error",
         "measured error", "kept exactly",
     )  # fmt: skip
-    return f"<h2>Models</h2>{WORDS['models']}" + _table("models", head, rows)
+    return f"<h2>Models</h2>{WORDS['models']}" + table("models", head, rows)
 
 
 def _interference(numbers: Numbers) -> str:
@@ -153,14 +183,14 @@ def _heat(
     scale: str = "linear",
 ) -> str:  # fmt: skip
     """Models by layers: a picture, and its numbers below it."""
-    rows: list[Sequence[Value]] = [(name, *map(_number, own)) for name, own in zip(names, values.tolist(), strict=True)]
+    rows: list[Sequence[Value]] = [(name, *map(number, own)) for name, own in zip(names, values.tolist(), strict=True)]
     picture = ""
     if np.isfinite(values).any():
         breaks = _breaks(numbers, names)
-        picture = _figure(
+        picture = figure(
             pictures.heat(values, names, _endings(tuple(numbers.layers)), title, label, scale=scale, breaks=breaks)
         )
-    numbers_below = _details(f"{title}: numbers", _table(key, ("model", *numbers.layers), rows))
+    numbers_below = details(f"{title}: numbers", table(key, ("model", *numbers.layers), rows))
     return f"<h3>{title}</h3>" + picture + numbers_below
 
 
@@ -178,15 +208,15 @@ def _cosines(numbers: Numbers) -> str:
         if finite.size:
             text += (
                 f"<h3>{title}</h3><p>Mean {finite.mean():.4f}, largest magnitude {np.abs(finite).max():.4f}.</p>"
-                + _figure(pictures.heat(
+                + figure(pictures.heat(
                     values, cosines.names, cosines.names, title, "cosine", scale="signed", limit=limit,
                     breaks=_breaks(numbers, cosines.names),
                 ))
             )  # fmt: skip
         rows: list[Sequence[Value]] = [
-            (name, *map(_number, own)) for name, own in zip(cosines.names, cosines.values.tolist(), strict=True)
+            (name, *map(number, own)) for name, own in zip(cosines.names, cosines.values.tolist(), strict=True)
         ]
-        text += _details(f"{title}: numbers", _table(key, ("model", *cosines.names), rows))
+        text += details(f"{title}: numbers", table(key, ("model", *cosines.names), rows))
         if cosines.sampled:
             text += (
                 f"<p class='note'>{cosines.sampled} of {cosines.tensors} tensors have more than {SAMPLE:,} elements:"
@@ -214,15 +244,17 @@ def _tensors(numbers: Numbers) -> str:
         shape = "×".join(map(str, kind.shape)) or "scalar"
         described = (kind.pattern, kind.tensors, shape, kind.dtype)
         if kind.fate == "superposed":
-            superposed.append((*described, kind.models, _bytes(kind.nbytes), _bytes(kind.stored)))
+            superposed.append((*described, kind.models, byte_size(kind.nbytes), byte_size(kind.stored)))
         else:
-            other.append((*described, kind.fate, kind.reason, kind.models, _bytes(kind.nbytes), _bytes(kind.stored)))
+            other.append(
+                (*described, kind.fate, kind.reason, kind.models, byte_size(kind.nbytes), byte_size(kind.stored))
+            )
     head = "tensors named", "count", "shape", "dtype"
     return (
         f"<h2>What is superposed</h2>{WORDS['superposed']}"
-        + _table("superposed", (*head, "models that changed it", "in the base", "superposed, all groups"), superposed)
+        + table("superposed", (*head, "models that changed it", "in the base", "superposed, all groups"), superposed)
         + f"<h2>What is not superposed, and why</h2>{WORDS['kept']}"
-        + _table("kept", (*head, "is", "why", "models with their own", "bytes a model", "stored for all models"), other)
+        + table("kept", (*head, "is", "why", "models with their own", "bytes a model", "stored for all models"), other)
     )
 
 
@@ -243,47 +275,3 @@ def _shared(names: Sequence[Sequence[str]]) -> int:
     """How many parts all begin with, so that each has one left."""
     most = min(map(len, names)) - 1 if len(names) > 1 else 0
     return next((place for place in range(most) if len({parts[place] for parts in names}) > 1), most)
-
-
-# -------------------------------------------------------------------- HTML
-
-
-def _text(value: object) -> str:
-    """As a page shows it: names may hold anything."""
-    return escape("".join(c if c.isprintable() else "�" for c in str(value)))
-
-
-def _table(key: str, head: Sequence[str], rows: Iterable[Sequence[Value]]) -> str:
-    cells = "".join(f"<th>{_text(name)}</th>" for name in head)
-    lines = [f"<thead><tr>{cells}</tr></thead>"]
-    for row in rows:
-        lines.append("<tr>" + "".join(map(_cell, row)) + "</tr>")
-    return f'<div class="wide"><table id="{key}">' + "\n".join(lines) + "</table></div>\n"
-
-
-def _cell(value: Value) -> str:
-    if isinstance(value, str):
-        return f"<td>{_text(value)}</td>"
-    shown, exact = value if isinstance(value, tuple) else (str(value), value)
-    return f'<td class="n" title="{_text(exact)}">{_text(shown)}</td>'
-
-
-def _details(summary: str, inside: str) -> str:
-    return f"<details><summary>{_text(summary)}</summary>{inside}</details>\n"
-
-
-def _figure(svg: str) -> str:
-    return f"<figure>{svg}</figure>\n"
-
-
-def _number(value: float) -> tuple[str, object]:
-    return (pictures.figures(value), value) if math.isfinite(value) else ("–", "none")
-
-
-def _share(part: int, whole: int) -> Value:
-    return (f"{100 * part / whole:.1f} %", part / whole) if whole else "–"
-
-
-def _bytes(count: int) -> tuple[str, int]:
-    power = min(len(UNITS) - 1, int(math.log2(count) // 10)) if count else 0
-    return (f"{count / 1024**power:.4g} {UNITS[power]}" if power else f"{count} B"), count

@@ -17,6 +17,14 @@ checkpoints that were given, as <code>randes verify</code> has it. <b>Neither is
 points in all directions evenly cancels inside a layer, and a model with an error of 2.6 in its weights can
 answer almost as the original does. Lower is better between two stores of the same transform; between transforms
 this number says nothing. Evaluate the model.</p>""",
+    "storage": """<p>Under the names of FusionBench's metadata, gigabytes in 10⁹ bytes. Here a model's context is one
+gain a tensor, because its signs are made again from names. FusionBench counts contexts as if they were stored, and of
+task arithmetic nothing of what is not superposed.</p>""",
+    "retrieval": """<p>Each checkpoint beside what comes back of it. <b>Weights</b>: of all of its tensors.
+<b>Deltas</b>: Ŵ − W0 and W − W0 over the superposed tensors; with J models in a group their cosine is about 1 / √J.
+<b>Thirds</b>: of the singular directions of each delta, loudest first, the cosine of the delta with what comes back of
+it in these directions; a mean over at most 12 matrices, and of their 96 loudest directions. Likeness of weights is
+not the accuracy.</p>""",
     "originals": """<p>Cosines of the deltas of the <b>checkpoints that were given</b>, over all superposed tensors
 as one vector. <b>Before</b>: as they are, measured from the store's base. <b>After</b>: each turned by its
 model's signs and permutations, as it lies in the shared buffer (without what its model keeps in a shared
