@@ -186,7 +186,7 @@ def curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
         "ours: centred, D in 16 bits": over_groups("two-sided, centred"),
         "ours: centred, D in 4 bits": over_groups("two-sided, centred", 4),
         "ours: centred, D in 2 bits": over_groups("two-sided, centred", 2),
-        "ours: rank 16, centred, D and coordinates in 4 bits": over_groups("shared basis of rank 16, centred", 4, 4),
+        "ours: rank auto, D and coordinates in 4 bits": over_groups("shared basis of rank auto", 4, 4),
         "column signs, layer shuffle (RanDeS)": over_groups("layer shuffle + column signs"),
         "column signs": over_groups("column signs"),
         "task arithmetic": over("task arithmetic, best λ"),
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=MODELS, help="where models are kept (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="measure these, and keep the others' rows")
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="models to a group (%(default)s)")
+    parser.add_argument("--only", default="", help="measure methods whose name holds this, and keep the others' rows")
     parser.add_argument("--table", choices=TABLES, nargs="?", const="methods", help="print what is there")
     parser.add_argument("--draw", action="store_true", help="draw what is there")
     given = parser.parse_args()
@@ -255,13 +256,18 @@ def main() -> None:
     with Progress() as bars:
         for seed in () if given.draw else given.seeds:
             task = bars.add_task(f"seed {seed}", total=None)
+
+            def again(row: dict[str, Any], seed: int) -> bool:
+                return row["seed"] == seed and given.only in row["method"]
+
             tuned = finetunes(SETTINGS[given.setting], seed, given.models)
             found: Rows = []
             for row in measured(
-                tuned, given.groups, lambda what, task=task: bars.update(task, advance=1, description=what)
+                tuned, given.groups, given.only, lambda what, task=task: bars.update(task, advance=1, description=what)
             ):
-                found.append({**row, "seed": seed})
-                write(path, list(tuned.models), [row for row in read(path) if row["seed"] != seed] + found)
+                if given.only in row["method"]:
+                    found.append({**row, "seed": seed})
+                    write(path, list(tuned.models), [row for row in read(path) if not again(row, seed)] + found)
     draw()
 
 

@@ -3,6 +3,8 @@
     python bench/streaming.py                     # 1 GB of bf16 base and 8 fine-tunes in shards; writes a row for each
     python bench/streaming.py --bytes 3e8 --models 4 --folder /data
 
+Without shared bases, which take three more readings of the fine-tunes and a small product in each.
+
 Each row: bytes read and written, seconds, processor seconds and peak memory of randes in a process of its own, and
 seconds of reading the same input files and writing as many bytes as randes did, flushed to disk. The files leave the
 page cache before each, so both read from the disk. Medians of several runs in turn, with the load of the machine beside
@@ -44,7 +46,7 @@ def processor():
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the imports'
 before, used, start = status("VmRSS"), processor(), time.perf_counter()
 if kind == "compress":
-    randes.compress(base, models).save(store)
+    randes.compress(base, models, randes.Config()).save(store)
 else:
     write_file(Path(out), randes.Superposition.load(store, check=False).retrieved("m0"))
 seconds = time.perf_counter() - start

@@ -29,6 +29,8 @@ MERGED = {
     "TIES, best λ": (ties, (0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6)),
 }
 """Merging methods and their λ, of which each gets the one that is best on the validation text."""
+CALIBRATING = 32
+"""Sequences of each kind to calibrate with."""
 PLAIN = randes.Config(include=("layers*weight",))
 
 
@@ -42,7 +44,7 @@ class Made(NamedTuple):
 
 def configurations() -> dict[str, randes.Config]:
     """What is superposed how; ``group_size`` is varied on top."""
-    ranks = {f"shared basis of rank {rank}": replace(PLAIN, rank=rank) for rank in RANKS}
+    ranks = {f"shared basis of rank {rank}": replace(PLAIN, rank=rank) for rank in (*RANKS, "auto")}
     return {
         "column signs": replace(PLAIN, signs="columns"),
         "layer shuffle + column signs": replace(PLAIN, signs="columns", shuffle_layers=-1),
@@ -102,19 +104,41 @@ class Judge:
         ]
 
 
-def superposed(tuned: Finetunes, group: int) -> Iterator[Made]:
+def superposed(tuned: Finetunes, group: int, only: str) -> Iterator[Made]:
     """Ours, in every number of bits."""
     for method, config in configurations().items():
-        made = randes.compress(tuned.base, tuned.models, replace(config, group_size=group))
-        for d, held in packings(config):
-            packed, nbytes = served(made, d, held)
-            yield Made({"method": method, "group": group, "d": d, "coordinates": held}, nbytes, packed.retrieve)
+        if only in method:
+            made = randes.compress(tuned.base, tuned.models, replace(config, group_size=group))
+            yield from _packed(made, method, packings(config))
 
 
-def merged(tuned: Finetunes, group: int, judge: Judge) -> Iterator[Made]:
+def calibrated(tuned: Finetunes, group: int, only: str) -> Iterator[Made]:
+    """Ours with bases that come from activations: of the base on training text of every kind."""
+    methods = {f"shared basis of rank {rank}, calibrated": rank for rank in (16, "auto")}
+    wanted = {method: rank for method, rank in methods.items() if only in method}
+    if wanted:
+        base = LanguageModel(tuned.setting)
+        base.load_state_dict(tuned.base)
+        moments = randes.calibrate(base, (rows[:CALIBRATING, :-1].long() for rows in tuned.texts.training.values()))
+    for method, rank in wanted.items():
+        config = replace(PLAIN, rank=rank, group_size=group)
+        made = randes.compress(tuned.base, tuned.models, config, calibration=moments)
+        yield from _packed(made, method, [(16, 16), (4, 4)])
+
+
+def _packed(made: randes.Superposition, method: str, packings: list[tuple[int, int]]) -> Iterator[Made]:
+    group = made.config.group_size
+    for d, held in packings:
+        packed, nbytes = served(made, d, held)
+        yield Made({"method": method, "group": group, "d": d, "coordinates": held}, nbytes, packed.retrieve)
+
+
+def merged(tuned: Finetunes, group: int, judge: Judge, only: str) -> Iterator[Made]:
     """One delta for all models of a group, at the λ that is best on the validation text."""
     deltas, kinds = _deltas(tuned), list(tuned.models)
     for method, (merge, scales) in MERGED.items():
+        if only not in method:
+            continue
         sums: dict[str, Tensors] = {}
         for first in range(0, len(kinds), group):
             chosen = kinds[first : first + group]
@@ -126,11 +150,12 @@ def merged(tuned: Finetunes, group: int, judge: Judge) -> Iterator[Made]:
         yield Made(row, len(kinds) // group * _bytes(deltas), partial(at, best))
 
 
-def per_task(tuned: Finetunes) -> Iterator[Made]:
+def per_task(tuned: Finetunes, only: str) -> Iterator[Made]:
     """Every model's delta by itself in few bits, or in few directions."""
-    deltas = _deltas(tuned)
+    methods = {m: approximate for m, approximate in approximations(tuned.setting.width).items() if only in m}
+    deltas = _deltas(tuned) if methods else {}
     factors = {kind: {name: _factors(value) for name, value in delta.items()} for kind, delta in deltas.items()}
-    for method, approximate in approximations(tuned.setting.width).items():
+    for method, approximate in methods.items():
         approximated: dict[str, Tensors] = {}
         nbytes = 0
         for kind, delta in deltas.items():
@@ -177,18 +202,25 @@ def _factors(delta: Tensor) -> tuple[Tensor, Tensor]:
     return (u * s.sqrt()).mT.contiguous(), s.sqrt()[:, None] * v
 
 
-def measured(tuned: Finetunes, groups: Iterable[int], step: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """A row for each method, size of groups and number of bits. step: called before each, with what it is."""
+def measured(
+    tuned: Finetunes, groups: Iterable[int], only: str, step: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """A row for each method whose name holds ``only``, size of groups and number of bits, after one of the fine-tunes.
+
+    step: called before each, with what it is.
+    """
     entries = len(tuned.models) * sum(tuned.base[name].numel() for name in matrices(tuned.base))
     judge = Judge(tuned)
     yield {"method": "fine-tunes", "group": 1, "bits": 16, "base": judge.base["test"], "own": judge.own["test"]}
 
     def all_made() -> Iterator[Made]:
-        yield from per_task(tuned)
+        yield from per_task(tuned, only)
         for group in groups:
             if group <= len(tuned.models):
-                yield from merged(tuned, group, judge)
-                yield from superposed(tuned, group)
+                yield from merged(tuned, group, judge, only)
+                yield from superposed(tuned, group, only)
+                if group == 8:
+                    yield from calibrated(tuned, group, only)
 
     for made in all_made():
         step(f"{made.row['method']}, groups of {made.row['group']}")

@@ -239,7 +239,7 @@ def save(out: Path, base: Any, tokenizer: Any, models: Mapping[str, nn.Module]) 
     """The base as Transformers saves it, and a store of all fine-tunes with its tokenizer."""
     base.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    randes.compress(out / "base", models).save(out / "store")
+    randes.compress(out / "base", models, randes.Config()).save(out / "store")
 
 
 def figures(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[str]:

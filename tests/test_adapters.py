@@ -92,7 +92,8 @@ def test_it_is_superposed_as_the_merged_model_is(tmp_path: Path) -> None:
         stores.append(stored(sup, tmp_path / f"store{number}"))
         sup.remove("m", folder)
         assert sup.deltas == {}
-    assert stores[0] == stores[1] == stored(randes.compress(base, {"m": folder}), tmp_path / "compressed")
+    together = randes.compress(base, {"m": folder}, randes.Config())
+    assert stores[0] == stores[1] == stored(together, tmp_path / "compressed")
 
 
 def test_with_centring_it_is_of_the_original_base(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The shared basis: found, exact, stored, served, and what it is for."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import randes
-from randes import basis
+from randes import basis, summary
 from randes.basis import UNIT
 from randes.checkpoint import write_file
 from randes.cli import app
@@ -26,6 +27,8 @@ CONFIGS = {
     "permuted, groups of 2": replace(RANK, permute=1, group_size=2),
     "shuffled": replace(RANK, shuffle_layers=-1),
     "columns": replace(RANK, signs="columns"),
+    "auto": replace(RANK, rank="auto"),
+    "auto, centred, groups of 2": replace(RANK, rank="auto", centre=True, group_size=2),
 }
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -44,6 +47,31 @@ def loud(base: nn.Module, count: int = 4, size: float = 0.1) -> dict[str, nn.Mod
                     parameter += size * torch.randn(len(parameter), 4, generator=own) @ directions.mT
         models[f"m{number}"] = tuned
     return models
+
+
+class Uneven(nn.Module):
+    """Three matrices of which ``uneven`` makes deltas with 4, no and 9 loud directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.none, self.many = nn.Linear(32, 256), nn.Linear(256, 160), nn.Linear(160, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.many(torch.relu(self.none(torch.relu(self.few(x)))))
+        return hidden
+
+
+def uneven(count: int = 4) -> tuple[nn.Module, dict[str, nn.Module]]:
+    torch.manual_seed(0)
+    base = Uneven()
+    directions = {"few": torch.linalg.qr(torch.randn(32, 4))[0], "many": torch.linalg.qr(torch.randn(160, 9))[0]}
+    models = {f"m{number}": finetune(base, number, 0.003) for number in range(count)}
+    for model in models.values():
+        for name, shared in directions.items():
+            weight = model.get_submodule(name).weight
+            with torch.no_grad():
+                weight += 0.1 * torch.randn(len(weight), shared.shape[1]) @ shared.mT
+    return base, models
 
 
 def tokens(rows: int) -> Tensor:
@@ -109,6 +137,74 @@ def test_many_models_gather_and_few_do_not_and_both_answer_alike(monkeypatch: py
     few = model(x, adapter_names=mix)
     monkeypatch.setattr(lowrank, "FEW_MODELS", 0)
     torch.testing.assert_close(model(x, adapter_names=mix), few, **CLOSE)
+
+
+def test_auto_keeps_the_directions_that_hold_a_share_and_where_there_are_none_no_basis() -> None:
+    base, models = uneven()
+    sup = randes.compress(base, models, randes.Config(rank="auto"))
+    assert {name: basis.shape[1] for name, basis in sup.bases.items()} == {"few.weight": 4, "many.weight": 9}
+    for name, u in sup.bases.items():
+        deltas = [(m.state_dict()[name] - base.state_dict()[name]).double() for m in models.values()]
+        held = sum((d @ (u.double() * UNIT)).square().sum(0) / d.square().sum() for d in deltas) / len(deltas)
+        assert (held > basis.SHARE).all()
+        rest = [d - d @ (u.double() * UNIT) @ (u.double() * UNIT).mT for d in deltas]
+        gram = sum(r.mT @ r / d.square().sum() for r, d in zip(rest, deltas, strict=True)) / len(deltas)
+        assert torch.linalg.eigvalsh(gram)[-1] < basis.SHARE
+
+
+def test_auto_keeps_no_more_than_half_of_the_narrower_side() -> None:
+    base = linear(48, 32)
+    models = {f"m{number}": finetune(base, number).state_dict() for number in range(3)}  # 1 / 32 in every direction
+    found = basis.loudest(models, dict(base.state_dict()), ["weight"], "auto", 0)
+    assert found["weight"].shape == (32, 16)
+    assert basis.widest("auto", 4096, 4096) == basis.MOST == round(1 / basis.SHARE)
+
+
+@pytest.mark.parametrize("group_size", [8, 2])
+def test_matrices_of_different_ranks_are_served_packed_stored_and_changed(group_size: int, tmp_path: Path) -> None:
+    base, models = uneven()
+    sup = randes.compress(base, models, randes.Config(rank="auto", group_size=group_size))
+    x, mix = torch.randn(6, 32), ["m0", "__base__", "m3", "m1", "m2", "m0"]
+    for held in (sup, sup.pack(8), sup.pack(4), sup.pack(2)):
+        held.save(tmp_path / f"store-{held.packing.bits if held.packing else 16}")
+        again = randes.Superposition.load(tmp_path / f"store-{held.packing.bits if held.packing else 16}")
+        y = randes.SuperposedModel(copy.deepcopy(base), again)(x, adapter_names=mix)
+        for row, name in enumerate(mix):
+            torch.testing.assert_close(y[row], retrieved(base, held, name)(x)[row], **CLOSE)
+        found = verify(again, "m1", models["m1"])
+        assert found.relative_error == pytest.approx(found.predicted_error, rel=0.1)
+    before = stored(sup, tmp_path / "before")
+    later = uneven(6)[1]["m5"]
+    sup.add("later", later)
+    assert sup.members["later"].coordinates.keys() == {"few.weight", "many.weight"}
+    for tensor, u in sup.bases.items():  # its own delta in the directions that were there before it
+        delta = (later.state_dict()[tensor] - base.state_dict()[tensor]).double()
+        found = (sup.retrieve("later")[tensor] - base.state_dict()[tensor]).double()
+        off = (found - delta) @ (u.double() * UNIT)
+        assert off.norm() < 1e-3 * (delta @ (u.double() * UNIT)).norm()
+    sup.remove("later", later)
+    assert stored(sup, tmp_path / "after") == before
+
+
+def test_auto_may_find_nothing_at_all(tmp_path: Path) -> None:
+    base = linear(160, 256)
+    models = {f"m{number}": finetune(base, number) for number in range(4)}
+    sup = randes.compress(base, models)
+    assert not sup.bases
+    assert summary.ranks(sup) == "rank 0 to 0, 0.0 in the mean (auto)"
+    sup.save(tmp_path / "store")
+    again = randes.Superposition.load(tmp_path / "store")
+    plain = randes.compress(base, models, randes.Config())
+    assert all(torch.equal(value, again.retrieve("m1")[name]) for name, value in plain.retrieve("m1").items())
+
+
+def test_a_basis_is_the_default_where_all_models_are_at_hand_and_nowhere_else(tmp_path: Path) -> None:
+    base, models = uneven()
+    assert randes.compress(base, models).config == randes.Config(rank="auto")
+    assert randes.compress(base, models, randes.Config()).config.rank == 0
+    assert (
+        "rank" not in json.loads(stored(randes.Superposition.create(base), tmp_path / "s")["manifest.json"])["config"]
+    )
 
 
 def test_interference_in_the_loudest_directions_is_gone() -> None:
@@ -212,20 +308,31 @@ def test_one_program_serves_all_mixes() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="rank needs all models at once"):
         randes.Superposition.create(net(), RANK)
-    with pytest.raises(ValueError, match="rank must be an integer of at least 0, got -1"):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 0, or 'auto', got 'best'"):
+        randes.Config(rank="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rank must be an integer of at least 0, or 'auto', got -1"):
         randes.Config(rank=-1)
 
 
-def test_the_command_line_keeps_a_basis(tmp_path: Path) -> None:
-    base = net()
-    for name, model in {"base": base, **loud(base, 2)}.items():
+@pytest.mark.parametrize(("options", "rank", "shown"), [
+    (["--rank=4"], 4, "shared bases of rank 4"),
+    ([], "auto", "shared bases of rank 0 to 9, 4.3 in the mean (auto)"),
+])  # fmt: skip
+def test_the_command_line_keeps_a_basis(
+    tmp_path: Path, options: list[str], rank: randes.config.Rank, shown: str
+) -> None:
+    base, tuned = uneven(2)
+    for name, model in {"base": base, **tuned}.items():
         write_file(tmp_path / f"{name}.safetensors", model.state_dict())
     models = [f"--model={name}={tmp_path / name}.safetensors" for name in ("m0", "m1")]
-    made = CliRunner().invoke(
-        app, ["compress", f"--base={tmp_path}/base.safetensors", *models, f"--out={tmp_path}/store", "--rank=4"]
-    )
+    command = ["compress", f"--base={tmp_path}/base.safetensors", *models, f"--out={tmp_path}/store"]
+    made = CliRunner().invoke(app, [*command, *options])
     assert made.exit_code == 0, made.output
     assert "in shared bases" in " ".join(made.output.split())
-    assert randes.Superposition.load(tmp_path / "store").config.rank == 4
-    shown = CliRunner().invoke(app, ["info", f"{tmp_path}/store"])
-    assert "shared bases of rank 4" in " ".join(shown.output.split())
+    assert randes.Superposition.load(tmp_path / "store").config.rank == rank
+    info = " ".join(CliRunner().invoke(app, ["info", f"{tmp_path}/store"]).output.split())
+    assert shown in info
+    assert "many.weight 40×160 float32, rank " in info
+    wrong = CliRunner().invoke(app, [*command[:-1], f"--out={tmp_path}/other", "--rank=best"])
+    assert wrong.exit_code == 2
+    assert "rank must be an integer of at least 0, or 'auto', got 'best'" in " ".join(wrong.output.split())

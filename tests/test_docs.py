@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
 FULL = "full fine-tunes"
+AUTO = "shared basis of rank auto"
 
 sys.path.insert(0, str(ROOT / "bench"))
 import claim_tables  # noqa: E402
@@ -96,12 +97,39 @@ def test_the_methods_table_of_the_language_model_is_that_of_the_rows() -> None:
         found = re.search(rf"<!-- language {name}: .*? -->\n(.*?)\n<!-- /language {name} -->", text, re.DOTALL)
         assert found is not None
         assert found[1].strip() == language.TABLES[name](rows)
+    readme = " ".join(README.split())
     for measured in (rows, language.read(language.RESULTS.with_name("language-wide.json"))):
-        plain = language.shares(measured, "two-sided signs", 8)
-        ranked = language.shares(measured, "shared basis of rank 16, centred", 8)
-        assert plain is not None
-        assert ranked is not None
-        assert f"{plain[0]:.1f} to {ranked[0]:.1f} %" in README
+        plain = share(measured, "two-sided signs", 8, 16)
+        ranked = share(measured, AUTO, 8, 4)
+        assert f"from {plain.mean:.1f} to {ranked.mean:.1f} %" in readme
+        assert f"at {ranked.bits:.2f} instead of {plain.bits:.2f} bits" in readme
+    assert f"in groups of 4, keep {share(rows, 'two-sided signs', 4, 16).mean:.1f}" in readme
+
+
+def share(rows: Rows, method: str, group: int, coordinates: int) -> language.Share:
+    """What survives with D in 4 bits."""
+    found = language.shares(rows, method, group, 4, coordinates)
+    assert found is not None
+    return found
+
+
+def test_what_compress_does_by_default_keeps_the_most_at_its_storage() -> None:
+    for name in ("language.json", "language-wide.json"):
+        rows = language.read(language.RESULTS.with_name(name))
+        for group in language.groups_of(rows):
+            auto = share(rows, AUTO, group, 4)
+            fixed = [share(rows, f"shared basis of rank {rank}", group, 4) for rank in (4, 8, 16, 32, 64)]
+            more = next(number for number, other in enumerate(fixed) if other.bits > auto.bits)
+            below, above = fixed[more - 1 : more + 1]
+            between = (auto.bits - below.bits) / (above.bits - below.bits)
+            assert auto.mean > below.mean + between * (above.mean - below.mean)
+    rows = language.read(language.RESULTS)
+    smaller = share(rows, "two-sided signs", 4, 16)
+    assert share(rows, AUTO, 8, 4).bits < smaller.bits
+    assert share(rows, AUTO, 8, 4).mean > smaller.mean + 2
+    # More directions in 4 bits against fewer with coordinates in 8: the default of pack.
+    more, fewer = (share(rows, f"shared basis of rank {r}, centred", 8, held) for r, held in ((32, 4), (16, 8)))
+    assert more.mean > fewer.mean + 1
 
 
 def test_the_tables_of_the_papers_claims_are_those_of_the_rows() -> None:

@@ -27,6 +27,7 @@ CONFIGS = {
     "two-sided": EVERYTHING,
     "permuted": randes.Config(include=("*weight",), exclude=(), min_width=2, permute=1, signs="columns"),
     "rank": randes.Config(include=("*weight",), exclude=(), min_width=2, rank=3),
+    "auto": randes.Config(include=("*weight",), exclude=(), min_width=2, rank="auto"),
     "centred": randes.Config(include=("*weight",), exclude=(), min_width=2, centre=True),
 }
 

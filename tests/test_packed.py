@@ -106,7 +106,7 @@ def test_the_manifest_names_the_superposition_that_it_was_made_of(tmp_path: Path
     sup.pack(2, group=128).save(tmp_path / "packed")
     master, packed = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("master", "packed"))
     assert "packed" not in master
-    assert packed["packed"] == {"bits": 2, "group": 128, "coordinates": 8, "master": master["checksum"]}
+    assert packed["packed"] == {"bits": 2, "group": 128, "coordinates": 4, "master": master["checksum"]}
 
 
 def test_nothing_is_added_to_or_taken_from_what_is_packed() -> None:

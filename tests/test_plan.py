@@ -48,21 +48,38 @@ def test_sizes_are_what_stores_and_models_take(config: randes.Config) -> None:
 def test_interference_is_what_verify_finds() -> None:
     base = net()
     models = {f"m{number}": finetune(base, number) for number in range(4)}
-    sup = randes.compress(base, models)
-    for row in randes.plan(base, 4):
+    sup = randes.compress(base, models, randes.Config())
+    for row in randes.plan(base, 4, randes.Config()):
         held = sup if row.bits == 16 else sup.pack(row.bits)
         assert verify(held, "m1", models["m1"]).relative_error == pytest.approx(row.interference, rel=0.1)
 
 
 def test_costs_are_the_designs() -> None:
     base = nn.Linear(4096, 1024, dtype=torch.bfloat16)
-    costs = {row.bits: row.decode for row in randes.plan(base, 8)}
+    plain = randes.Config()
+    costs = {row.bits: row.decode for row in randes.plan(base, 8, plain)}
     assert costs == pytest.approx({16: 2.0, 8: 1.5, 4: 1.27, 2: 1.14}, abs=0.01)
-    many = {row.bits: row.decode_all for row in randes.plan(base, 16)}
+    many = {row.bits: row.decode_all for row in randes.plan(base, 16, plain)}
     assert many[16] == pytest.approx(3.0)
     ranked = randes.plan(base, 8, randes.Config(rank=32))[0]
     assert ranked.decode == pytest.approx(2 + 32 / 4096 + 32 / 1024 / 8, abs=0.01)
-    assert ranked.serving > randes.plan(base, 8)[0].serving
+    assert ranked.serving > randes.plan(base, 8, plain)[0].serving
+
+
+def test_with_rank_auto_it_is_the_most_that_there_can_be() -> None:
+    base = net()
+    models = {f"m{number}": finetune(base, number) for number in range(5)}
+    assert randes.plan(base, 5) == randes.plan(base, 5, randes.Config(rank="auto"))
+    assert randes.plan(base, 5) == randes.plan(base, 5, randes.Config(rank=50))
+    with torch.no_grad():  # one direction alone in one matrix, and in the others noise, of which half is kept
+        for model in models.values():
+            model.layers[0].up.weight.copy_(base.layers[0].up.weight + torch.randn(48, 1) @ torch.ones(1, 32))
+    sup = randes.compress(base, models)
+    assert {basis.shape[1] for basis in sup.bases.values()} == {1, 16}
+    for row in randes.plan(base, 5):
+        held = sup if row.bits == 16 else sup.pack(row.bits)
+        assert 0.8 * row.store < held.sizes.total < row.store
+        assert verify(held, "m1", models["m1"]).relative_error < row.interference
 
 
 def test_values_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +102,8 @@ def test_the_command_line_says_what_fits(tmp_path: Path) -> None:
     rows = randes.plan(base, 8, replace(randes.Config(), rank=4))
     between = (rows[0].serving + rows[1].serving) / 2e9
     command = ["plan", "--base", f"{tmp_path}/base.safetensors", "--models", "8", "--rank", "4"]
+    auto = CliRunner().invoke(app, command[:-2], env={"COLUMNS": "160"}).stdout
+    assert "the models decide how many directions each matrix keeps, 50 at most" in " ".join(auto.split())
     shown = CliRunner().invoke(app, [*command, "--memory", f"{between:.9f}"], env={"COLUMNS": "160"}).stdout
     assert [line.split()[-2] for line in shown.splitlines() if line.startswith("│")] == ["no", "yes", "yes", "yes"]
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)

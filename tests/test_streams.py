@@ -19,6 +19,7 @@ from torch import Tensor
 
 import randes
 from randes import checkpoint, files, streams
+from randes.basis import PASSES
 from randes.streams import ahead, digests, parts
 from randes.summary import verify
 
@@ -133,8 +134,9 @@ def test_from_disk_in_parts_the_store_is_that_from_memory(config: randes.Config,
         torch.testing.assert_close(retrieved[name], value, rtol=0, atol=0 if not config.rank else 1e-6)
 
 
-def test_to_compress_a_checkpoint_is_read_once_and_its_bytes_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("config", "passes"), [(randes.Config(), 0), (None, PASSES)], ids=["plain", "default"])
+def test_to_compress_a_checkpoint_is_read_once_and_a_few_times_for_a_basis_and_its_bytes_are_counted(
+    config: randes.Config | None, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = net()
     paths = on_disk(tmp_path, {"base": base, **{f"m{number}": finetune(base, number) for number in range(3)}})
@@ -152,12 +154,14 @@ def test_to_compress_a_checkpoint_is_read_once_and_its_bytes_are_counted(
         stages[stage] = [nbytes]
         return stages[stage].append
 
-    sup = randes.compress(paths.pop("base"), paths, progress=progress)
+    sup = randes.compress(paths.pop("base"), paths, config, progress=progress)
+    matrices = sum(streams.headers(sup.base)[name].nbytes for name in sup.superposed)
     kept = sum(value.nbytes for value in sup.members["m0"].kept.values())
     for name, path in paths.items():
-        assert read[name] <= path.stat().st_size + kept  # and what is kept, once more
+        assert read[name] <= path.stat().st_size + passes * matrices + kept  # and what is kept, once more
     assert all(sum(done) == nbytes for nbytes, *done in stages.values())
     assert stages["superposing"][0] == 3 * sup.sizes.base
+    assert stages.get("shared bases", [0])[0] == 3 * passes * matrices
     sup.save(tmp_path / "store", progress=progress)
     assert sum(stages["writing"][1:]) == stages["writing"][0] == sup.nbytes
 

@@ -6,6 +6,7 @@ model = randes.SuperposedModel(base, sup)
 model(x, adapter_names=["german", "__base__"])
 """
 
+from randes.calibration import calibrate
 from randes.compress import compress
 from randes.config import Config
 from randes.errors import BaseMismatchError, CapacityError, CheckpointError, RandesError, StoreError, UnknownModelError
@@ -29,6 +30,7 @@ __all__ = [
     "SuperposedModel",
     "Superposition",
     "UnknownModelError",
+    "calibrate",
     "compress",
     "from_pretrained",
     "merge_adapter",

@@ -21,41 +21,54 @@ import torch
 from torch import Tensor
 
 from randes.checkpoint import Tensors, check_finite
+from randes.config import Rank
 from randes_kernels import Packed, Transform, model_key, superposed_linear, tensor_id
 from randes_kernels.format import Stream, signs
 
 UNIT = 2.0**-14
 """What one of U's integers is worth: its entries lie within ±1."""
+SHARE = 0.02
+"""Of a matrix's delta energy: what a direction must hold to be kept with rank "auto". A share and no multiple of the
+mean direction's, which at equal storage kept less in every width that was measured (docs/method.md)."""
+MOST = 50
+"""Directions that can hold that much each."""
 SPARE = 8
 """Directions beyond the rank that the search keeps, so that the last ones converge too."""
 PASSES = 3
 
 
 def loudest(
-    models: Mapping[str, Tensors], base: Tensors, superposed: Iterable[str], rank: int, seed: int,
+    models: Mapping[str, Tensors], base: Tensors, superposed: Iterable[str], rank: Rank, seed: int,
     step: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """``U`` of every tensor, (K, r) int16 of ``UNIT``: the top eigenvectors of ``Σ_j δ_jᵀδ_j / ‖δ_j‖²``.
 
-    r is ``rank``, or half of a narrower side. By subspace iteration: a few passes over the models, a tensor at a time
-    and one model's in memory, from signs that the seed makes.
+    r is ``rank``, or half of a narrower side; with "auto", up to there, as many as have ``SHARE`` of the eigenvalues'
+    sum each, and a tensor without any is left out. By subspace iteration: a few passes over the models, a tensor at a
+    time and one model's in memory, from signs that the seed makes.
     models: by name, each with the base's names and shapes. step: called with the bytes read.
     Raises ``CheckpointError`` for a delta that is not finite.
     """
     key = model_key(seed, "")
-    return {name: _loudest_of(name, models, base, rank, key, step) for name in superposed}
+    found = {name: _loudest_of(name, models, base, rank, key, step) for name in superposed}
+    return {name: basis for name, basis in found.items() if basis.shape[1]}
+
+
+def widest(rank: Rank, rows: int, columns: int) -> int:
+    """How many directions the basis of a matrix can have at most."""
+    return min(MOST if rank == "auto" else rank, min(rows, columns) // 2)
 
 
 def _loudest_of(
-    name: str, models: Mapping[str, Tensors], base: Tensors, rank: int, key: int, step: Callable[[int], None]
+    name: str, models: Mapping[str, Tensors], base: Tensors, rank: Rank, key: int, step: Callable[[int], None]
 ) -> Tensor:
     original = base[name]
     rows, columns = original.shape
-    kept = min(rank, min(rows, columns) // 2)
+    kept = widest(rank, rows, columns)
     start = signs(key, tensor_id(name), Stream.COLUMN_SIGNS, columns * (kept + SPARE)).view(columns, kept + SPARE)
     found = torch.linalg.qr(start.float())[0]
     for last in [False] * (PASSES - 1) + [True]:
-        image = torch.zeros_like(found)
+        image, changed = torch.zeros_like(found), 0
         for model in sorted(models):
             delta = models[model][name].float() - original.float()
             size = delta.square().sum()
@@ -63,11 +76,19 @@ def _loudest_of(
                 check_finite(name, models[model][name])
             if size > 0:
                 image += delta.mT @ (delta @ found) / size
+                changed += 1  # by one in all directions together
             step(original.nbytes)
         # Within the span of the last pass's directions, the loudest ones: eigenvectors of a small matrix.
-        small = torch.linalg.eigh(found.mT @ image)[1].flip(1)
+        energy, small = (part.flip(-1) for part in torch.linalg.eigh(found.mT @ image))
+        if last and rank == "auto":
+            kept = min(kept, int((energy >= SHARE * changed).sum())) if changed else 0
         found = found @ small[:, :kept] if last else torch.linalg.qr(image)[0]
-    return torch.round(found / UNIT).to(torch.int16)
+    return rounded_directions(found)
+
+
+def rounded_directions(directions: Tensor) -> Tensor:
+    """``U`` (K, r) as it is stored."""
+    return torch.round(directions / UNIT).to(torch.int16).contiguous()
 
 
 def coordinates(delta: Tensor, basis: Tensor) -> tuple[Tensor, float]:

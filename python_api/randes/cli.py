@@ -1,6 +1,7 @@
 """The command line: ``randes --help``."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from randes import fusionbench
+from randes.basis import MOST
 from randes.compress import compress as make
 from randes.config import Config
 from randes.errors import RandesError
@@ -36,7 +38,7 @@ from randes.report import write as write_report
 from randes.store import MANIFEST, check_new
 from randes.streams import Progress as Begin
 from randes.streams import size
-from randes.summary import summary
+from randes.summary import ranks, summary
 from randes.summary import verify as verify_model
 from randes.superposition import Superposition
 
@@ -55,6 +57,14 @@ NamedModel = Annotated[
     typer.Argument(
         metavar="NAME=PATH",
         help="A model and its checkpoint: safetensors, a folder of shards, their index, or a LoRA adapter's folder.",
+    ),
+]
+
+Rank = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|INTEGER",
+        help="Directions of each matrix in which every model keeps its own delta; 0 for none.",
     ),
 ]
 
@@ -96,6 +106,11 @@ def _steps() -> Iterator[Callable[[str, int], Callable[[], None]]]:
             return lambda: bars.advance(task)
 
         yield begin
+
+
+def _rank(text: str) -> int | str:
+    """A number where it is one; ``Config`` says what else there can be."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:
@@ -144,8 +159,13 @@ def compress(
         bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
     ] = False,
     rank: Annotated[
-        int, typer.Option(help="Directions of each matrix in which every model keeps its own delta; 0 for none.")
-    ] = 0,
+        str | None,
+        typer.Option(
+            metavar="auto|INTEGER",
+            help="Directions of each matrix in which every model keeps its own delta; 0 for none. By default auto, and"
+            " 0 with a dense matrix or an origin of zero.",
+        ),
+    ] = None,
     matrix: Annotated[
         str, typer.Option(help="What turns columns: signs, or in their place rotation, diagonal or dense.")
     ] = "signs",
@@ -166,10 +186,13 @@ def compress(
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         patterns = {"include": include, "exclude": exclude}
         options: dict[str, Any] = {name: tuple(given) for name, given in patterns.items() if given is not None}
+        # A basis is what the first cannot have, and the second has no deltas for.
+        by_default = "0" if matrix == "dense" or origin == "zero" else "auto"
         options |= {
             "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
-            "seed": seed, "others": others, "centre": centre, "rank": rank, "min_width": min_width, "matrix": matrix,
-            "gains": gains, "origin": origin, "every": every, "per_layer": per_layer, "vectors": vectors,
+            "seed": seed, "others": others, "centre": centre, "rank": _rank(rank or by_default), "min_width": min_width,
+            "matrix": matrix, "gains": gains, "origin": origin, "every": every, "per_layer": per_layer,
+            "vectors": vectors,
         }  # fmt: skip
         models = _named(model)
         chosen = Options(Config(**options), alpha, False, ())
@@ -242,14 +265,14 @@ def plan(
     group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
     others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
     centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
-    rank: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    rank: Rank = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Show what a store will take and cost at each number of bits, before anything is compressed."""
     with _errors():
         if memory is not None and not memory > 0:
             raise ValueError(f"--memory must be above 0, got {memory}")
-        config = Config(group_size=group_size, others=others, centre=centre, rank=rank)  # type: ignore[arg-type]
+        config = Config(group_size=group_size, others=others, centre=centre, rank=_rank(rank))  # type: ignore[arg-type]
         rows = plan_of(base, models, config)
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
@@ -264,6 +287,11 @@ def plan(
         f"As separate models {_gigabytes(rows[0].separate)}. Of store and memory at most"
         f" {_gigabytes(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
     )
+    if config.rank == "auto":
+        console.print(
+            f"rank auto: the models decide how many directions each matrix keeps, {MOST} at most; this counts all of"
+            " those. With --rank 0 there are none."
+        )
     console.print(
         "decode: weight bytes that a step reads, in units of one plain model's. interference: noise in a retrieved"
         " delta's weights, in units of the delta; it is not the accuracy: evaluate the models for that."
@@ -304,7 +332,10 @@ def pack(
     out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
     bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4 or 2.")] = 4,
     group: Annotated[int, typer.Option(help="Columns that share a scale, at 4 and 2 bits.")] = 64,
-    coordinates: Annotated[int, typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4.")] = 8,
+    coordinates: Annotated[
+        int | None,
+        typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4. By default as D, 4 at least."),
+    ] = None,
 ) -> None:
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with _errors(), _progress() as begin:
@@ -349,7 +380,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"signs {config.signs}, permute {config.permute}, shuffle_layers {config.shuffle_layers},"
         f" groups of {config.group_size}, seed {config.seed}, others {config.others}"
         f"{', deltas centred on their mean' if config.centre else ''}"
-        f"{f', shared bases of rank {config.rank}' if config.rank else ''}"
+        f"{f', shared bases of {ranks(superposition)}' if config.rank else ''}"
         f"{f', columns turned by {_WORDS[config.matrix]}' if config.matrix != 'signs' else ''}"
         f"{', one gain for all models' if config.gains == 'shared' else ''}"
         f"{', weights measured from zero' if config.origin == 'zero' else ''}"

@@ -10,8 +10,9 @@ from torch import Tensor
 from randes import checkpoint, superposing
 from randes.arranged import replaced
 from randes.basis import PASSES, loudest
+from randes.calibration import calibrated, matched
 from randes.checkpoint import Checkpoint, Tensors
-from randes.config import Config
+from randes.config import TOGETHER, Config
 from randes.members import BASE_NAME
 from randes.streams import Progress, headers, parts, runs, silent, size
 from randes.superposing import Joining
@@ -24,9 +25,10 @@ def compress(
     config: Config | None = None,
     *,
     alpha: float = 1.0,
+    calibration: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
 ) -> Superposition:
-    """Superpose all of ``models``, fine-tunes of ``base`` by name.
+    """Superpose all of ``models``, fine-tunes of ``base`` by name; by default with ``Config(rank="auto")``.
 
     Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
     there are. A base that is a path stays on the disk.
@@ -37,36 +39,48 @@ def compress(
     model added later is measured from the same centre.
 
     With ``config.rank`` each superposed matrix gets a shared basis of that many directions, the loudest of the deltas
-    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model.
-    (``basis.py``; design, section 2.)
+    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model. With
+    "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
+    added later keep their own delta in the same directions. (``basis.py``; design, section 2.)
 
     alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
         or 1 / J for the average of a model soup (``origin="zero"``).
+    calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models and for an ``alpha`` that is not finite, and whatever ``Superposition.create``
-    and ``add`` raise.
+    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite and for a calibration that does not fit,
+    and whatever ``Superposition.create`` and ``add`` raise.
     """
-    config = config or Config()
+    config = config or TOGETHER
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha}")
+    if calibration is not None and not config.rank:
+        raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     original, superposed = superposition.base, superposition.superposed
+    moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
     sources = {name: superposition.read(model) for name, model in models.items()}
     matrices = sum(headers(original)[tensor].nbytes for tensor in superposed)
     stored = original
     if config.centre:
         stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
+    bases: dict[str, Tensor] = {}
     if config.rank:
-        step = progress("shared bases", matrices * len(sources) * PASSES)
         matrices_alone = [name for name in superposed if name not in superposition.layout.vectors]
-        bases = loudest(sources, stored, matrices_alone, config.rank, config.seed, step)
+        passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in matrices_alone}
+        read = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
+        step = progress("shared bases", read * len(sources))
+        unseen = [name for name in matrices_alone if name not in moments]
+        bases = loudest(sources, stored, unseen, config.rank, config.seed, step)
+        for name, seen in moments.items():
+            found = calibrated(name, *seen, sources, stored, config.rank, step)
+            bases |= {name: found} if found.shape[1] else {}
     if config.centre or config.rank:
         companions, layout = superposition.companions, superposition.layout
         config = replace(config, include=superposition.config.include)
-        superposition = Superposition(config, stored, superposed, bases=bases if config.rank else {}, layout=layout)
+        superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
         superposition.companions = companions
     shifts = config.shuffle_layers > 0
     joining = [Joining(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []

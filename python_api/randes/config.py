@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from randes_kernels.format import Matrix, Transform
 
 Signs = Literal["both", "columns", "none"]
+Rank: TypeAlias = int | Literal["auto"]
 Turning = Literal["signs", "rotation", "diagonal", "dense"]
 Gains = Literal["own", "shared"]
 Origin = Literal["base", "zero"]
@@ -38,8 +39,9 @@ class Config:
     min_width: matrices narrower than this on either side (class heads) are not superposed.
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
-    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none. All
-        models must be there at once here, too.
+    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none,
+        "auto" for those that hold at least 2 % of the matrix's delta energy, which may be none. All models must be
+        there at once here, too.
     transposed: patterns of weights that are (K, N), for layers that multiply from the right (Transformers' Conv1D).
         Where the base is a module, or a Transformers folder, its layers say so themselves.
     fused: weights that are the concatenation of others, which signs and gains come from: the rows of each part by
@@ -79,7 +81,7 @@ class Config:
     )
     min_width: int = 32
     centre: bool = False
-    rank: int = 0
+    rank: Rank = 0
     transposed: tuple[str, ...] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
     matrix: Turning = "signs"
@@ -101,7 +103,8 @@ class Config:
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
-        _at_least("rank", self.rank, 0)
+        if self.rank != "auto" and (not isinstance(self.rank, int) or self.rank < 0):
+            raise ValueError(f"rank must be an integer of at least 0, or 'auto', got {self.rank!r}")
         _at_least("every", self.every, 1)
         for name in ("centre", "per_layer", "vectors"):
             if not isinstance(getattr(self, name), bool):
@@ -197,3 +200,8 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def _at_least(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+TOGETHER = Config(rank="auto")
+"""What is taken where no config is given and all models are at hand: at equal storage a basis keeps more of each than
+smaller groups do (docs/method.md). Models that come one by one cannot know one, so ``Config()`` has none."""

@@ -41,7 +41,7 @@ class Packing:
 
 
 def packed(
-    superposition: "Superposition", bits: int, group: int, coordinates: int, step: Callable[[int], None]
+    superposition: "Superposition", bits: int, group: int, coordinates: int | None, step: Callable[[int], None]
 ) -> "Superposition":
     """A superposition for serving alone: see ``Superposition.pack``."""
     from randes import store
@@ -50,6 +50,7 @@ def packed(
     if superposition.packing is not None:
         raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
     _one_of("bits", bits, (8, 4, 2))
+    coordinates = coordinates_for(bits) if coordinates is None else coordinates
     _one_of("coordinates", coordinates, (16, 8, 4))
     check(bits, group)
     made = Superposition(
@@ -72,6 +73,11 @@ def packed(
             member = replace(member, coordinates={t: pack(held.float(), coordinates) for t, held in own.items()})
         made.members[name] = member
     return made
+
+
+def coordinates_for(bits: int) -> int:
+    """Bits of coordinates beside so many of D: at equal storage more directions in 4 bits keep more than few in 8."""
+    return max(4, bits)
 
 
 def values_of(delta: Held) -> tuple[Tensor, float]:

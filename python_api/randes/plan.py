@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from randes.basis import widest
 from randes.checkpoint import Checkpoint
-from randes.config import Config
+from randes.config import TOGETHER, Config, Rank
 from randes.layout import matrices_of
-from randes.packed import ERROR
+from randes.packed import ERROR, coordinates_for
 from randes.streams import headers, size
 from randes_kernels.packing import BITS, packed_bytes
 
@@ -28,7 +29,7 @@ class Row:
     decode, decode_all: weight bytes that a decode step reads, in units of one plain model's, for rows of one group's
         models, and for rows of all groups' models.
     interference: predicted size of the noise in a retrieved delta, in units of the delta, under signs, permutations and
-        rotations. It is not the accuracy.
+        rotations; with a shared basis it is less, by what of the delta lies in there. It is not the accuracy.
     """
 
     bits: int
@@ -44,10 +45,12 @@ class Row:
 def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Row]:
     """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
 
+    config: as for ``randes.compress``. How many directions rank "auto" keeps only the models say: all sizes and costs
+        are then the most that there can be, with ``basis.MOST`` a matrix, or half of its narrower side.
     Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that nothing can be
     superposed over. (Design, sections 2 and 4.)
     """
-    config = config or Config()
+    config = config or TOGETHER
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
     split, _, names, _ = matrices_of(base, config)
@@ -63,7 +66,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
     for bits in (16, *BITS):
         held = _sum(matrices, lambda value, bits=bits: _delta_bytes(value, bits))  # type: ignore[misc]
         stored = held if bits < 16 else _sum(matrices, lambda value: value.numel() * INTEGERS)
-        basis, corrections = _basis_bytes(matrices, config.rank, superposed, 2 if bits == 16 else 1)
+        basis, corrections = _basis_bytes(matrices, config.rank, superposed, bits)
         rounding = sharing * ERROR[bits] ** 2 if bits < 16 else 0.0
         plain = size(matrices)
         rows.append(
@@ -87,13 +90,13 @@ def _delta_bytes(value: Tensor, bits: int) -> int:
     return value.nbytes if bits == 16 else packed_bytes(rows, columns, bits)
 
 
-def _basis_bytes(matrices: Mapping[str, Tensor], rank: int, models: int, width: int) -> tuple[int, int]:
-    """Of all shared bases, and all models' parts in them: on the disk, and in memory. width: of a coordinate."""
+def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: int) -> tuple[int, int]:
+    """Of all shared bases, and all models' parts in them: on the disk, and in memory. bits: of an element of D."""
     stored = served = 0
     for value in matrices.values():
         n, k = value.shape
-        r = min(rank, min(n, k) // 2)
-        stored += 2 * k * r + models * n * r * width
+        r = widest(rank, n, k)
+        stored += 2 * k * r + models * (2 * r * n if bits == 16 else packed_bytes(r, n, coordinates_for(bits)))
         served += (k * r + models * n * r) * value.itemsize
     return stored, served
 

@@ -21,9 +21,9 @@ class Verification:
 
     relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together.
     predicted_error: √(J−1), what J models that share a buffer give under signs, permutations and rotations (for α = 1,
-        and deltas of one size where gains are shared); more with a diagonal or dense matrix, by what its inverse adds.
-        Neither is the accuracy: transforms with the same weight error keep very different shares of it (design,
-        section 2).
+        and deltas of one size where gains are shared), of what is not in a shared basis; more with a diagonal or dense
+        matrix, by what its inverse adds. Neither is the accuracy: transforms with the same weight error keep very
+        different shares of it (design, section 2).
     tensors: the relative error of each superposed tensor that the model changed.
     kept_exact: whether every tensor that is kept per model came back bit for bit.
     """
@@ -72,25 +72,35 @@ def verify(
 
 
 def _predicted_error(superposition: Superposition, name: str) -> float:
-    """√(J−1), and what packing adds, over the tensors, each with the J of the models that changed it: a delta scaled
-    by α keeps an error of 1−α of its own, and takes α of each neighbour's size."""
     member = superposition.members[name]
     group = {other: m for other, m in superposition.members.items() if m.group == member.group}
     sharing = Counter(superposition.place(other, tensor) for other, m in group.items() for tensor in m.gains)
-    error, size, packing = 0.0, 0.0, superposition.packing
-    for tensor, gain in member.gains.items():
-        weight = gain**2 * headers(superposition.base)[tensor].numel()
-        neighbours = sharing[superposition.place(name, tensor)] - 1
-        own = weight
-        if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
-            own += member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
-        columns, matrix = headers(superposition.base)[tensor].shape[1], superposition.config.transform.matrix
-        amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
-        rounding = 0.0 if packing is None else (neighbours + 1) * ERROR[packing.bits] ** 2
-        alpha = member.alpha_of(tensor)
-        error += (1 - alpha) ** 2 * own + alpha**2 * amplified * (neighbours + rounding) * weight
-        size += own
+    found = [predicted(superposition, name, t, sharing[superposition.place(name, t)]) for t in member.gains]
+    size, error = (sum(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0)
     return math.sqrt(error / size) if size else 0.0
+
+
+def predicted(superposition: Superposition, name: str, tensor: str, sharing: int) -> tuple[float, float]:
+    """‖δ‖² of a model's delta of one tensor, and ‖Ŵ − W‖² of what comes back where so many models share the buffer.
+
+    Every neighbour comes as large as the delta itself, and packing adds a share of all of them; what turns columns back
+    may amplify that, and a shared basis takes its directions' part of it away. A delta scaled by α keeps an error of
+    1 − α of its own.
+    """
+    member, packing = superposition.members[name], superposition.packing
+    header = headers(superposition.base)[tensor]
+    size = member.gains[tensor] ** 2 * header.numel()
+    columns, matrix = header.shape[1], superposition.config.transform.matrix
+    amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
+    noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size * amplified
+    if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
+        own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
+        noise *= 1 - _rank(superposition, tensor) / columns
+        if packing is not None and packing.coordinates < 16:
+            noise += own * ERROR[packing.coordinates] ** 2
+        size += own
+    alpha = member.alpha_of(tensor)
+    return size, (1 - alpha) ** 2 * size + alpha**2 * noise
 
 
 def summary(superposition: Superposition) -> dict[str, Any]:
@@ -114,13 +124,28 @@ def summary(superposition: Superposition) -> dict[str, Any]:
         "packed": None if superposition.packing is None else asdict(superposition.packing),
         "bytes": {**asdict(sizes), "total": sizes.total},
         "coverage": {
-            "superposed": _described(superposition, superposition.superposed),
+            "superposed": {
+                name: f"{text}, rank {rank}" if (rank := _rank(superposition, name)) else text
+                for name, text in _described(superposition, superposition.superposed).items()
+            },
             {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
                 superposition, sorted(kept)
             ),
             "shared_with_base": _described(superposition, sorted(shared)),
         },
     }
+
+
+def ranks(superposition: Superposition) -> str:
+    """How many directions the matrices' shared bases have, in words; empty where there are none by choice."""
+    if superposition.config.rank != "auto":
+        return f"rank {superposition.config.rank}" if superposition.config.rank else ""
+    found = [_rank(superposition, tensor) for tensor in superposition.superposed]
+    return f"rank {min(found)} to {max(found)}, {sum(found) / len(found):.1f} in the mean (auto)"
+
+
+def _rank(superposition: Superposition, tensor: str) -> int:
+    return int(headers(superposition.bases)[tensor].shape[1]) if tensor in superposition.bases else 0
 
 
 def _described(superposition: Superposition, names: tuple[str, ...] | list[str]) -> dict[str, str]:

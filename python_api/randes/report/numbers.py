@@ -15,15 +15,12 @@ from randes.checkpoint import Checkpoint
 from randes.config import Config
 from randes.layout import SUPERPOSABLE
 from randes.members import Member, Sizes
-from randes.packed import ERROR, Held, Packing, coordinates_of
+from randes.packed import Held, Packing, coordinates_for
 from randes.report.cosines import Cosines, of_originals, of_retrieved
-from randes.streams import LazyTensors, Progress, headers, silent
-from randes.summary import Verification, verify
+from randes.streams import LazyTensors, Progress, headers, silent, size
+from randes.summary import Verification, predicted, ranks, verify
 from randes.superposition import Superposition
-from randes_kernels.format import SIGNS_PER_BLOCK as SPAN
-
-COORDINATES = 8
-"""Bits of a model's coordinates in shared bases that ``Superposition.pack`` takes by default; its group is 64."""
+from randes_kernels.packing import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -80,6 +77,7 @@ class Numbers:
     """
 
     config: Config
+    ranks: str
     packing: Packing | None
     names: tuple[str, ...]
     members: Mapping[str, Member]
@@ -115,6 +113,7 @@ def measure(
         sup.check(sup.members[name].group, name, progress=progress)
     return Numbers(
         config=sup.config,
+        ranks=ranks(sup),
         packing=sup.packing,
         names=names,
         members={name: sup.members[name] for name in names},
@@ -151,33 +150,27 @@ def _cosines(
 
 
 def packed_sizes(superposition: Superposition, bits: int) -> Sizes:
-    """What ``pack(bits)`` of this superposition takes, or of the one that it was packed from; by arithmetic."""
+    """What ``pack(bits)`` of this superposition takes, or of the one that it was packed from; by arithmetic.
+
+    With the coordinates that ``pack`` takes by default.
+    """
     sup, packing = superposition, superposition.packing
     if packing is not None and packing.bits == bits:
         return sup.sizes
-    group, coordinates = (packing.group, packing.coordinates) if packing else (64, COORDINATES)
-    sizes = sup.sizes
+    group, sizes = packing.group if packing else 64, sup.sizes
     shapes = [tuple(headers(sup.base)[tensor].shape) for held in sup.held.values() for tensor in held]
-    in_basis = sizes.basis
-    if packing is None:
-        for member in sup.members.values():
-            for own in member.coordinates.values():
-                in_basis += packed_bytes(own.shape[1], own.shape[0], coordinates, group) - own.nbytes  # type: ignore[union-attr]
+    own = [
+        packed_bytes(headers(sup.bases)[tensor].shape[1], headers(sup.base)[tensor].shape[0], coordinates_for(bits))
+        for member in sup.members.values()
+        for tensor in member.coordinates
+    ]
     return Sizes(
         base=sizes.base,
         superposed=sum(packed_bytes(rows, columns, bits, group) for rows, columns in shapes),
         kept=sizes.kept,
-        basis=in_basis,
+        basis=size(sup.bases) + sum(own),
         separate_models=sizes.separate_models,
     )
-
-
-def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
-    """Bytes of one matrix that ``randes_kernels.pack`` packed: words in whole spans, and steps of fp16."""
-    if bits == 8:
-        return rows * (columns + 2)
-    width = -(-columns // SPAN) * SPAN
-    return rows * (width * bits // 8 + 2 * -(-width // group))
 
 
 # -------------------------------------------------------------------- energy and interference
@@ -186,7 +179,7 @@ def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
 def _cells(
     sup: Superposition, names: tuple[str, ...], verified: Mapping[str, Verification]
 ) -> dict[str, dict[str, Cell]]:
-    """The terms of ``verify``'s prediction tensor by tensor: J − 1 neighbours, packing, and α."""
+    """The terms of ``verify``'s prediction tensor by tensor."""
     lying = {
         (name, tensor): (sup.members[name].group, sup.place(name, tensor))
         for name in names
@@ -195,19 +188,10 @@ def _cells(
     sharing = Counter(lying.values())
     cells: dict[str, dict[str, Cell]] = {name: {} for name in names}
     for (name, tensor), where in lying.items():
-        member, energy = sup.members[name], 0.0
-        energy = size = member.gains[tensor] ** 2 * headers(sup.base)[tensor].numel()
-        if tensor in member.coordinates:
-            size += member.units[tensor] ** 2 * float(
-                coordinates_of(member.coordinates[tensor]).double().square().sum()
-            )
-        noise = sharing[where] - 1.0
-        if sup.packing is not None:
-            noise += sharing[where] * ERROR[sup.packing.bits] ** 2
-        alpha = member.alpha_of(tensor)
-        predicted = (1 - alpha) ** 2 * size + alpha**2 * noise * energy
+        energy = sup.members[name].gains[tensor] ** 2 * headers(sup.base)[tensor].numel()
+        size, error = predicted(sup, name, tensor, sharing[where])
         measured = verified[name].tensors[tensor] ** 2 * size if name in verified else math.nan
-        cells[name][tensor] = Cell(energy, size, predicted, measured)
+        cells[name][tensor] = Cell(energy, size, error, measured)
     return cells
 
 

@@ -44,7 +44,8 @@ def _header(numbers: Numbers, title: str) -> str:
     )
     rows: list[tuple[str, object]] = [
         ("signs", config.signs), ("permute", config.permute), ("shuffle_layers", config.shuffle_layers),
-        ("group_size", config.group_size), ("seed", config.seed), ("others", config.others), ("rank", config.rank),
+        ("group_size", config.group_size), ("seed", config.seed), ("others", config.others),
+        ("rank", numbers.ranks.removeprefix("rank ") or 0),
         *((name, value) for name, value in config.to_dict().items() if name in _LATER),
         ("centre", "yes: deltas are measured from the mean of the fine-tunes" if config.centre else "no"),
         ("include", ", ".join(config.included)), ("exclude", ", ".join(config.exclude)),

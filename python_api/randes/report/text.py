@@ -4,8 +4,8 @@ WORDS = {
     "sizes": """<p>The <b>base</b> is stored once. All deltas together are in the <b>superposed</b> buffers, one a
 group of models, however many models share it. <b>Kept per model</b> is what each model has of its own, exactly.
 A <b>basis</b> is there with <code>rank</code> alone. The packed sizes are computed from shapes, for
-<code>randes pack</code> with groups of 64 columns and coordinates in 8 bits, or as this store was packed;
-nothing was packed for this page.</p>""",
+<code>randes pack</code> with groups of 64 columns, or those of this store, and coordinates in as many bits as
+the buffers, 4 at least; nothing was packed for this page.</p>""",
     "models": """<p>Models of one group share a buffer, and interfere with each other alone. <b>α</b> scales a
 model's deltas when it is used; <b>tuned α</b> counts the tensors that have their own. <b>‖δ‖</b> is the size of
 its deltas in the superposed tensors. The errors are explained under Interference.</p>""",
