@@ -175,6 +175,13 @@ def test_the_claims_are_measured_as_the_rows_say() -> None:
     assert [row.keys() for row in found] == [committed[row["experiment"]] for row in found]
 
 
+def test_the_digits_table_by_bits_is_that_of_the_rows() -> None:
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- quality bits: .*? -->\n(.*?)\n<!-- /quality bits -->", text, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == quality.table_of_bits(quality.read(quality.BITS_RESULTS))
+
+
 def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:
     shown = re.search(r"<!-- kernels: .*? -->\n(.*?)\n<!-- /kernels -->", README, re.DOTALL)
     assert shown is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import finetune, net
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -96,15 +97,16 @@ def test_what_cannot_be_planned_is_refused() -> None:
         randes.plan(nn.LayerNorm(4), 2)
 
 
-def test_the_command_line_says_what_fits(tmp_path: Path) -> None:
+def test_the_command_line_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("randes.cli.console", Console(width=160))
     base = net()
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     rows = randes.plan(base, 8, replace(randes.Config(), rank=4))
     between = (rows[0].serving + rows[1].serving) / 2e9
     command = ["plan", "--base", f"{tmp_path}/base.safetensors", "--models", "8", "--rank", "4"]
-    auto = CliRunner().invoke(app, command[:-2], env={"COLUMNS": "160"}).stdout
+    auto = CliRunner().invoke(app, command[:-2]).stdout
     assert "the models decide how many directions each matrix keeps, 50 at most" in " ".join(auto.split())
-    shown = CliRunner().invoke(app, [*command, "--memory", f"{between:.9f}"], env={"COLUMNS": "160"}).stdout
+    shown = CliRunner().invoke(app, [*command, "--memory", f"{between:.9f}"]).stdout
     assert [line.split()[-2] for line in shown.splitlines() if line.startswith("│")] == ["no", "yes", "yes", "yes"]
     found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert [row["serving"] for row in found] == [row.serving for row in rows]
