@@ -513,6 +513,24 @@ def test_what_cannot_be_served_in_the_end_was_never_added_or_removed(monkeypatch
     check(model, sup, base, ["m0", "m1", "m2", "m3"])
 
 
+@pytest.mark.parametrize("config", ["small groups", "average", "basis"])
+def test_a_last_model_that_cannot_go_comes_back_to_its_group(config: str, monkeypatch: Any, tmp_path: Path) -> None:
+    model, sup, base, tuned = made(CONFIGS[config])
+    for name in ("m0", "m1"):
+        model.delete_adapter(name, tuned[name])
+    before, refused = stored(sup, tmp_path / "before"), MemoryError("no memory for it")
+
+    def refuse(*_: Any) -> None:
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.router, "serve", refuse)
+        with pytest.raises(MemoryError, match="no memory for it"):
+            model.delete_adapter("m2", tuned["m2"])
+    assert stored(sup, tmp_path / "after") == before
+    check(model, sup, base, ["m2"])
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_copy_has_models_of_its_own(copied: bool) -> None:
     model, sup, base, tuned = made()
