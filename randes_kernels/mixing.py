@@ -218,11 +218,18 @@ def amplification(key: int, tensor: int, k: int, matrix: int) -> float:
     1 for signs and rotations, which keep lengths. Of a diagonal about 400: its smallest numbers are divided by.
     """
     if matrix == Matrix.DIAGONAL:
-        return float(_numbers().square().mean() * diagonal(key, tensor, k).square().reciprocal().mean())
+        return growth(k, matrix) * float(diagonal(key, tensor, k).square().reciprocal().mean())
     if matrix == Matrix.DENSE:
-        own = dense(key, tensor, k)
-        entry = float(_numbers().square().mean()) * 4.0 ** -(k.bit_length() // 2)
-        return entry * float(inverse(own).square().sum())
+        return growth(k, matrix) / k * float(inverse(dense(key, tensor, k)).square().sum())
+    return 1.0
+
+
+def growth(k: int, matrix: int) -> float:
+    """How many times a delta's mean square is that of the delta times R, in expectation."""
+    if matrix == Matrix.DIAGONAL:
+        return float(_numbers().square().mean())
+    if matrix == Matrix.DENSE:
+        return k * float(_numbers().square().mean()) * 4.0 ** -(k.bit_length() // 2)
     return 1.0
 
 

@@ -78,6 +78,8 @@ def test_models_that_do_not_fit_are_refused(models: dict[str, dict[str, Tensor]]
         analysis.pairwise_cosines([seeded(2, 2), seeded(2, 3)])
     with pytest.raises(ValueError, match="names must be of tensors that the models have, got 'head'"):
         analysis.pairwise_cosines(models, ["head"])
+    with pytest.raises(ValueError, match="names must hold at least one"):
+        analysis.compare_models(models["0"], models["0"], [])
     with pytest.raises(CheckpointError, match="missing from the checkpoint"):
         analysis.compare_models(models["0"], {"b": models["0"]["b"]})
 

@@ -201,3 +201,23 @@ def test_our_method_runs_from_its_command_line(
         likeness = metadata["model_retrieval_similarity"]["a"]
         assert likeness["layerwise_cosine_similarity"]["layers.0.attn.bias"] == pytest.approx(1)
         assert 0 < likeness["total_cosine_similarity"] < 1
+
+
+LOOKED_THROUGH = """
+import torch
+from fusion_bench import BaseModelPool
+from randes.fusionbench.method import RandesAlgorithm
+
+torch.manual_seed(0)
+pool = BaseModelPool({name: torch.nn.Linear(32, 32) for name in ("_pretrained_", "a", "b")})
+models = RandesAlgorithm().run(pool)["models"]
+for found in (dict(models), {**models}, models.copy(), models | {}, dict(models.items())):
+    assert [type(model) for model in found.values()] == [torch.nn.Linear] * 2, found
+assert isinstance(models.pop("a"), torch.nn.Linear) and list(models) == ["b"] and models.pop("a", 1) == 1
+"""
+
+
+def test_retrieved_models_are_a_dict_however_they_are_taken_out(environment: Path, tmp_path: Path) -> None:
+    root = Path(randes.__file__).parent.parent.parent
+    paths = os.pathsep.join(map(str, (root, root / "python_api")))
+    run_in(environment, "-c", LOOKED_THROUGH, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})

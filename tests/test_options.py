@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import randes
 from randes.errors import CheckpointError, UnknownModelError
 from randes.integers import STEP
-from randes.summary import summary, verify
+from randes.summary import predicted, summary, verify
 
 PLAIN = randes.Config(signs="none", gains="shared")
 """As the published method's identity: deltas are summed as they are."""
@@ -396,6 +396,20 @@ def test_the_error_is_the_predicted_one(matrix: Any) -> None:
     found = verify(sup, "m1", tuned["m1"])
     assert found.relative_error == pytest.approx(found.predicted_error, rel=0.3)
     assert (found.predicted_error > 2) == (matrix in ("diagonal", "dense"))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "rank"), [("signs", 4), ("rotation", 4), ("diagonal", 4), ("diagonal", 0), ("dense", 0)]
+)
+def test_the_error_is_the_predicted_one_where_gains_say_nothing_of_deltas(matrix: Any, rank: int) -> None:
+    base = net()
+    tuned = {f"m{number}": finetune(base, number) for number in range(3)}
+    sup = randes.compress(base, tuned, randes.Config(matrix=matrix, rank=rank, gains="shared"))
+    found, weights = verify(sup, "m1", tuned["m1"]), tuned["m1"].state_dict()
+    assert found.relative_error == pytest.approx(found.predicted_error, rel=0.3)
+    for tensor in sup.members["m1"].gains:
+        size = float((weights[tensor].double() - sup.base[tensor].double()).square().sum())
+        assert predicted(sup, "m1", tensor, 3)[0] == pytest.approx(size, rel=0.3)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from models import TRANSFORMS, alone, finetune, net, stored, superposed
 from torch import Tensor, nn
 
 import randes
-from randes.leases import Rows
+from randes.leases import Rows, put
 from randes.pools import DeltaPool
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
@@ -375,6 +375,48 @@ def test_without_its_checkpoint_a_model_is_served_no_more_and_stays_superposed()
     check(model, sup, base, ["m0", "m1", "m2"])
 
 
+@pytest.mark.parametrize("others", ["average", "sum"])
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_what_models_share_stays_when_one_is_served_no_more(others: Any, capacity: int | None) -> None:
+    model, sup, base, _ = made(randes.Config(others=others), capacity)
+    model = copy.deepcopy(model)  # which knows what its rows were made of, too
+    addresses = [value.data_ptr() for value in model.buffers()]
+    for name in ("m1", "m0"):
+        model.delete_adapter(name)
+        check(model, sup, base, [n for n in ("m0", "m1", "m2") if n != name])
+        model.add_adapter(name)
+        check(model, sup, base, ["m0", "m1", "m2"])
+    assert [value.data_ptr() for value in model.buffers()] == addresses
+
+
+@pytest.mark.parametrize("config", ["both", "average", "embedding"])
+def test_no_row_is_written_before_its_last_holder_s_work_is_done(config: str, monkeypatch: Any) -> None:
+    """On a GPU work may be under way when a call has ended: a row that came free is waited for before it is filled."""
+    model, _, _, tuned = made(CONFIGS[config])
+    unsettled, written = [False], []
+    take = Rows.take
+
+    def taking(rows: Rows, what: str) -> Any:
+        unsettled[0] = True
+        return take(rows, what)
+
+    def waiting(_: nn.Module) -> None:
+        unsettled[0] = False
+
+    def writing(table: Tensor, rows: Any, values: Tensor) -> None:
+        assert not unsettled[0]
+        written.append(table)
+        put(table, rows, values)
+
+    monkeypatch.setattr(Rows, "take", taking)
+    monkeypatch.setattr("randes.roster._wait", waiting)
+    for module in ("kept", "linear", "layer_kinds", "pools"):
+        monkeypatch.setattr(f"randes.{module}.put", writing)
+    model.add_adapter("m3", tuned["m3"])
+    model.delete_adapter("m0", tuned["m0"])
+    assert written
+
+
 def test_with_room_an_unserved_model_can_be_removed_and_its_group_taken_up_again() -> None:
     model, sup, base, tuned = made(randes.Config(group_size=1), capacity=3)
     for name in ("m0", "m1", "m2"):
@@ -469,6 +511,24 @@ def test_what_cannot_be_served_in_the_end_was_never_added_or_removed(monkeypatch
     check(model, sup, base, ["m0", "m1", "m2"])
     model.add_adapter("m3", tuned["m3"])
     check(model, sup, base, ["m0", "m1", "m2", "m3"])
+
+
+@pytest.mark.parametrize("config", ["small groups", "average", "basis"])
+def test_a_last_model_that_cannot_go_comes_back_to_its_group(config: str, monkeypatch: Any, tmp_path: Path) -> None:
+    model, sup, base, tuned = made(CONFIGS[config])
+    for name in ("m0", "m1"):
+        model.delete_adapter(name, tuned[name])
+    before, refused = stored(sup, tmp_path / "before"), MemoryError("no memory for it")
+
+    def refuse(*_: Any) -> None:
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.router, "serve", refuse)
+        with pytest.raises(MemoryError, match="no memory for it"):
+            model.delete_adapter("m2", tuned["m2"])
+    assert stored(sup, tmp_path / "after") == before
+    check(model, sup, base, ["m2"])
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -1,6 +1,6 @@
 """What models have of their own beside the superposed matrices, and how a layer reads it for a mixed batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,11 @@ class KeptTable(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
 
     @torch.no_grad()
-    def hold(self, superposition: Superposition, name: str, averages: dict[str, Lease]) -> Lease | None:
-        """A row with a model's own tensor; None where it has the base's. averages: rows that all models share.
+    def hold(
+        self, superposition: Superposition, name: str, averages: dict[str, Lease], wait: Callable[[], None]
+    ) -> Lease | None:
+        """A row with a model's own tensor; None where it has the base's. averages: rows that all models share. wait:
+        until a device has done what was given to it by whoever had the row before.
 
         Raises ``CapacityError`` where no row is free, and ``CheckpointError`` for another shape where all have one.
         """
@@ -64,6 +67,7 @@ class KeptTable(nn.Module):
             return averages[self.tensor]
         lease = self.leases.take(f"row for {self.tensor} of {name!r}")
         value = superposition.other(name, self.tensor)
+        wait()
         if self.ragged:
             taken = self.leases.taken
             for key in [f"value_{row}" for row in range(self.leases.count) if row not in taken]:

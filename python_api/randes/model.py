@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randes import superposing
 from randes.checkpoint import Checkpoint
 from randes.inside import check_layers, follow_calls, take_centre
 from randes.layer_kinds import SuperposedLayer
@@ -144,8 +145,7 @@ class SuperposedModel(nn.Module):
             try:
                 roster.serve(self.base_model, names)
             except BaseException:
-                superposition.add(name, checkpoint, group=member.group, alpha=member.alpha, index=member.index)
-                superposition.members[name] = member
+                superposing.come_back(superposition, name, member, superposition.read(checkpoint))
                 raise
 
     def set_adapter(self, name: str) -> None:

@@ -9,6 +9,7 @@ compiled anew.
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,11 +41,13 @@ class Roster:
         self._groups = Rows(len(group_rows(superposition)) if self.room.groups is None else self.room.groups)
         self._rows: dict[int, Lease] = {}  # of the groups that are served
         self._made_of: dict[int, list[object]] = {}  # what was in them when their rows were filled
+        self._averaged: list[object] = []  # the same of averages and sums, of all models
         self.originals: list[Original] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Roster":
         copied = memo[id(self)] = object.__new__(Roster)
-        shared = {"superposition": self.superposition}  # copies of a model serve one
+        # Copies of a model serve one superposition, whose parts are known by their identity.
+        shared = {name: vars(self)[name] for name in ("superposition", "_made_of", "_averaged")}
         vars(copied).update(shared | {n: copy.deepcopy(v, memo) for n, v in vars(self).items() if n not in shared})
         return copied
 
@@ -93,23 +96,28 @@ class Roster:
             for group in fresh:
                 pool.write(superposition, group, rows[group].row)
         tables = [part for part in parts if isinstance(part, KeptTable)]
-        averages: dict[str, Lease] = {}
+        averaged: list[object] = [m.digests for m in superposition.members.values()] if superposition.averages else []
+        stays = _same(self._averaged, averaged)
+        shared = {tensor for tensor in superposition.averages if not superposition.has_own(tensor)} if stays else set()
+        averages = {t: lease for version in before.values() for t, lease in version.kept.items() if t in shared}
         versions, new = [], []
         for name, member in members.items():
             old = before.get(name)
-            if old and old.member is member and member.group not in fresh and not superposition.averages:
+            if old and old.member is member and member.group not in fresh and stays:
                 versions.append(old)
                 continue
             kept: dict[str, Lease] = {}
             for table in tables:
                 held = old.kept.get(table.tensor) if old and old.member is member else None
-                if held is None or table.tensor in superposition.averages or superposition.has_own(table.tensor):
-                    held = table.hold(superposition, name, averages)
+                changed = table.tensor in superposition.averages and table.tensor not in shared
+                if held is None or changed or superposition.has_own(table.tensor):
+                    held = table.hold(superposition, name, averages, partial(_wait, module))
                 if held is not None:
                     kept[table.tensor] = held
             number = self._numbers.take(f"number for {name!r}")
             leases = number, rows[member.group]
             new.append(Version(name, number.row, rows[member.group].row, kept, member, leases))
+        _wait(module)  # again: a call may have ended meanwhile whose numbers were taken
         for part in parts:
             if isinstance(part, Superposed | SuperposedEmbedding):
                 part.write(superposition, new)
@@ -119,7 +127,7 @@ class Roster:
         self.router.serve([*versions, *new])
         if self.capacity is not None:
             rows = {group: row for group, row in rows.items() if group in {m.group for m in members.values()}}
-        self._rows, self._made_of = rows, made_of
+        self._rows, self._made_of, self._averaged = rows, made_of, averaged
 
     def check_room(self, group: int, models: int = 0) -> None:
         """Raise ``ValueError`` unless there is room for changes at all, and ``CapacityError`` unless there is some for

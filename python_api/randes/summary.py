@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from randes.checkpoint import Checkpoint
-from randes.packed import ERROR, coordinates_of
+from randes.packed import ERROR, coordinates_of, values_of
 from randes.streams import Progress, ahead, digests, headers, parts, silent, size
 from randes.superposition import Superposition
-from randes_kernels.mixing import amplification
+from randes_kernels.mixing import amplification, growth
 from randes_kernels.slices import squares as row_squares
 
 
@@ -89,7 +89,7 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     """
     member, packing = superposition.members[name], superposition.packing
     header = headers(superposition.base)[tensor]
-    size = member.gains[tensor] ** 2 * header.numel()
+    size = energy(superposition, name, tensor, sharing)
     columns, matrix = header.shape[1], superposition.config.transform.matrix
     amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
     noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size * amplified
@@ -101,6 +101,21 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
         size += own
     alpha = member.alpha_of(tensor)
     return size, (1 - alpha) ** 2 * size + alpha**2 * noise
+
+
+def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -> float:
+    """‖δ‖² of what is superposed of a model's delta of one tensor; where gains are shared, which say nothing of it, the
+    mean over the models in the buffer, from what is in there."""
+    member, config = superposition.members[name], superposition.config
+    header, gain = headers(superposition.base)[tensor], member.gains[tensor]
+    if config.gains == "own":
+        return gain**2 * header.numel()
+    numbers, unit = values_of(superposition.held[member.group][superposition.place(name, tensor)])
+    return (
+        (gain * unit) ** 2
+        * _squared_norm(numbers.double())
+        / (sharing * growth(header.shape[1], config.transform.matrix))
+    )
 
 
 def summary(superposition: Superposition) -> dict[str, Any]:

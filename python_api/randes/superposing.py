@@ -74,14 +74,24 @@ def join(sup: Superposition, model: Joining, step: Callable[[int], None]) -> Non
 def leave(sup: Superposition, name: str, tensors: Mapping[str, Tensor], step: Callable[[int], None]) -> None:
     """Take a model away, whose ``tensors`` were found to be those that joined. Nothing is changed by what raises."""
     held = sup.members[name]
-    model = Joining(name, held.group, held.alpha, tensors, held.index, dict(held.gains))
-    model.units, model.coordinates = (
-        dict(held.units),
-        {t: coordinates_of(held.coordinates[t]) for t in held.coordinates},
-    )
+    model = _again(name, held, tensors)
     change(sup, model, step, subtract=True, check=partial(check_comes_back, sup, name))
     del sup.members[name]
     tidy(sup, held.group)
+
+
+def come_back(sup: Superposition, name: str, member: Member, tensors: Mapping[str, Tensor]) -> None:
+    """Undo ``leave``, whatever group the model was in."""
+    change(sup, _again(name, member, tensors), lambda _: None)
+    sup.members[name] = member
+
+
+def _again(name: str, held: Member, tensors: Mapping[str, Tensor]) -> Joining:
+    """A model that was measured when it joined."""
+    model = Joining(name, held.group, held.alpha, tensors, held.index, dict(held.gains))
+    model.units = dict(held.units)
+    model.coordinates = {tensor: coordinates_of(own) for tensor, own in held.coordinates.items()}
+    return model
 
 
 def join_all(sup: Superposition, models: list[Joining], step: Callable[[int], None]) -> None:

@@ -150,6 +150,8 @@ def _chosen(model: Tensors, names: Iterable[str] | None) -> list[str]:
     if names is None:
         return [name for name, header in found.items() if header.is_floating_point()]
     chosen = list(names)
+    if not chosen:
+        raise ValueError("names must hold at least one tensor's, got none")
     if absent := [name for name in chosen if name not in found]:
         raise ValueError(f"names must be of tensors that the models have, got {absent[0]!r}")
     return chosen

@@ -7,7 +7,7 @@
 """
 
 import copy
-from collections.abc import ItemsView, ValuesView
+from collections.abc import ItemsView, Iterator, ValuesView
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,15 @@ class RetrievedModels(dict[str, nn.Module]):
         model = _own(self._pool, name)
         model.load_state_dict(self._superposition.retrieve(name))
         return model
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())  # an own one, without which dict(models) takes what lies inside: nothing
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """The model, which is then no longer here."""
+        found = self.get(name)
+        super().pop(name, *default)
+        return default[0] if found is None else found
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default  # noqa: SIM401 (dict.get does not ask __getitem__)

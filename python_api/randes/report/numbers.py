@@ -18,7 +18,7 @@ from randes.members import Member, Sizes
 from randes.packed import Held, Packing, coordinates_for
 from randes.report.cosines import Cosines, of_originals, of_retrieved
 from randes.streams import LazyTensors, Progress, headers, silent, size
-from randes.summary import Verification, predicted, ranks, verify
+from randes.summary import Verification, energy, predicted, ranks, verify
 from randes.superposition import Superposition
 from randes_kernels.packing import packed_bytes
 
@@ -27,9 +27,9 @@ from randes_kernels.packing import packed_bytes
 class Cell:
     """One model's delta of one tensor, or of a layer's tensors together.
 
-    energy: g² · N · K, ‖δ‖² of what is superposed of it. size: ‖δ‖² with what the model keeps in a shared basis.
-    predicted, measured: error² of what comes back of it, ‖Ŵ − W‖² (``summary.verify``); measured is NaN without its
-    checkpoint.
+    energy: ‖δ‖² of what is superposed of it, g² · N · K; where gains are shared, the mean over its group's models.
+    size: ‖δ‖² with what the model keeps in a shared basis. predicted, measured: error² of what comes back of it,
+    ‖Ŵ − W‖² (``summary.verify``); measured is NaN without its checkpoint.
     """
 
     energy: float
@@ -188,10 +188,10 @@ def _cells(
     sharing = Counter(lying.values())
     cells: dict[str, dict[str, Cell]] = {name: {} for name in names}
     for (name, tensor), where in lying.items():
-        energy = sup.members[name].gains[tensor] ** 2 * headers(sup.base)[tensor].numel()
+        superposed = energy(sup, name, tensor, sharing[where])
         size, error = predicted(sup, name, tensor, sharing[where])
         measured = verified[name].tensors[tensor] ** 2 * size if name in verified else math.nan
-        cells[name][tensor] = Cell(energy, size, error, measured)
+        cells[name][tensor] = Cell(superposed, size, error, measured)
     return cells
 
 
