@@ -91,7 +91,7 @@ def golden() -> dict[str, Any]:
         "signs": {
             f"{pair} {stream.name} {count}": sign_text(*pair, stream, count)
             for pair in pairs
-            for stream in Stream
+            for stream in list(Stream)[:4]  # later ones are pinned in test_mixing.py
             for count in (1, 31, 128, 300)
         },
         "permutations": {
@@ -100,7 +100,7 @@ def golden() -> dict[str, Any]:
             for span in (0, 1, 5)
         },
         "columns": {
-            text(transform): text(fmt.column_permutation(key, tensor, 150, transform)) for transform in transforms
+            text(transform[:4]): text(fmt.column_permutation(key, tensor, 150, transform)) for transform in transforms
         },
         "layers": text(fmt.permutation(key, tensor, 36, stream=Stream.LAYER_SHUFFLE)),
     }
@@ -170,7 +170,7 @@ digest = hashlib.sha256()
 for seed, model, tensor in ((0, "", ""), (9, "kode", "a.weight"), (2**64 - 1, "ß", "b.weight")):
     pair = fmt.model_key(seed, model), fmt.tensor_id(tensor)
     digest.update(repr(pair).encode())
-    for stream in fmt.Stream:
+    for stream in list(fmt.Stream)[:4]:
         digest.update(fmt.signs(*pair, stream, 999).numpy().tobytes())
         digest.update(fmt.permutation(*pair, 321, stream=stream).numpy().tobytes())
     digest.update(fmt.column_permutation(*pair, 300, fmt.Transform(granule=3, segments=4)).numpy().tobytes())

@@ -50,7 +50,7 @@ def test_superposing_is_bit_identical(transform: Transform, shape: Any, dtype: t
 @settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 50)),
-    transform=st.builds(Transform, st.booleans(), st.booleans(), st.integers(0, 9), st.integers(1, 3)),
+    transform=st.builds(Transform, st.booleans(), st.booleans(), st.integers(0, 9), st.integers(1, 3), st.just(0)),
     rate=st.floats(2**-10, 2**20, width=32),
     dtype=st.sampled_from(DTYPES),
     subtract=st.booleans(),

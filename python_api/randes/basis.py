@@ -22,6 +22,7 @@ from torch import Tensor
 
 from randes.checkpoint import Tensors, check_finite
 from randes.config import Rank
+from randes.streams import ahead, headers, parts
 from randes_kernels import Packed, Transform, model_key, superposed_linear, tensor_id
 from randes_kernels.format import Stream, signs
 
@@ -44,8 +45,8 @@ def loudest(
     """``U`` of every tensor, (K, r) int16 of ``UNIT``: the top eigenvectors of ``Σ_j δ_jᵀδ_j / ‖δ_j‖²``.
 
     r is ``rank``, or half of a narrower side; with "auto", up to there, as many as have ``SHARE`` of the eigenvalues'
-    sum each, and a tensor without any is left out. By subspace iteration: a few passes over the models, a tensor at a
-    time and one model's in memory, from signs that the seed makes.
+    sum each, and a tensor without any is left out. By subspace iteration: a few passes over the models, a part of a
+    tensor at a time, from signs that the seed makes.
     models: by name, each with the base's names and shapes. step: called with the bytes read.
     Raises ``CheckpointError`` for a delta that is not finite.
     """
@@ -62,22 +63,26 @@ def widest(rank: Rank, rows: int, columns: int) -> int:
 def _loudest_of(
     name: str, models: Mapping[str, Tensors], base: Tensors, rank: Rank, key: int, step: Callable[[int], None]
 ) -> Tensor:
-    original = base[name]
-    rows, columns = original.shape
+    header = headers(base)[name]
+    rows, columns = header.shape
     kept = widest(rank, rows, columns)
     start = signs(key, tensor_id(name), Stream.COLUMN_SIGNS, columns * (kept + SPARE)).view(columns, kept + SPARE)
     found = torch.linalg.qr(start.float())[0]
     for last in [False] * (PASSES - 1) + [True]:
         image, changed = torch.zeros_like(found), 0
         for model in sorted(models):
-            delta = models[model][name].float() - original.float()
-            size = delta.square().sum()
-            if not torch.isfinite(size):
-                check_finite(name, models[model][name])
+            own, size = torch.zeros_like(found), 0.0
+            with ahead(zip(parts(models[model], name), parts(base, name), strict=True)) as pairs:
+                for part, original in pairs:
+                    delta = part.float() - original.float()
+                    size += float(delta.square().sum())
+                    own += delta.mT @ (delta @ found)
+                    if not math.isfinite(size):
+                        check_finite(name, part)
             if size > 0:
-                image += delta.mT @ (delta @ found) / size
+                image += own / size
                 changed += 1  # by one in all directions together
-            step(original.nbytes)
+            step(header.nbytes)
         # Within the span of the last pass's directions, the loudest ones: eigenvectors of a small matrix.
         energy, small = (part.flip(-1) for part in torch.linalg.eigh(found.mT @ image))
         if last and rank == "auto":
