@@ -223,6 +223,19 @@ def test_what_cannot_be_is_refused(wrong: Callable[[nn.Module, randes.Superposit
         wrong(base, sup)
 
 
+def test_a_name_that_cannot_be_is_refused_before_models_are_read() -> None:
+    base, stages = linear(), []
+
+    def progress(stage: str, _: int) -> Callable[[int], None]:
+        stages.append(stage)
+        return lambda _: None
+
+    models = {"a": finetune(base, seed=1), "__base__": finetune(base, seed=2)}
+    with pytest.raises(ValueError, match="name must be a non-empty string other than '__base__'"):
+        randes.compress(base, models, progress=progress)
+    assert stages == ["reading base"]
+
+
 def test_the_command_line_centres(tmp_path: Path) -> None:
     base = net()
     for name, model in {"base": base, **correlated(base, 2)}.items():

@@ -59,6 +59,8 @@ def compress(
     if calibration is not None and not config.rank:
         raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
+    for name in models:
+        superposition.check_name(name)
     original, superposed = superposition.base, superposition.superposed
     moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
     sources = {name: superposition.read(model) for name, model in models.items()}
@@ -85,7 +87,6 @@ def compress(
     shifts = config.shuffle_layers > 0
     joining = [Joining(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):
-        superposition.check_name(name)
         joining.append(Joining(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
     step = progress("superposing", size(original) * len(joining))
     superposing.join_all(superposition, joining, step)
