@@ -293,7 +293,8 @@ def _sylvester(side: int) -> Tensor:
     return h
 
 
-_kept_rotation = lru_cache(maxsize=2**10)(rotation)
+# Of 16 models' 256 matrices, which come in turn: with room for fewer each would be made again every time.
+_kept_rotation = lru_cache(maxsize=2**12)(rotation)
 
 
 @lru_cache(maxsize=2**13)

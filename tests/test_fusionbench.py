@@ -154,7 +154,10 @@ def test_loras_configuration_superposes_factors(tmp_path: Path) -> None:
     for name, state in ADAPTERS.items():
         arguments += ["--model", f"{name}={write_adapter(tmp_path / name, state)}"]
     (tmp_path / "config.yaml").write_text(YAML.replace("task_arithmetic", "task_arithmetic_lora"))
-    result = CliRunner().invoke(app, ["compress", *arguments, "--config", str(tmp_path / "config.yaml")])
+    arguments += ["--config", str(tmp_path / "config.yaml")]
+    refused = CliRunner().invoke(app, ["compress", *arguments, "--alpha", "0.5"])
+    assert "alpha must be left out for adapters" in " ".join(refused.output.split())
+    result = CliRunner().invoke(app, ["compress", *arguments])
     assert result.exit_code == 0, result.output
     assert "randes merge-adapter --scaling 1.0" in " ".join(result.output.split())
     superposition = randes.Superposition.load(tmp_path / "store")

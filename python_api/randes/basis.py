@@ -132,6 +132,9 @@ def corrections(
     ids = torch.arange(models, dtype=torch.int32, device=keys.device)
     nothing = torch.zeros((), device=keys.device).expand(width, basis.shape[0])
     rows = basis.mT.to(keys.device).repeat(models, 1)
-    served = delta if isinstance(delta, Packed) else delta.float()
+    served = delta
+    if isinstance(delta, Tensor) and delta.dtype != torch.float32:  # in fp32 what these models read, and no more
+        used = torch.unique(slots[slots >= 0])
+        served, slots = delta[used.long()].float(), torch.where(slots < 0, -1, torch.searchsorted(used, slots).int())
     loud = superposed_linear(rows, nothing, None, served, ids, keys, scale, slots, tensor, transform)
     return held.to(keys.device) - loud.view(models, rank, width)

@@ -200,6 +200,8 @@ def compress(
             chosen = _overridden(fusionbench.options(fusionbench.read(config_file), len(models)), context, options)
         check_new(out)
         if chosen.lora:
+            if alpha != 1.0:
+                raise ValueError(f"alpha must be left out for adapters: merge-adapter --scaling takes it; got {alpha}")
             superposition = make_of_adapters(base, models, chosen.config, progress=begin)
         else:
             superposition = make(base, models, chosen.config, alpha=chosen.alpha, progress=begin)

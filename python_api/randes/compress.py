@@ -30,6 +30,8 @@ def compress(
 ) -> Superposition:
     """Superpose all of ``models``, fine-tunes of ``base`` by name; by default with ``Config(rank="auto")``.
 
+    A config of your own has no shared basis unless it says so: ``Config(rank="auto", group_size=4)``.
+
     Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
     there are. A base that is a path stays on the disk.
 

@@ -64,7 +64,8 @@ def retrieval(
             step(base.nbytes)
         deltas[tensor] = Products.sum(of_delta)
     likenesses = {tensor: own.likeness for tensor, own in deltas.items()}
-    chosen = list(deltas)[:: max(1, math.ceil(len(deltas) / MOST))]
+    able = [tensor for tensor in deltas if min(headers(sup.base)[tensor].shape) >= THIRDS]
+    chosen = able[:: max(1, math.ceil(len(able) / MOST))]
     return Retrieval(
         Products.sum(weights).likeness,
         Comparison(likenesses, Products.sum(deltas.values()).likeness),
@@ -98,8 +99,6 @@ def _subspaces(
     for tensor in chosen:
         header = headers(base)[tensor]
         directions = min(*header.shape, DIRECTIONS)
-        if directions < THIRDS:
-            continue
         origin = base[tensor].to(device).float()
         delta, back = (tensors[tensor].to(device).float() - origin for tensors in (original, retrieved))
         found.append([own.cosine for own in subspace_similarity(delta, back, THIRDS, directions=directions)])
