@@ -17,6 +17,7 @@ from randes import basis, summary
 from randes.basis import UNIT
 from randes.checkpoint import write_file
 from randes.cli import app
+from randes.linear import Superposed
 from randes.summary import verify
 from randes_kernels import lowrank
 
@@ -284,6 +285,23 @@ def test_it_survives_another_dtype() -> None:
     half = model.to(torch.bfloat16)(x, adapter_names=mix)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.1)
+
+
+def test_a_model_in_half_precision_finds_its_corrections_in_its_own_group() -> None:
+    base = net()
+    models = loud(base)
+    late = models.pop("m3")
+    sup = randes.compress(base, models, replace(RANK, group_size=2))
+    half = randes.SuperposedModel(copy.deepcopy(base).bfloat16(), sup, capacity=6)
+    half.add_adapter("m3", late)  # its group's superposition is written to the last slot alone
+    exact = randes.SuperposedModel(copy.deepcopy(base), sup)
+    x, mix = tokens(5), ["m3", "m0", "__base__", "m2", "m1"]
+    torch.testing.assert_close(half(x, adapter_names=mix).float(), exact(x, adapter_names=mix), rtol=0.1, atol=0.1)
+    numbers = {name: version.number for name, version in half.router.versions.items()}
+    for one, other in zip(exact.base_model.modules(), half.base_model.modules(), strict=True):
+        if isinstance(one, Superposed) and one.corrections is not None and isinstance(other, Superposed):
+            found = other.corrections[[numbers[name] for name in sup.served]]
+            torch.testing.assert_close(found.float(), one.corrections, rtol=0.02, atol=0.005)
 
 
 def test_one_program_serves_all_mixes() -> None:
