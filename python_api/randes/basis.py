@@ -16,15 +16,19 @@ one machine has superposed another can take away.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from randes.checkpoint import Tensors, check_finite
 from randes.config import Rank
-from randes.streams import ahead, headers, parts
+from randes.stored import in_files
+from randes.streams import headers
+from randes.streams import rows as rows_of
 from randes_kernels import Packed, Transform, model_key, superposed_linear, tensor_id
 from randes_kernels.format import Stream, signs
+from randes_kernels.slices import spans
 
 UNIT = 2.0**-14
 """What one of U's integers is worth: its entries lie within ±1."""
@@ -36,6 +40,8 @@ MOST = 50
 SPARE = 8
 """Directions beyond the rank that the search keeps, so that the last ones converge too."""
 PASSES = 3
+BLOCK = 1 << 20
+"""Elements that are in fp32 at a time. A number of its own: sums in another order would give another basis."""
 
 
 def loudest(
@@ -72,13 +78,13 @@ def _loudest_of(
         image, changed = torch.zeros_like(found), 0
         for model in sorted(models):
             own, size = torch.zeros_like(found), 0.0
-            with ahead(zip(parts(models[model], name), parts(base, name), strict=True)) as pairs:
-                for part, original in pairs:
-                    delta = part.float() - original.float()
-                    size += float(delta.square().sum())
-                    own += delta.mT @ (delta @ found)
-                    if not math.isfinite(size):
-                        check_finite(name, part)
+            tuned, original = _reader(models[model], name), _reader(base, name)
+            for first, end in spans(rows, columns, BLOCK):
+                delta = tuned(first, end).float() - original(first, end).float()
+                size += float(delta.square().sum())
+                own += delta.mT @ (delta @ found)
+                if not math.isfinite(size):
+                    check_finite(name, delta)
             if size > 0:
                 image += own / size
                 changed += 1  # by one in all directions together
@@ -89,6 +95,14 @@ def _loudest_of(
             kept = min(kept, int((energy >= SHARE * changed).sum())) if changed else 0
         found = found @ small[:, :kept] if last else torch.linalg.qr(image)[0]
     return rounded_directions(found)
+
+
+def _reader(tensors: Tensors, name: str) -> Callable[[int, int], Tensor]:
+    """A tensor's rows from the first number to the second: read then, or of a tensor that is made, or in memory."""
+    if in_files(tensors):
+        return partial(rows_of, tensors, name)
+    whole = tensors[name]
+    return lambda start, end: whole[start:end]
 
 
 def rounded_directions(directions: Tensor) -> Tensor:
