@@ -69,32 +69,49 @@ def widest(rank: Rank, rows: int, columns: int) -> int:
 def _loudest_of(
     name: str, models: Mapping[str, Tensors], base: Tensors, rank: Rank, key: int, step: Callable[[int], None]
 ) -> Tensor:
-    header = headers(base)[name]
-    rows, columns = header.shape
+    rows, columns = headers(base)[name].shape
     kept = widest(rank, rows, columns)
     start = signs(key, tensor_id(name), Stream.COLUMN_SIGNS, columns * (kept + SPARE)).view(columns, kept + SPARE)
     found = torch.linalg.qr(start.float())[0]
     for last in [False] * (PASSES - 1) + [True]:
-        image, changed = torch.zeros_like(found), 0
-        for model in sorted(models):
-            own, size = torch.zeros_like(found), 0.0
-            tuned, original = _reader(models[model], name), _reader(base, name)
-            for first, end in spans(rows, columns, BLOCK):
-                delta = tuned(first, end).float() - original(first, end).float()
-                size += float(delta.square().sum())
-                own += delta.mT @ (delta @ found)
-                if not math.isfinite(size):
-                    check_finite(name, delta)
-            if size > 0:
-                image += own / size
-                changed += 1  # by one in all directions together
-            step(header.nbytes)
+        image, changed = summed(name, models, base, partial(_images, found), torch.zeros_like(found), step)
         # Within the span of the last pass's directions, the loudest ones: eigenvectors of a small matrix.
         energy, small = (part.flip(-1) for part in torch.linalg.eigh(found.mT @ image))
-        if last and rank == "auto":
+        if last and rank == "auto":  # each model that changed it adds 1, in all directions together
             kept = min(kept, int((energy >= SHARE * changed).sum())) if changed else 0
         found = found @ small[:, :kept] if last else torch.linalg.qr(image)[0]
     return rounded_directions(found)
+
+
+def _images(directions: Tensor, delta: Tensor) -> Tensor:
+    return delta.mT @ (delta @ directions)
+
+
+def summed(
+    name: str, models: Mapping[str, Tensors], base: Tensors, product: Callable[[Tensor], Tensor], total: Tensor,
+    step: Callable[[int], None],
+) -> tuple[Tensor, int]:  # fmt: skip
+    """``total`` plus ``product`` of each model's delta over its ``‖δ‖²``, and how many models changed the matrix.
+
+    product: of rows of a delta, fp32, whose sum is that of the whole. step: called with the bytes read.
+    Raises ``CheckpointError`` for a delta that is not finite.
+    """
+    header, changed = headers(base)[name], 0
+    rows, columns = header.shape
+    for model in sorted(models):
+        own, size = torch.zeros_like(total), 0.0
+        tuned, original = _reader(models[model], name), _reader(base, name)
+        for start, end in spans(rows, columns, BLOCK):
+            delta = tuned(start, end).float() - original(start, end).float()
+            size += float(delta.square().sum())
+            own += product(delta)
+            if not math.isfinite(size):
+                check_finite(name, delta)
+        if size > 0:
+            total += own / size
+            changed += 1
+        step(header.nbytes)
+    return total, changed
 
 
 def _reader(tensors: Tensors, name: str) -> Callable[[int, int], Tensor]:

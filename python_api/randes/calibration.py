@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randes.basis import SHARE, rounded_directions, widest
+from randes.basis import SHARE, rounded_directions, summed, widest
 from randes.checkpoint import Tensors
 from randes.config import Rank
 from randes.layout import Layout, is_conv1d, tied_in
@@ -133,14 +133,9 @@ def calibrated(
     directions = eigenvectors(sketch, where)[:, : widest(rank, *headers(base)[name].shape)].float()
     if rank != "auto":
         return rounded_directions(directions)
-    original, changed = base[name].float(), 0
-    energy = torch.zeros(directions.shape[1])
-    for model in sorted(models):
-        delta = models[model][name].float() - original
-        if (size := delta.square().sum()) > 0:
-            energy += (delta @ directions).square().sum(0) / size
-            changed += 1
-        step(headers(base)[name].nbytes)
+    energy, changed = summed(
+        name, models, base, lambda delta: (delta @ directions).square().sum(0), torch.zeros(directions.shape[1]), step
+    )
     return rounded_directions(directions[:, energy >= SHARE * max(changed, 1)])
 
 

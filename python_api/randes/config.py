@@ -92,11 +92,11 @@ class Config:
     vectors: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("signs", self.signs, get_args(Signs))
-        _one_of("others", self.others, get_args(Others))
-        _one_of("matrix", self.matrix, get_args(Turning))
-        _one_of("gains", self.gains, get_args(Gains))
-        _one_of("origin", self.origin, get_args(Origin))
+        one_of("signs", self.signs, get_args(Signs))
+        one_of("others", self.others, get_args(Others))
+        one_of("matrix", self.matrix, get_args(Turning))
+        one_of("gains", self.gains, get_args(Gains))
+        one_of("origin", self.origin, get_args(Origin))
         _at_least("shuffle_layers", self.shuffle_layers, -1)
         _at_least("permute", self.permute, 0)
         _at_least("group_size", self.group_size, 1)
@@ -192,7 +192,8 @@ def _check_fused(fused: object) -> None:
             _at_least(f"fused[{pattern!r}][{name!r}]", rows, 1)
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ``ValueError`` for a value that is none of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 

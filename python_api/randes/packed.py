@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
+from randes.config import one_of
 from randes.integers import STEP
 from randes.streams import LazyTensors
 from randes_kernels import Packed, pack, unpack
@@ -49,9 +50,9 @@ def packed(
 
     if superposition.packing is not None:
         raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
-    _one_of("bits", bits, (8, 4, 2))
+    one_of("bits", bits, (8, 4, 2))
     coordinates = coordinates_for(bits) if coordinates is None else coordinates
-    _one_of("coordinates", coordinates, (16, 8, 4))
+    one_of("coordinates", coordinates, (16, 8, 4))
     check(bits, group)
     made = Superposition(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
@@ -110,8 +111,3 @@ def gathered(flat: Mapping[str, Tensor], bits: int, group: int, columns: Mapping
         for name, words in flat.items()
         if not name.endswith(STEPS)
     }
-
-
-def _one_of(name: str, value: object, allowed: tuple[int, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
