@@ -11,6 +11,7 @@ rounding first. A slice of rows stays in the cache through all of its steps, in 
 the time of whole intermediates goes into page faults.
 """
 
+from threading import local
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,11 @@ from torch import Tensor
 from randes_kernels.format import Matrix, Stream, Transform, column_permutation, signs
 from randes_kernels.mixing import Mixer
 
-SLICE_ELEMENTS = 1 << 16
-"""Of a slice: with its copies it fits a second-level cache, and its operators' overhead is a fifth. Twice as many cost
-less on an idle machine, and more beside threads that read and hash."""
+SLICE_ELEMENTS = 1 << 18
+"""Of a slice: its copies, 2 MiB in fp32, fit a third-level cache if not a second, and the overhead of its operators is
+a tenth. With a quarter as many a matrix takes half as long again."""
+_kept = local()
 _SHORT = torch.iinfo(torch.int16)
-_WHOLE = 1.5 * 2.0**23
-"""Added to an fp32 number below 2**22 and taken off again, it leaves the nearest whole one, the even of two."""
 
 
 class Turn(NamedTuple):
@@ -67,12 +67,12 @@ def squares(value: Tensor, other: Tensor) -> list[float]:
 
     One sum a row, whatever the number of rows at a time and of threads: added without rounding they are one number.
     """
-    sums: list[float] = []
+    sums = torch.empty(len(value), dtype=torch.float64, device=value.device)
     first, second = _scratch(value, torch.float64)
     for start, end in spans(len(value), value.shape[1], SLICE_ELEMENTS):
         difference = _difference(value[start:end], other[start:end], first, second)
-        sums += difference.mul_(difference).sum(1).tolist()
-    return sums
+        torch.sum(difference.mul_(difference), 1, out=sums[start:end])
+    return sums.tolist()
 
 
 def superpose_rows_(
@@ -91,26 +91,22 @@ def superpose_rows_(
     for start, end in spans(len(accumulator), accumulator.shape[1], SLICE_ELEMENTS):
         steps, spare = _difference(finetuned[start:end], base[start:end], one, other), other[: end - start]
         steps.mul_(factor if columns is None else columns)
-        if turn.rows is not None:
-            steps.mul_(turn.rows[first + start : first + end])
         if turn.mixer is not None:  # after which what lay beyond int16 may lie within
-            steps = turn.mixer.turn(steps.round_().double()).round_()
-        elif short:  # torch's round_ splits the smallest slice over threads
-            steps.add_(_WHOLE).sub_(_WHOLE)
-        else:
-            steps.round_()
+            steps = turn.mixer.turn(steps.round_().double())
+        steps.round_()
         if turn.source is not None:
             steps, spare = torch.index_select(steps, 1, turn.source, out=spare), steps
-        held = accumulator[start:end]
+        held, flips = accumulator[start:end], None if turn.rows is None else turn.rows[first + start : first + end]
         if not short:
-            held.add_(steps.to(torch.int32))
+            held.add_((steps if flips is None else steps.mul_(flips)).to(torch.int32))
             continue
         # Exact below 2**22, and whatever is not lies far outside of int16.
-        steps.add_(spare.copy_(held))
-        low, high = torch.aminmax(steps)
+        sums = spare.copy_(held)
+        sums = sums.add_(steps) if flips is None else sums.addcmul_(steps, flips)
+        low, high = torch.aminmax(sums)
         if low.item() < _SHORT.min or high.item() > _SHORT.max:
             return start
-        held.copy_(steps)
+        held.copy_(sums)
     return accumulator.shape[0]
 
 
@@ -137,11 +133,19 @@ def retrieve_rows(base: Tensor, delta: Tensor, scale: float, turn: Turn, *, firs
 
 
 def _scratch(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for two of the largest slices of (N, K): made for each slice, its pages would be given back and faulted in
-    again each time."""
+    """Room for two of the largest slices of (N, K): made for each, its pages would be given back and faulted in again.
+
+    On a CPU a thread uses its room again for the next matrix; on a GPU, streams may not share it.
+    """
     rows, columns = matrix.shape
     height = max(end - start for start, end in spans(rows, columns, SLICE_ELEMENTS))
-    one, other = (torch.empty(height, columns, dtype=dtype, device=matrix.device) for _ in range(2))
+    needed = 2 * height * columns * dtype.itemsize
+    room: Tensor | None = getattr(_kept, "room", None) if matrix.device.type == "cpu" else None
+    if room is None or room.numel() < needed:
+        room = torch.empty(needed, dtype=torch.uint8, device=matrix.device)
+    if matrix.device.type == "cpu":
+        _kept.room = room
+    one, other = room[:needed].view(dtype).view(2, height, columns)
     return one, other
 
 

@@ -102,8 +102,9 @@ def summed(
         own, size = torch.zeros_like(total), 0.0
         tuned, original = _reader(models[model], name), _reader(base, name)
         for start, end in spans(rows, columns, BLOCK):
-            delta = tuned(start, end).float() - original(start, end).float()
-            size += float(delta.square().sum())
+            exact = original(start, end).to(torch.float32, copy=True)
+            delta = tuned(start, end).to(torch.float32, copy=True).sub_(exact)
+            size += float(torch.square(delta, out=exact).sum())
             own += product(delta)
             if not math.isfinite(size):
                 check_finite(name, delta)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from randes.errors import CheckpointError
-from randes.streams import ahead, headers, parts, raw, runs
+from randes.streams import ahead, blocks, headers, parts, raw, runs
 
 DTYPES = {
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32,
@@ -84,7 +84,7 @@ class File:
             raise ChangedError
         header = self.headers[name]
         shape = (end - start, *header.shape[1:]) if header.dim() else ()
-        part = torch.empty(shape, dtype=header.dtype, device="cpu")
+        part = blocks.empty(shape, header.dtype)
         if part.numel():
             self._fill(raw(part), self.offsets[name] + start * (part.nbytes // (end - start)))
         return part

@@ -4,27 +4,34 @@ A tensor's part is a run of its first dimension, ``PART_ELEMENTS`` or so: the sa
 whatever its dtype. Threads read, and hash, the next parts while one is computed with.
 """
 
+import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from queue import Empty, SimpleQueue
+from threading import Event, Semaphore, Thread
 from typing import Generic, TypeAlias, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from randes_kernels import Packed
 from randes_kernels.slices import spans
 
-PART_ELEMENTS = 1 << 18
-"""512 KiB in bf16. Longer ones cost up to a fifth less processor time, and leave many times their size in memory: freed
-blocks that the allocator keeps for each thread."""
+PART_ELEMENTS = 1 << 19
+"""1 MiB in bf16. Half as long, threads wait for each other more often: a seventh more time; a dozen are in memory."""
 AHEAD = 4
 """Parts that are read while another is computed with."""
+KEPT = 4
+"""Free blocks of memory that are kept for parts to come."""
+SMALLEST = 1 << 17
+"""Bytes of a block: smaller tensors are the allocator's."""
 HASHING = min(8, os.cpu_count() or 1)
 """Threads that read and hash whole files: BLAKE2b takes 1.3 ns a byte, more than a disk does."""
 SMALL = 1 << 20
@@ -133,11 +140,13 @@ class _Failed:
 class ahead(Iterator[T], Generic[T]):  # noqa: N801 (used as the functions of itertools are)
     """The same values in the same order, made by a thread that is ``AHEAD`` values ahead at most.
 
+    room: how many values there may be instead, those that were taken included, until the taker releases their places.
     To be closed, or used in a ``with``: that ends the thread.
     """
 
-    def __init__(self, values: Iterable[T]) -> None:
-        self._queue: Queue[T | _Failed] = Queue(AHEAD)
+    def __init__(self, values: Iterable[T], room: Semaphore | None = None) -> None:
+        self._values: SimpleQueue[T | _Failed] = SimpleQueue()
+        self._room, self._shared = room or Semaphore(AHEAD), room is not None
         self._stopped = Event()
         self._thread = Thread(target=self._run, args=(iter(values),), daemon=True)
         self._thread.start()
@@ -145,41 +154,83 @@ class ahead(Iterator[T], Generic[T]):  # noqa: N801 (used as the functions of it
     def _run(self, values: Iterator[T]) -> None:
         try:
             for value in values:
-                self._put(value)
+                while not self._room.acquire(timeout=0.1):
+                    if self._stopped.is_set():
+                        return
+                self._values.put(value)
                 if self._stopped.is_set():
                     return
-            self._put(_Failed(StopIteration()))
+            self._values.put(_Failed(StopIteration()))
         except BaseException as error:
-            self._put(_Failed(error))
+            self._values.put(_Failed(error))
         finally:
             if hasattr(values, "close"):
                 values.close()
 
-    def _put(self, value: T | _Failed) -> None:
-        while not self._stopped.is_set():
-            with suppress(Full):
-                self._queue.put(value, timeout=0.1)
-                return
-
     def __next__(self) -> T:
-        value = self._queue.get()
+        value = self._values.get()
         if isinstance(value, _Failed):
-            self._queue.put(value)  # whoever asks again gets the same answer
+            self._values.put(value)  # whoever asks again gets the same answer
             raise value.error
+        if not self._shared:
+            self._room.release()
         return value
 
     def close(self) -> None:
         self._stopped.set()
+        self._thread.join()
         with suppress(Empty):
             while True:
-                self._queue.get_nowait()
-        self._thread.join()
+                self._values.get_nowait()
+        self._values.put(_Failed(CancelledError()))  # for another thread that waits for a value
 
     def __enter__(self) -> "ahead[T]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def one_thread() -> ThreadPoolExecutor:
+    """A thread in which torch splits no operator over others: those would have to be waited for at each of them, beside
+    threads that read and hash."""
+    others = torch.get_num_threads()
+    thread = ThreadPoolExecutor(1)
+    thread.submit(torch.get_num_threads).result()  # the first call in a thread sets it
+    thread.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(others)  # the thread told all those to come
+    return thread
+
+
+class Blocks:
+    """Memory for parts that are read, used again once nobody holds a part's tensor.
+
+    From the allocator, much of it would stay with the thread that reads, because others free it; fresh from the system,
+    each page would be faulted in again.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[mmap] = deque(maxlen=KEPT)  # what is full drops the oldest
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any values."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < SMALLEST:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        memory = np.frombuffer(block := self._block(nbytes), np.uint8, nbytes)
+        finalize(memory, self._free.append, block).atexit = False
+        return torch.from_numpy(memory).view(dtype).view(shape)
+
+    def _block(self, nbytes: int) -> mmap:
+        for block in reversed(tuple(self._free)):
+            if nbytes <= len(block) <= 2 * nbytes:
+                with suppress(ValueError):  # another thread was first
+                    self._free.remove(block)
+                    return block
+        return mmap(-1, nbytes, MAP_PRIVATE | MAP_ANONYMOUS)
+
+
+blocks = Blocks()
 
 
 class Digest:

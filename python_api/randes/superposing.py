@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from threading import Semaphore
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +29,7 @@ from randes.integers import averaged, check_average, gain_of, narrow, rate
 from randes.members import BASE_NAME, Member
 from randes.packed import coordinates_of
 from randes.stored import own
-from randes.streams import Digest, ahead, headers, parts, runs
+from randes.streams import Digest, ahead, headers, one_thread, parts, runs
 from randes_kernels import mixing, slices, superpose_
 from randes_kernels.format import Matrix
 
@@ -41,7 +44,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 """One tensor of a model and of the base, part by part."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Joining:
     """A model on its way in: where its tensors come from, and what was found of them so far (as in ``Member``)."""
 
@@ -66,7 +69,7 @@ def join(sup: Superposition, model: Joining, step: Callable[[int], None]) -> Non
     with _Reading(sup, [model], step) as reading:
         for tensor in reading:
             for _, incoming in reading.models():
-                _measure(sup, model, tensor, incoming, hold=tensor in sup.bases)
+                _measure(sup, model, tensor, incoming, reading.computing, hold=tensor in sup.bases)
     change(sup, model, step)
     sup.members[model.name] = model.member()
 
@@ -99,9 +102,9 @@ def join_all(sup: Superposition, models: list[Joining], step: Callable[[int], No
     with _Reading(sup, models, step) as reading:
         for tensor in reading:
             for model, incoming in reading.models():
-                pairs = _measure(sup, model, tensor, incoming, hold=True)
-                _superpose(sup, model, tensor, pairs, subtract=False, in_place=True)
-                del pairs  # before the next tensor comes
+                pairs = _measure(sup, model, tensor, incoming, reading.computing, hold=True)
+                _superpose(sup, model, tensor, reading.spent(pairs), reading.computing, in_place=True)
+                pairs.clear()  # before the next tensor comes
             for model in models:
                 if _is_averaged(sup, model, tensor):
                     _average(sup, model, tensor, subtract=False)
@@ -120,107 +123,141 @@ def change(
             _average(sup, model, tensor, subtract=subtract)
         else:
             with ahead(zip(parts(model.tensors, tensor), parts(sup.base, tensor), strict=True)) as pairs:
-                _superpose(sup, model, tensor, pairs, subtract=subtract)
+                _superpose(sup, model, tensor, pairs, computing, subtract=subtract)
 
     done: list[str] = []
-    try:
-        for tensor in headers(sup.base):
-            if tensor in model.gains or _is_averaged(sup, model, tensor):
-                one(tensor, subtract)
-                done.append(tensor)
-                step(headers(sup.base)[tensor].nbytes)
-        check()
-    except BaseException:
+    with one_thread() as computing:
         try:
-            for tensor in done:
-                one(tensor, not subtract)
-            tidy(sup, model.group)
-        except BaseException as error:
-            sup.torn = f"{model.name!r} is in part of it, and could not be read to take it out again"
-            raise RandesError(f"the superposition must be loaded again: {sup.torn}") from error
-        raise
+            for tensor in headers(sup.base):
+                if tensor in model.gains or _is_averaged(sup, model, tensor):
+                    one(tensor, subtract)
+                    done.append(tensor)
+                    step(headers(sup.base)[tensor].nbytes)
+            check()
+        except BaseException:
+            try:
+                for tensor in done:
+                    one(tensor, not subtract)
+                tidy(sup, model.group)
+            except BaseException as error:
+                sup.torn = f"{model.name!r} is in part of it, and could not be read to take it out again"
+                raise RandesError(f"the superposition must be loaded again: {sup.torn}") from error
+            raise
+
+
+class _Part(NamedTuple):
+    """A run of rows of one model's tensor and of the base's, and the digest of the model's so far."""
+
+    tuned: Tensor
+    base: Tensor
+    digest: str
 
 
 class _Reading:
-    """Tensor after tensor: the base's, held for all models, and then each model's by parts, read and hashed ahead."""
+    """Tensor after tensor: the base's, held for all models, and then each model's by parts, read and hashed ahead.
+
+    As many parts are in memory as two of the largest tensors have: while one is superposed, the next is read.
+
+    computing: the thread for arithmetic, which takes turns on the processors with one that reads and one that hashes.
+    """
 
     def __init__(self, sup: Superposition, models: list[Joining], step: Callable[[int], None]) -> None:
         self._sup, self._models, self._step = sup, models, step
-        self._threads = ThreadPoolExecutor(1)
-        self._values = ahead(self._read())
+        self.computing = one_thread()
+        sources = [headers(tensors) for tensors in (sup.base, *(model.tensors for model in models))]
+        largest = max((len(runs(header)) for source in sources for header in source.values()), default=0)
+        self._room = Semaphore(2 * largest)
+        self._values = ahead(self._hashed(), self._room)
+        self._taken = 0  # of the parts of the tensor at hand
 
     def __enter__(self) -> _Reading:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._values.close()
-        self._threads.shutdown(cancel_futures=True)
+        self.computing.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Iterator[str]:
-        for tensor, header in headers(self._sup.base).items():
-            self._tensor, self._header = tensor, header
-            readers = [model for model in self._models if self._reads(model, tensor)]
-            self._base = []  # before the next one comes
-            self._base += [next(self._values)[0] for _ in runs(header)] if readers else []
+        for tensor in headers(self._sup.base):
+            self._tensor = tensor
             yield tensor
 
-    def models(self) -> Iterator[tuple[Joining, Iterator[tuple[Tensor, Future[str], Tensor]]]]:
-        """The models that have to be read, each with its parts, the base's, and the digest so far."""
+    def models(self) -> Iterator[tuple[Joining, Iterator[_Part]]]:
+        """The models that have to be read, each with its parts."""
+        readers = self._readers(self._tensor)
+        bases = [next(self._values) for _ in runs(headers(self._sup.base)[self._tensor])] if readers else []
         for model in self._models:
-            if self._reads(model, self._tensor):
-                count = len(runs(headers(model.tensors)[self._tensor]))
-                # A kept tensor may have another shape than the base's, which nobody compares it with.
-                bases = self._base if count == len(self._base) else self._base[:1] * count
-                yield model, ((*next(self._values), base) for base in bases)
+            if model in readers:
+                yield model, self._parts(model)
+                self._make_room(self._taken)
             else:
                 model.digests[self._tensor] = self._sup.base_digests[self._tensor]
+        self._taken = len(bases)
+        bases.clear()
+        self._make_room(self._taken)
 
-    def _reads(self, model: Joining, tensor: str) -> bool:
-        """Whether a model's tensor may differ from the base's."""
-        adapter, name = source_of(model.tensors, tensor)
+    def spent(self, pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same pairs, each of which makes room for another part when it was used."""
+        while pairs:
+            yield pairs.pop(0)
+            self._make_room(1)
+
+    def _parts(self, model: Joining) -> Iterator[_Part]:
+        for _ in runs(headers(model.tensors)[self._tensor]):
+            self._taken += 1
+            yield next(self._values)
+
+    def _make_room(self, count: int) -> None:
+        self._taken -= count
+        for _ in range(count):
+            self._room.release()
+
+    def _readers(self, tensor: str) -> list[Joining]:
+        """Models whose tensor may differ from the base's."""
         base, _ = source_of(self._sup.base, tensor)
-        return not (isinstance(adapter, AdapterTensors) and adapter.base is base and name not in adapter.touched)
 
-    def _read(self) -> Iterator[tuple[Tensor, Future[str]]]:
-        nothing: Future[str] = Future()
+        def reads(model: Joining) -> bool:
+            adapter, name = source_of(model.tensors, tensor)
+            return not (isinstance(adapter, AdapterTensors) and adapter.base is base and name not in adapter.touched)
+
+        return [model for model in self._models if reads(model)]
+
+    def _hashed(self) -> Iterator[_Part]:
+        """The parts of each tensor that is read, the base's first."""
+        bases: list[Tensor] = []
+        with ahead(self._read()) as read:
+            for tensor in headers(self._sup.base):
+                readers = self._readers(tensor)
+                bases.clear()  # before the next ones come
+                for part in islice(read, len(runs(headers(self._sup.base)[tensor])) if readers else 0):
+                    bases.append(part)
+                    yield _Part(part, part, "")
+                for model in readers:
+                    header = headers(model.tensors)[tensor]
+                    digest, count = Digest(header), len(runs(header))
+                    # A kept tensor may have another shape than the base's, which nobody compares it with.
+                    for base in bases if tensor in self._sup.superposed else bases[:1] * count:
+                        part = next(read)
+                        digest.update(part)
+                        yield _Part(part, base, digest.hexdigest())
+                        self._step(part.nbytes)
+
+    def _read(self) -> Iterator[Tensor]:
         for tensor in headers(self._sup.base):
-            readers = [model for model in self._models if self._reads(model, tensor)]
-            if readers:
-                for part in parts(self._sup.base, tensor):
-                    yield part, nothing
-            for model in readers:
-                digest = Digest(headers(model.tensors)[tensor])
-                for part in parts(model.tensors, tensor):
-                    yield part, self._threads.submit(partial(_hashed, digest, part))
-                    self._step(part.nbytes)
-
-
-def _hashed(digest: Digest, part: Tensor) -> str:
-    digest.update(part)
-    return digest.hexdigest()
+            if readers := self._readers(tensor):
+                for tensors in (self._sup.base, *(model.tensors for model in readers)):
+                    yield from parts(tensors, tensor)
 
 
 def _measure(
-    sup: Superposition, model: Joining, tensor: str, incoming: Iterable[tuple[Tensor, Future[str], Tensor]], *,
-    hold: bool,
-) -> Pairs:  # fmt: skip
+    sup: Superposition, model: Joining, tensor: str, incoming: Iterable[_Part], computing: Executor, *, hold: bool
+) -> Pairs:
     """Everything about one tensor of a model that joins; its parts, if they are to be held.
 
     Raises ``CheckpointError`` for what cannot be superposed.
     """
     superposed = tensor in sup.superposed
-    pairs: Pairs = []
-    sums: list[float] = []
-    for part, hashed, base in incoming:
-        if not superposed:
-            check_finite(tensor, part)
-            if sup.config.others in SUMMED:
-                check_average(tensor, part)
-        elif tensor not in sup.bases:
-            sums += slices.squares(part, base)
-        if hold and superposed:
-            pairs.append((part, base))
-        digest = hashed.result()
+    pairs, sums, digest = computing.submit(_passed, sup, tensor, incoming, hold and superposed).result()
     model.digests[tensor] = digest
     if digest == sup.base_digests[tensor]:
         return []
@@ -257,6 +294,23 @@ def _measure(
     return pairs
 
 
+def _passed(sup: Superposition, tensor: str, incoming: Iterable[_Part], hold: bool) -> tuple[Pairs, list[float], str]:
+    """What is found while the parts of a tensor go by: those to be held, sums of squares, the digest of all."""
+    pairs: Pairs = []
+    sums: list[float] = []
+    digest = ""
+    for part, base, digest in incoming:  # noqa: B007 (the last part's is of all)
+        if tensor not in sup.superposed:
+            check_finite(tensor, part)
+            if sup.config.others in SUMMED:
+                check_average(tensor, part)
+        elif tensor not in sup.bases:
+            sums += slices.squares(part, base)
+        if hold:
+            pairs.append((part, base))
+    return pairs, sums, digest
+
+
 def _differences(
     sup: Superposition, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -272,8 +326,8 @@ def _differences(
 
 
 def _superpose(
-    sup: Superposition, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]], *, subtract: bool,
-    in_place: bool = False,
+    sup: Superposition, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]], computing: Executor, *,
+    subtract: bool = False, in_place: bool = False,
 ) -> None:  # fmt: skip
     """Add one tensor's turned delta to its group's integers, or take it away, once all of it is done."""
     if tensor not in model.gains:
@@ -283,7 +337,7 @@ def _superpose(
     group = sup.deltas.setdefault(model.group, {})
     shape = headers(sup.base)[tensor].shape
     if place not in group:
-        held = torch.zeros(shape, dtype=torch.int16, device="cpu")
+        held = torch.from_numpy(np.zeros(shape, np.int16))  # whose pages come when they are written to
     else:
         held = group[place] if in_place else own(group, place)
     pairs = _differences(sup, model, tensor, pairs)
@@ -294,6 +348,14 @@ def _superpose(
         group[place] = narrow(wide).cpu()
         return
     turn = slices.turn(key, number, shape, sup.config.transform)
+    # In a tensor that nobody sees yet, or that is replaced: who stops waiting here leaves the old one.
+    group[place] = computing.submit(_added, held, pairs, steps, turn, subtract).result()
+
+
+def _added(
+    held: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], steps: float, turn: slices.Turn, subtract: bool
+) -> Tensor:
+    """``held``, or as int32 where it must be, with all parts added or taken away."""
     add = partial(slices.superpose_rows_, rate=steps, turn=turn, subtract=subtract)
     first = 0
     for part, base in pairs:
@@ -303,7 +365,7 @@ def _superpose(
             held = held.to(torch.int32)
             add(held[first + done : end], part[done:], base[done:], first=first + done)
         first = end
-    group[place] = narrow(held)
+    return narrow(held)
 
 
 def _is_averaged(sup: Superposition, model: Joining, tensor: str) -> bool:
