@@ -374,7 +374,7 @@ print(status("VmHWM") - before)
 HELD = {"retrieve": 0, "verify": 0, "add": 12, "remove": 12, "compress": 12}
 """Tensors of what is written that are in memory: a group's integers."""
 TENSOR = 8 << 20
-SLACK = 24 << 20
+SLACK = 20 << 20
 """Parts of 1 MiB that are read ahead and computed with, in several threads, and what an allocator keeps of them."""
 
 

@@ -98,13 +98,16 @@ def summed(
     """
     header, changed = headers(base)[name], 0
     rows, columns = header.shape
+    blocks = spans(rows, columns, BLOCK)
+    height = max(end - start for start, end in blocks)
+    room = torch.empty(2, height, columns, device="cpu")  # new pages for each block would cost more than its sums
     for model in sorted(models):
         own, size = torch.zeros_like(total), 0.0
         tuned, original = _reader(models[model], name), _reader(base, name)
-        for start, end in spans(rows, columns, BLOCK):
-            exact = original(start, end).to(torch.float32, copy=True)
-            delta = tuned(start, end).to(torch.float32, copy=True).sub_(exact)
-            size += float(torch.square(delta, out=exact).sum())
+        for start, end in blocks:
+            delta, spare = room[:, : end - start]
+            delta.copy_(tuned(start, end)).sub_(spare.copy_(original(start, end)))
+            size += float(torch.square(delta, out=spare).sum())
             own += product(delta)
             if not math.isfinite(size):
                 check_finite(name, delta)

@@ -26,7 +26,7 @@ from randes_kernels.slices import spans
 
 PART_ELEMENTS = 1 << 19
 """1 MiB in bf16. Half as long, threads wait for each other more often: a seventh more time; a dozen are in memory."""
-AHEAD = 4
+AHEAD = 2
 """Parts that are read while another is computed with."""
 KEPT = 4
 """Free blocks of memory that are kept for parts to come."""
