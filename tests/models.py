@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,18 @@ def alone(base: nn.Module, superposition: randes.Superposition, name: str) -> nn
     if name != "__base__":
         model.load_state_dict(superposition.retrieve(name))
     return model
+
+
+def counted(model: nn.Module, **how: Any) -> tuple[Any, list[torch.fx.GraphModule]]:
+    """A model compiled without graph breaks, and the programs that were made of it so far."""
+    programs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        programs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, backend=keep, **how), programs
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -4,11 +4,10 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from models import finetune, linear, net, stored
+from models import counted, finetune, linear, net, stored
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -308,14 +307,7 @@ def test_one_program_serves_all_mixes() -> None:
     base = net()
     sup = randes.compress(base, loud(base), RANK)
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
-    programs = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        programs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    compiled, programs = counted(model, dynamic=True)
     for mix in (["m0", "m1", "__base__"], ["m2"] * 5, ["__base__"] * 2, ["m3", "m0", "m3", "m3"]):
         x = tokens(len(mix))
         torch.testing.assert_close(compiled(x, adapter_names=model.batch(mix)), model(x, adapter_names=mix), **CLOSE)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TRANSFORMS, Net, Scaled, alone, finetune, linear, net, superposed
+from models import TRANSFORMS, Net, Scaled, alone, counted, finetune, linear, net, superposed
 from torch import Tensor, nn
 
 import randes
@@ -261,14 +261,7 @@ def test_warming_up_runs_every_kind_of_layer_and_changes_nothing(served: Any) ->
 
 def test_one_program_serves_a_hundred_batches(served: Any) -> None:
     model, sup, base = served
-    programs = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        programs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    compiled, programs = counted(model, dynamic=True)
     names, generator = [*sup.names, "__base__"], random.Random(0)
     for _ in range(100):
         rows = generator.randint(2, 40)

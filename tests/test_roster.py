@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TRANSFORMS, alone, finetune, net, stored, superposed
+from models import TRANSFORMS, alone, counted, finetune, net, stored, superposed
 from torch import Tensor, nn
 
 import randes
@@ -289,14 +289,7 @@ def test_threads_get_their_own_models_answers_while_others_come_and_go() -> None
 
 def test_nothing_is_compiled_anew_when_models_come_and_go() -> None:
     model, sup, base, tuned = made(randes.Config(group_size=2), capacity=5)
-    programs = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        programs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    compiled, programs = counted(model, dynamic=True)
     steps = [("m3", True), ("m4", True), ("m0", False), ("m2", False), ("m5", True)]
     for rows, (name, comes) in enumerate(steps, 3):
         (model.add_adapter if comes else model.delete_adapter)(name, tuned[name])

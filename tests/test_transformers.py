@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from architectures import CASES, SIZES, VOCABULARY, build, tokens
-from models import alone, content, finetune, superposed
+from models import alone, content, counted, finetune, superposed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -129,14 +129,7 @@ def test_beams_follow_the_models_that_were_chosen_before() -> None:
 
 def test_one_compiled_program_serves_all_mixes() -> None:
     model, _, plain = served("Llama")
-    programs = []
-
-    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
-        programs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=count)
+    compiled, programs = counted(model)
     for names in (MIX, MIX[::-1]):
         y = compiled(**tokens(), adapter_names=model.batch(names)).logits
         for row, own in enumerate(names):
