@@ -41,15 +41,16 @@ def on_disk(folder: Path, models: dict[str, torch.nn.Module]) -> dict[str, Path]
 # ---------------------------------------------------------------- reading ahead
 
 
+def hundred(made: list[int]) -> Iterator[int]:
+    """0 to 99, each put down in ``made`` when it is asked for."""
+    for number in range(100):
+        made.append(number)
+        yield number
+
+
 def test_values_come_in_order_and_a_few_ahead_only() -> None:
-    made = []
-
-    def values() -> Iterator[int]:
-        for number in range(100):
-            made.append(number)
-            yield number
-
-    with ahead(values()) as numbers:
+    made: list[int] = []
+    with ahead(hundred(made)) as numbers:
         assert next(numbers) == 0
         time.sleep(0.05)
         assert len(made) <= 1 + streams.AHEAD + 1
@@ -74,15 +75,9 @@ def test_an_error_comes_where_its_value_would_have_and_threads_end() -> None:
 
 
 def test_room_is_made_by_who_takes_the_values() -> None:
-    made = []
-
-    def values() -> Iterator[int]:
-        for number in range(100):
-            made.append(number)
-            yield number
-
+    made: list[int] = []
     room = threading.Semaphore(3)
-    with ahead(values(), room) as numbers:
+    with ahead(hundred(made), room) as numbers:
         assert [next(numbers) for _ in range(3)] == [0, 1, 2]
         time.sleep(0.05)
         assert len(made) == 4  # the last waits for its place

@@ -43,6 +43,7 @@ class Reading:
         sources = [headers(tensors) for tensors in (sup.base, *(model.tensors for model in models))]
         largest = max((len(runs(header)) for source in sources for header in source.values()), default=0)
         self._room = Semaphore(2 * largest)
+        self._readers = {name: [model for model in models if _differs(sup, model, name)] for name in headers(sup.base)}
         self._values = ahead(self._hashed(), self._room)
         self._taken = 0  # of the parts of the tensor at hand
 
@@ -60,7 +61,7 @@ class Reading:
 
     def models(self) -> Iterator[tuple[Joining, Iterator[Part]]]:
         """The models that have to be read, each with its parts."""
-        readers = self._readers(self._tensor)
+        readers = self._readers[self._tensor]
         bases = [next(self._values) for _ in runs(headers(self._sup.base)[self._tensor])] if readers else []
         for model in self._models:
             if model in readers:
@@ -88,22 +89,12 @@ class Reading:
         for _ in range(count):
             self._room.release()
 
-    def _readers(self, tensor: str) -> list[Joining]:
-        """Models whose tensor may differ from the base's."""
-        base, _ = source_of(self._sup.base, tensor)
-
-        def reads(model: Joining) -> bool:
-            adapter, name = source_of(model.tensors, tensor)
-            return not (isinstance(adapter, AdapterTensors) and adapter.base is base and name not in adapter.touched)
-
-        return [model for model in self._models if reads(model)]
-
     def _hashed(self) -> Iterator[Part]:
         """The parts of each tensor that is read, the base's first."""
         bases: list[Tensor] = []
         with ahead(self._read()) as read:
             for tensor in headers(self._sup.base):
-                readers = self._readers(tensor)
+                readers = self._readers[tensor]
                 bases.clear()  # before the next ones come
                 for part in islice(read, len(runs(headers(self._sup.base)[tensor])) if readers else 0):
                     bases.append(part)
@@ -120,6 +111,13 @@ class Reading:
 
     def _read(self) -> Iterator[Tensor]:
         for tensor in headers(self._sup.base):
-            if readers := self._readers(tensor):
+            if readers := self._readers[tensor]:
                 for tensors in (self._sup.base, *(model.tensors for model in readers)):
                     yield from parts(tensors, tensor)
+
+
+def _differs(sup: Superposition, model: Joining, tensor: str) -> bool:
+    """Whether a model's tensor may be another than the base's, and has to be read."""
+    adapter, name = source_of(model.tensors, tensor)
+    base, _ = source_of(sup.base, tensor)
+    return not (isinstance(adapter, AdapterTensors) and adapter.base is base and name not in adapter.touched)
