@@ -115,6 +115,11 @@ def counted(model: nn.Module, **how: Any) -> tuple[Any, list[torch.fx.GraphModul
     return torch.compile(model, fullgraph=True, backend=keep, **how), programs
 
 
+def plain_names(model: nn.Module) -> set[str]:
+    """The names in a served model's state dict, as the base has them: what models differ in is called ``base_…``."""
+    return {name.removeprefix("base_model.").replace("base_", "") for name in model.state_dict()}
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by name, to the byte."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import alone, finetune, linear, superposed
+from models import alone, finetune, linear, plain_names, superposed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MixtralConfig
@@ -84,7 +84,7 @@ def test_every_row_gets_its_models_layer(kind: str, config: str) -> None:
     model.set_adapter("m1")
     torch.testing.assert_close(copy.deepcopy(model).double()(x if "Emb" in kind else x.double()).float(),
                                plain["m1"](x), **CLOSE)  # fmt: skip
-    assert {name.removeprefix("base_model.") for name in model.state_dict()} == base.state_dict().keys()
+    assert plain_names(model) == base.state_dict().keys()
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

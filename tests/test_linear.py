@@ -76,11 +76,11 @@ def test_it_is_a_linear_layer_with_the_base_layers_parameters() -> None:
     layer = randes.SuperposedLinear.from_linear(base, sup, "")
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features) == (40, 48)
-    assert layer.weight is base.weight
-    assert layer.bias is base.bias
+    assert layer.base_weight is base.weight
+    assert layer.base_bias is base.bias
     assert type(base) is nn.Linear
-    assert list(layer.state_dict()) == ["weight", "bias"]
-    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert list(layer.state_dict()) == ["base_weight", "base_bias"]
+    assert [name for name, _ in layer.named_parameters()] == ["base_weight", "base_bias"]
     assert "in_features=40, out_features=48, bias=True, models=2" in repr(layer)
 
 
@@ -88,7 +88,7 @@ def test_a_layer_without_bias_has_none() -> None:
     base = nn.Linear(32, 32, bias=False)
     sup, _ = superposed(base, 2)
     layer = randes.SuperposedLinear.from_linear(base, sup, "")
-    assert list(layer.state_dict()) == ["weight"]
+    assert list(layer.state_dict()) == ["base_weight"]
     x = inputs(2, 32)
     y = layer(x, adapter_names=["m1", "__base__"])
     torch.testing.assert_close(y[0], sup.retrieve("m1")["weight"] @ x[0], rtol=1e-4, atol=1e-5)
@@ -155,10 +155,9 @@ def test_gradients_are_those_of_the_retrieved_weights(transform: str) -> None:
     plain_x = x.detach().clone().requires_grad_()
     expected(own, plain_x, NAMES).backward(grad)
     torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-4, atol=1e-5)
-    assert layer.weight.grad is not None
-    assert layer.bias.grad is not None
-    torch.testing.assert_close(layer.weight.grad, torch.einsum("brn,brk->nk", grad, x.detach()), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.bias.grad, grad[NAMES.index("__base__")].sum(0))  # others used their own
+    weight, bias = layer.base_weight.grad, layer.base_bias.grad
+    torch.testing.assert_close(weight, torch.einsum("brn,brk->nk", grad, x.detach()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias, grad[NAMES.index("__base__")].sum(0))  # others used their own
 
 
 def test_autocast_answers_in_its_dtype_near_the_exact_answer() -> None:

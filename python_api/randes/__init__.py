@@ -9,7 +9,15 @@ model(x, adapter_names=["german", "__base__"])
 from randes.calibration import calibrate
 from randes.compress import compress
 from randes.config import Config
-from randes.errors import BaseMismatchError, CapacityError, CheckpointError, RandesError, StoreError, UnknownModelError
+from randes.errors import (
+    BaseMismatchError,
+    CapacityError,
+    CheckpointError,
+    RandesError,
+    StoreError,
+    UnknownModelError,
+    WeightReadError,
+)
 from randes.factors import merge_adapter, superpose_adapters
 from randes.linear import SuperposedLinear
 from randes.model import SuperposedModel
@@ -30,6 +38,7 @@ __all__ = [
     "SuperposedModel",
     "Superposition",
     "UnknownModelError",
+    "WeightReadError",
     "calibrate",
     "compress",
     "from_pretrained",

@@ -46,7 +46,7 @@ def calibrate(
     Raises ``ValueError`` where no layer was called, and for inputs that are not finite. The module is not changed.
     """
     found: dict[str, Tensor] = {}
-    ties = tied_in(module)
+    ties = tied_in(module.state_dict(keep_vars=True))
     layers = [named for named in module.named_modules() if isinstance(named[1], nn.Linear) or is_conv1d(named[1])]
     hooks = []
     for path, layer in layers:

@@ -24,5 +24,9 @@ class StoreError(RandesError, ValueError):
     """A store on disk is torn, truncated, altered, of another version, or not a store."""
 
 
+class WeightReadError(RandesError, ValueError):
+    """A weight was read that is another for each model, where nobody can say whose is meant. Never the base's."""
+
+
 class CapacityError(RandesError, RuntimeError):
     """A model that serves others already has no room left for a change (``SuperposedModel(..., capacity=...)``)."""

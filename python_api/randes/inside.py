@@ -15,6 +15,7 @@ from randes.linear import Superposed, SuperposedLinear, SuperposedMatrix, check_
 from randes.pools import DeltaPool
 from randes.routed import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
 from randes.routing import Router
+from randes.served_weights import plain_state
 from randes.streams import headers
 from randes.superposition import BASE_NAME, Superposition
 
@@ -89,11 +90,11 @@ def _views(superposition: Superposition) -> dict[str, View]:
 def base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
     """Of every tensor of the module its name in the base: its own, or that of one it is tied to."""
     held = {superposition.layout.parts.get(name, name) for name in superposition.base}
-    own = list(module.state_dict())
-    ties = tied_in(module)
+    own = plain_state(module)
+    ties = tied_in(own)
     known = {ties.get(name, name): name for name in reversed(own) if name in held}
     names = {name: name if name in held else known.get(ties.get(name, name), "") for name in own}
-    odd = sorted({name for name, tensor in names.items() if not tensor} | (held - set(own)))
+    odd = sorted({name for name, tensor in names.items() if not tensor} | (held - own.keys()))
     if odd:
         raise BaseMismatchError(
             f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
@@ -144,7 +145,8 @@ def _runs_by_model(attention: nn.MultiheadAttention, path: str, layers: Sequence
 
 
 def _check_values(module: nn.Module, superposition: Superposition) -> None:
-    own = {tensor: module.state_dict()[name] for name, tensor in base_names(module, superposition).items()}
+    held = plain_state(module)
+    own = {tensor: held[name] for name, tensor in base_names(module, superposition).items()}
     own = {name: value.detach().cpu() for name, value in own.items()}
     added = superposition.members.get(BASE_NAME)
     for name, value in superposition.layout.split(own).items():

@@ -1,7 +1,7 @@
 """What models have of their own beside the superposed matrices, and how a layer reads it for a mixed batch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from randes.errors import CheckpointError
 from randes.leases import Lease, Rows, put
 from randes.members import BASE_NAME
 from randes.routing import Router, Version
+from randes.served_weights import ServedWeight, base_of, has
 from randes.streams import headers
 from randes.superposition import Superposition
 
@@ -117,49 +118,24 @@ class KeptTable(nn.Module):
         return getattr(self, f"value_{row}") if self.ragged else self.values[row]
 
 
-class Unreadable(Tensor):
-    """A kept or superposed tensor where nobody routes it: its shape, dtype and device can be asked for.
-
-    Anything else is refused with ``ValueError``: whose values to compute with is not known.
-    """
-
-    _error: ValueError
-
-    _described: str
-
-    @classmethod
-    def like(cls, base: Tensor, refusal: str) -> "Unreadable":
-        """In place of ``base``; ``refusal`` is what the error says."""
-        error = ValueError(refusal)
-        if torch.compiler.is_compiling():
-            raise error
-        found = base.detach().as_subclass(cls)
-        found._error = error
-        return found
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        leaves = [*args, *(kwargs or {}).values()]
-        raise next(leaf for leaf in leaves if isinstance(leaf, cls))._error
-
-
-_METADATA = {
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta")),
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point, Tensor.__len__,
-}  # fmt: skip
-
-
 class Routed(nn.Module):
     """Mixed into a layer's class: what its tables hold counts instead of its own tensors.
 
     Read from outside, and by layers that are not routed row by row, a kept tensor is that of the batch's one model.
     """
 
+    moved: ClassVar[frozenset[str]] = frozenset()  # parameters and buffers that are properties (served_weights.py)
+    made_of: ClassVar[tuple[Any, ...]] = ()  # what ``routed_class`` made this class of
+
     _router: Router
     _tables: nn.ModuleDict  # of KeptTable
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Classes that are made for a kind of layer have no name to be found by: they are made again.
+        from randes.routed import new_layer
+
+        plain: Any = super().__reduce_ex__(protocol)
+        return (new_layer, self.made_of, *plain[2:])
 
     def _table(self, name: str) -> KeptTable | None:
         """None where all models have the base's."""
@@ -170,9 +146,9 @@ class Routed(nn.Module):
 
     def _own(self, name: str, ids: Tensor, *place: int) -> Tensor | None:
         """The parameter ``name`` for each id, or what is at ``place`` in it, (B, *shape); None where there is none."""
-        base, table = self._parameters[name], self._table(name)
-        if base is None:
+        if not has(self, name):
             return None
+        base, table = base_of(self, name), self._table(name)
         if table is None:
             return base[place].expand(len(ids), *base[place].shape)
         if not self._router.batch().mixed and not torch.compiler.is_compiling():
@@ -184,36 +160,29 @@ class Routed(nn.Module):
         batch = self._router.batch()
         return batch.spread(input), None if batch.runs_base else batch.on(input.device)
 
-    def _kept(self, name: str) -> Tensor:
-        base, table = self._parameters.get(name, self._buffers.get(name)), self._table(name)
-        assert base is not None
+    def _kept(self, name: str) -> Tensor | ServedWeight | None:
+        if not has(self, name):
+            return None
+        base, table = base_of(self, name), self._table(name)
         if table is None:
             return base
-        batch = self._router.batch()
+        batch = self._router.current()
+        if batch is None or (batch.mixed and not batch.by_row):
+            return ServedWeight(
+                self, name, self._router,
+                f"{name} of a {type(self).__name__} is kept per model, and cannot be read for rows of several models at"
+                " once, or where no model is chosen: run one model at a time",
+            )  # fmt: skip
         if batch.by_row:
             return table.select(batch.on(base.device), base)[:, None]
-        if batch.mixed:
-            return Unreadable.like(
-                base,
-                f"{name} of a {type(self).__name__} is kept per model, and cannot be read for rows of several models at"
-                ' once: run one model at a time, or superpose with others="base"',
-            )
         if torch.compiler.is_compiling():
             return table.select(batch.on(base.device), base)[0]
         return table.of(batch.number, base)
 
-    def _superposed(self, name: str) -> Tensor:
-        base = self._parameters[name]
-        assert base is not None
-        batch = self._router.current()
-        if batch is None or batch.runs_base:
-            return base
-        return Unreadable.like(base, f"{name} of a {type(self).__name__} is superposed: call the layer instead")
-
-    def extra_repr(self) -> str:
-        """The base's: a layer is printed where no model is chosen."""
-        with self._router.during(self._router.of_base()):
-            return super().extra_repr()
+    def _superposed(self, name: str) -> ServedWeight:
+        return ServedWeight(
+            self, name, self._router, f"{name} of a {type(self).__name__} is superposed: call the layer instead"
+        )
 
 
 def key_of(name: str) -> str:

@@ -21,6 +21,7 @@ from randes.layout import View, is_conv1d
 from randes.leases import put
 from randes.linear import SuperposedMatrix
 from randes.routing import Version
+from randes.served_weights import base_of
 from randes.superposition import Superposition
 from randes_kernels import mixing
 from randes_kernels.reference import transform_parts
@@ -49,13 +50,23 @@ class SuperposedLayer(Routed):
     def products(self) -> Iterator[tuple[SuperposedMatrix, Tensor]]:
         """Every matrix with the part of a weight that it multiplies beside, (N, K)."""
         for name, view in self._views.items():
-            yield from zip(self._matrices(name), view.matrices(_plain(self, name)).values(), strict=True)
+            yield from zip(self._matrices(name), view.matrices(base_of(self, name)).values(), strict=True)
 
     def _multiply(self, x: Tensor, ids: Tensor, name: str = "weight") -> Tensor:
         """``x Ŵ_jᵀ`` with the parameter's matrices, one beside the other."""
-        parts = self._views[name].matrices(_plain(self, name)).values()
+        parts = self._views[name].matrices(base_of(self, name)).values()
         products: list[Tensor] = [own(x, part, ids) for own, part in zip(self._matrices(name), parts, strict=True)]
         return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+    def product_with(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor | None:
+        """``F.linear`` of x (..., K) with the parameter ``name``, (N, K), as each row's own model has it; None for one
+        of another form."""
+        view, batch = self._views[name], self._router.batch()
+        if view.transposed or len(view.shape) != 2 or batch.runs_base:
+            return None
+        x = batch.spread(x)
+        y = self._multiply(x, batch.on(x.device), name)
+        return y if bias is None else y + bias
 
     def _plus_bias(self, y: Tensor, ids: Tensor) -> Tensor:
         """y (..., N) plus each row's own model's bias."""
@@ -111,7 +122,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     mixed: Tensor  # what turns columns back in place of signs
 
     def _prepare(self) -> None:
-        (matrix,), weight = self._matrices("weight"), _plain(self, "weight")
+        (matrix,), weight = self._matrices("weight"), base_of(self, "weight")
         parts = transform_parts(0, matrix.tensor, weight.shape, matrix.transform)
         for name, like in zip(SIGNS, parts, strict=True):
             table = torch.zeros((len(matrix.keys), *like.shape), dtype=like.dtype, device=weight.device)
@@ -122,7 +133,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
 
     def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
         """Fill these models' rows, which nobody reads yet."""
-        (matrix,), shape = self._matrices("weight"), _plain(self, "weight").shape
+        (matrix,), shape = self._matrices("weight"), base_of(self, "weight").shape
         for version in versions:
             parts = transform_parts(superposition.key(version.name), matrix.tensor, shape, matrix.transform)
             for name, own in zip(SIGNS, parts, strict=True):
@@ -134,7 +145,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""
         input, ids = self._spread(input)
-        weight = _plain(self, "weight")
+        weight = base_of(self, "weight")
         base = F.embedding(input, weight)
         (matrix,) = self._matrices("weight")
         if ids is None or not matrix.pool.slots:
@@ -180,7 +191,7 @@ class SuperposedExperts(SuperposedLayer):
         return y
 
     def _of_expert(self, x: Tensor, ids: Tensor, name: str, expert: int) -> Tensor:
-        weight = _plain(self, name)[expert]
+        weight = base_of(self, name)[expert]
         y = self._matrices(name)[expert](x, weight.mT if self.is_transposed else weight, ids)
         if self.has_bias:
             y = y + self._own(f"{name}_bias", ids, expert)
@@ -205,9 +216,3 @@ def kind_of(layer: nn.Module, weights: Mapping[str, View]) -> type[SuperposedLay
 
 def _key(name: str) -> str:
     return f"deltas_of_{name}"
-
-
-def _plain(layer: nn.Module, name: str) -> Tensor:
-    weight = layer._parameters[name]
-    assert weight is not None
-    return weight

@@ -226,7 +226,8 @@ def layout_of(tensors: Tensors, config: Config, module: nn.Module | None = None)
     """
     ties = tied(tensors)
     if module is not None:
-        ties |= {alias: name for alias, name in tied_in(module).items() if alias in tensors and name in tensors}
+        same = tied_in(module.state_dict(keep_vars=True))
+        ties |= {alias: name for alias, name in same.items() if alias in tensors and name in tensors}
     transposed = transposed_in(module) if module is not None else frozenset()
     views = {}
     for name, value in headers(tensors).items():
@@ -283,11 +284,10 @@ def tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def tied_in(module: nn.Module) -> dict[str, str]:
-    """Of names for the same parameter or buffer of a module, for each the first one."""
+def tied_in(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of names for the same parameter or buffer in a module's state dict, for each the first one."""
     first: dict[int, str] = {}
-    return {name: first[id(value)] for name, value in module.state_dict(keep_vars=True).items()
-            if first.setdefault(id(value), name) != name}  # fmt: skip
+    return {name: first[id(value)] for name, value in state.items() if first.setdefault(id(value), name) != name}
 
 
 def transposed_in(module: nn.Module) -> frozenset[str]:

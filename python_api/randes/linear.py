@@ -1,7 +1,7 @@
 """``SuperposedLinear``: an ``nn.Linear`` that answers as any of many fine-tunes, row by row."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from randes.leases import put
 from randes.packed import Held, coordinates_of
 from randes.pools import DeltaPool, group_rows
 from randes.routing import Batch, Router, Version
+from randes.served_weights import ServedWeight, move
 from randes.superposition import Superposition
 from randes_kernels import Basis, mixing, superposed_linear
 from randes_kernels.format import Matrix
@@ -170,10 +171,15 @@ class SuperposedLinear(Superposed, nn.Linear):
 
     ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)`` with j the model of each row, and no Ŵ_j is ever
     built: one pass over the base weight and one over the superposition, whatever models the rows belong to.
-    ``weight`` and ``bias`` are the base's, under their own names. Gradients flow to x and to both of them.
-    (Design, section 1.)
+    The base's weight and bias are ``base_weight`` and ``base_bias``. Gradients flow to x and to both of them.
+    ``weight`` has their shape, dtype and device and no values, for it is another for each model: ``F.linear`` with it
+    is this layer's product, and other reads raise ``WeightReadError``. (Design, section 1; served_weights.py.)
     """
 
+    moved: ClassVar[frozenset[str]] = frozenset(("weight", "bias"))
+
+    base_weight: Tensor
+    base_bias: Tensor | None
     biases: Tensor | None
     router: Router
     bias_tensor: str
@@ -241,7 +247,7 @@ class SuperposedLinear(Superposed, nn.Linear):
         layer.router, layer.bias_tensor = router, bias
         layer.register_buffer("biases", biases, persistent=False)
         cls._take_deltas(layer, superposition, weight, linear.weight, pool, numbers)
-        layer.__class__ = cls
+        move(linear, cls.moved, cls)
 
     @torch.no_grad()
     def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
@@ -259,9 +265,43 @@ class SuperposedLinear(Superposed, nn.Linear):
         """
         batch = self.router.batch() if adapter_names is None else self._named(input, adapter_names)
         if batch.runs_base:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.base_weight, self.base_bias)
         x = batch.spread(input)
-        return self._product(x, self.weight, self.bias, batch.on(x.device), self.biases)
+        return self._product(x, self.base_weight, self.base_bias, batch.on(x.device), self.biases)
+
+    def product_with(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor | None:
+        """``F.linear`` of x (..., K) with ``weight`` as each row's own model has it; None for the base alone."""
+        batch = self.router.batch()
+        if batch.runs_base:
+            return None
+        x = batch.spread(x)
+        return self._product(x, self.base_weight, bias, batch.on(x.device))
+
+    @property
+    def weight(self) -> ServedWeight:  # type: ignore[override]
+        """Its shape, dtype and device, and ``F.linear`` with it; see above."""
+        return ServedWeight(
+            self, "weight", self.router,
+            f"{self.matrix} is superposed, another for each model, and has no values to be read: call the layer, or"
+            f' F.linear with its weight; or keep it per model with Config(exclude=("{self.matrix}", ...))',
+        )  # fmt: skip
+
+    @property
+    def bias(self) -> Any:  # type: ignore[override]
+        """The bias, where the models have one between them, or of the batch's one model."""
+        base, biases, batch = self.base_bias, self.biases, self.router.current()
+        if base is None or biases is None:
+            return base
+        if batch is None or batch.mixed:
+            return ServedWeight(
+                self, "bias", self.router,
+                f"{self.bias_tensor} is kept per model, and cannot be read for rows of several models at once, or where"
+                " no model is chosen: run one model at a time",
+            )  # fmt: skip
+        if torch.compiler.is_compiling():
+            ids = batch.on(base.device)
+            return torch.where(ids >= 0, biases[ids.clamp(min=0)[0]], base)
+        return base if batch.number < 0 else biases[batch.number]
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""

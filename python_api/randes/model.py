@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -196,21 +196,18 @@ class SuperposedModel(nn.Module):
         """The models of a batch, once for many calls, and as tensors: ``torch.compile`` does not guard on names."""
         return self.router.of(names)
 
-    @contextmanager
-    def using(self, names: Sequence[str] | Batch) -> Iterator[None]:
+    def using(self, names: Sequence[str] | Batch) -> AbstractContextManager[None]:
         """Answer as these models inside the ``with``: one name a row, or one for all rows.
 
         For calls that take no ``adapter_names``, and for backward passes that run the forward again (activation
-        checkpointing). It holds for this thread alone; do not ``await`` inside.
+        checkpointing). It holds for this thread, and inside a coroutine or a generator for that one alone: others that
+        run while it awaits or has yielded have scopes of their own.
         """
-        with self.router.during(self.router.of(names)):
-            yield
+        return self.router.using(self.router.of(names))
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """Answer as the base inside the ``with``; see ``using``."""
-        with self.using([BASE_NAME]):
-            yield
+        return self.using([BASE_NAME])
 
     @torch.no_grad()
     def warm_up(self, rows: Sequence[int] | None = None) -> None:
@@ -309,7 +306,7 @@ def _names_of(batch: Batch) -> list[str]:
 def _products(layer: nn.Module) -> Iterator[tuple[Superposed, Tensor]]:
     """What a layer multiplies with, and the base's weights (N, K) beside."""
     if isinstance(layer, SuperposedLinear):
-        yield layer, layer.weight
+        yield layer, layer.base_weight
     elif isinstance(layer, SuperposedLayer):
         yield from layer.products()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from randes.kept import KeptTable, Routed, key_of
 from randes.routing import Router
+from randes.served_weights import base_of, move
 
 FEW_ELEMENTS = 1 << 16
 """Of a linear layer's weight that are gathered for each row; a larger one is multiplied model by model, uncopied."""
@@ -31,7 +32,7 @@ class RoutedLinear(Routed, nn.Linear):
         tables = [table for table in map(self._table, ("weight", "bias")) if table is not None]
         if not tables:
             return super().forward(input)
-        large = self._parameters["weight"].numel() > FEW_ELEMENTS  # type: ignore[union-attr]
+        large = base_of(self, "weight").numel() > FEW_ELEMENTS
         ragged = any(table.ragged for table in tables)
         if len(ids) > 1 and (ragged or (large and not torch.compiler.is_compiling())):
             return _by_model(self._router, super().forward, (input,), {}, ragged=ragged)
@@ -119,9 +120,8 @@ class RoutedEmbedding(Routed, nn.Embedding):
         if self.of_positions and input.dim() == 1:
             input = input[None]  # the same for all rows, and each model's own
         input, ids = self._spread(input)
-        weight, table = self._parameters["weight"], self._table("weight")
-        assert weight is not None
-        base = F.embedding(input, weight)
+        table = self._table("weight")
+        base = F.embedding(input, base_of(self, "weight"))
         if ids is None or table is None:
             return base
         row = table.row_of(ids).repeat_interleave(input.shape[0] // len(ids) if input.shape[0] else 0)
@@ -248,6 +248,35 @@ def calls_super(layer: nn.Module) -> bool:
     return type(layer) is nn.Embedding or "__class__" in getattr(code, "co_freevars", ())
 
 
+_CLASSES: dict[tuple[Any, ...], type[Routed]] = {}
+
+
+def routed_class(
+    kind: type[Routed], plain: type[nn.Module], kept: tuple[str, ...], superposed: tuple[str, ...]
+) -> type[Routed]:
+    """The class of ``plain`` layers that take each row's own of these tensors as ``kind`` does: one for all of them."""
+    made_of = kind, plain, kept, superposed
+    if made_of in _CLASSES:
+        return _CLASSES[made_of]
+    bases: tuple[type, ...] = (kind, plain)
+    if issubclass(kind, plain):
+        bases = (kind,)
+    elif issubclass(kind, nn.Embedding):
+        bases = (plain, kind)  # its own forward, around the routed look-up
+    way = "Superposed" if kind.__name__.startswith("Superposed") else "Routed"
+    reads = {name: _kept_property(name) for name in kept} | {name: _superposed_property(name) for name in superposed}
+    about = {"moved": frozenset(reads), "made_of": made_of, "__module__": kind.__module__}
+    return _CLASSES.setdefault(made_of, type(f"{way}{plain.__name__}", bases, reads | about))
+
+
+def new_layer(
+    kind: type[Routed], plain: type[nn.Module], kept: tuple[str, ...], superposed: tuple[str, ...]
+) -> nn.Module:
+    """A layer of such a class, without its state: for copies and for pickle."""
+    made = routed_class(kind, plain, kept, superposed)
+    return made.__new__(made)
+
+
 def route_layer(
     layer: nn.Module, tables: dict[str, KeptTable], router: Router, kind: type[Routed] | None = None,
     superposed: Iterable[str] = (),
@@ -256,15 +285,10 @@ def route_layer(
 
     kind: how, where it is not only kept tensors. superposed: its parameters that are.
     """
-    plain, kind = type(layer), kind or routing_of(layer, tables)
-    bases: tuple[type, ...] = (kind, plain)
-    if issubclass(kind, plain):
-        bases = (kind,)
-    elif issubclass(kind, nn.Embedding):
-        bases = (plain, kind)  # its own forward, around the routed look-up
-    way = "Superposed" if kind.__name__.startswith("Superposed") else "Routed"
-    reads = {name: _kept_property(name) for name in tables} | {name: _superposed_property(name) for name in superposed}
     made: Any = layer
+    made_class = routed_class(
+        kind or routing_of(layer, tables), type(layer), tuple(sorted(tables)), tuple(sorted(superposed))
+    )
     made._router = router
     made._tables = nn.ModuleDict({key_of(name): table for name, table in tables.items()})
-    made.__class__ = type(f"{way}{plain.__name__}", bases, reads)  # last: another thread may be about to call it
+    move(layer, made_class.moved, made_class)  # last: another thread may be about to call it

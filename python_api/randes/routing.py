@@ -1,10 +1,15 @@
 """Which model answers which row of a batch, and how the layers of a model are told."""
 
+import contextlib
 import copy
+import inspect
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -146,12 +151,84 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next(found, None)
 
 
+class _Scope:
+    """A batch that was chosen for a while."""
+
+    def __init__(self, batch: Batch | None) -> None:
+        self.batch = batch
+
+
+_OUTSIDE = _Scope(None)
+
+
 class _Scoped(threading.local):
     """What a call of this thread has chosen; threads that use different models at once do not meet."""
 
     def __init__(self) -> None:
-        self.batch: Batch | None = None
-        self.before: list[Batch | None] = []  # of the calls of whole models under way, innermost last
+        self.scope = _OUTSIDE
+        self.before: list[_Scope] = []  # of the calls of whole models under way, innermost last
+
+
+class _SuspendableScope(_Scope):
+    """A scope that was opened inside a coroutine or a generator: it counts while that is running, in any thread.
+
+    Python tells nobody that one is suspended, but its frame is not on a thread's stack then. What a coroutine starts
+    elsewhere (a task, a function in a thread) runs without its frame, and finds the scope in its context.
+    """
+
+    def __init__(self, batch: Batch, owner: FrameType, outer: _Scope, opened: "list[_SuspendableScope]") -> None:
+        super().__init__(batch)
+        self._owner, self._outer, self._opened = owner, outer, opened
+
+    def __enter__(self) -> None:
+        self._opened.append(self)
+        if self._owner.f_code.co_flags & inspect.CO_COROUTINE:  # a generator's context is that of whoever runs it
+            _TASK.set((*_TASK.get(), self))
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.remove(self)
+        _TASK.set(tuple(scope for scope in _TASK.get() if scope is not self))
+
+    def counts(self, running: Collection[FrameType], scope: _Scope) -> bool:
+        """Whether this is chosen, with these frames on the stack and ``scope`` the thread's innermost other one: that
+        may be of a call that was made since."""
+        return scope in (self._outer, _OUTSIDE) and (self._owner in running or self in _TASK.get())
+
+
+_TASK: ContextVar[tuple[_SuspendableScope, ...]] = ContextVar("randes_scopes", default=())
+
+
+def _innermost(scope: _Scope, opened: Sequence[_SuspendableScope]) -> _Scope:
+    """The scope that counts now: ``scope``, or one of those that were opened in coroutines and generators."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "using(...) and disable_adapter() inside a coroutine or a generator cannot be seen by a compiled model:"
+            " pass adapter_names=[...] to its calls"
+        )
+    running = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    return next((own for own in reversed(tuple(opened)) if own.counts(running, scope)), scope)
+
+
+def _file(frame: FrameType | None) -> str | None:
+    return None if frame is None else frame.f_code.co_filename
+
+
+_SUSPENDABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+
+
+def _suspendable_frame(frame: FrameType | None) -> FrameType | None:
+    """The nearest caller that can be suspended; None where there is none. Generators that are context managers, as
+    ``contextlib`` runs them, are left out: what counts is who entered them."""
+    while frame is not None:
+        entered_by = frame.f_back
+        if frame.f_code.co_flags & _SUSPENDABLE and not {_file(frame), _file(entered_by)} & {contextlib.__file__}:
+            return frame
+        frame = entered_by
+    return None
 
 
 class Router:
@@ -167,6 +244,7 @@ class Router:
         self.changing = threading.RLock()  # held by who adds and deletes models
         self._lock = threading.RLock()
         self._scoped = _Scoped()
+        self._suspendable: list[_SuspendableScope] = []
         self.versions: Mapping[str, Version] = self._with_base(
             Version(name, number) for number, name in enumerate(names)
         )
@@ -195,7 +273,10 @@ class Router:
 
     def current(self) -> Batch | None:
         """The batch under way, if there is one."""
-        return self._scoped.batch or self.chosen
+        scope = self._scoped.scope
+        if self._suspendable:
+            scope = _innermost(scope, self._suspendable)
+        return self.chosen if scope.batch is None else scope.batch
 
     def batch(self) -> Batch:
         """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
@@ -237,7 +318,7 @@ class Router:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
         scoped = self._scoped
-        scoped.before.append(scoped.batch)
+        scoped.before.append(scoped.scope)
         if kwargs.get("adapter_names") is not None:
             return  # the call will choose, and come again
         batch = self.batch()
@@ -255,21 +336,29 @@ class Router:
                 f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
                 f" got {batch.rows}; parts with other numbers of rows are called one by one, each within using(names)"
             )
-        scoped.batch = over
+        scoped.scope = _Scope(over)
 
     def leave(self, *_: Any) -> None:
         """After a call that was entered, whether it failed or not."""
-        self._scoped.batch = self._scoped.before.pop()
+        self._scoped.scope = self._scoped.before.pop()
 
     @contextmanager
     def during(self, batch: Batch | None) -> Iterator[None]:
-        """Choose a batch for the calls that this thread makes inside."""
-        before = self._scoped.batch
-        self._scoped.batch = batch
+        """Choose a batch for the calls that this thread makes inside, which waits for nobody there."""
+        before = self._scoped.scope
+        self._scoped.scope = _Scope(batch)
         try:
             yield
         finally:
-            self._scoped.batch = before
+            self._scoped.scope = before
+
+    def using(self, batch: Batch) -> AbstractContextManager[None]:
+        """The same, also inside what may be suspended meanwhile: a task that awaits, a generator that yields. The batch
+        is for the calls of that task or generator, and for nobody else's that run while it waits."""
+        owner = _suspendable_frame(sys._getframe(1))
+        if owner is None:
+            return self.during(batch)
+        return _SuspendableScope(batch, owner, self._scoped.scope, self._suspendable)
 
     def _with_base(self, versions: Iterable[Version]) -> dict[str, Version]:
         # Where deltas are centred the base is superposed too, and has a number of its own.

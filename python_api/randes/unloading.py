@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from randes.inside import base_names
+from randes.served_weights import move_back, moved_in, plain_state
 from randes.superposition import Superposition
 
 
@@ -28,7 +29,9 @@ class Original:
 
     def restore(self) -> None:
         """Make it that again, with the parameters that it has now."""
+        moved = moved_in(self.layer)
         self.layer.__class__ = self.kind
+        move_back(self.layer, moved)
         for held, added in zip(self._held(), self._names, strict=True):
             for name in added & set(held):
                 held.discard(name) if isinstance(held, set) else held.pop(name)
@@ -38,7 +41,7 @@ def merged_tensors(module: nn.Module, superposition: Superposition, name: str) -
     """A model's retrieved tensors by the module's names, in its dtypes and on its devices; its own where those are."""
     names = base_names(module, superposition)
     made: dict[int, Tensor] = {}
-    own: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    own = plain_state(module)
     if name not in superposition.members:  # the base, whose parameters the module never lost
         return own
     values = superposition.retrieved(name)
