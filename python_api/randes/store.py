@@ -33,7 +33,7 @@ from randes.files import write_file, write_whole
 from randes.integers import AVERAGE_STEP, STEP
 from randes.layout import Layout
 from randes.members import Member
-from randes.packed import STEPS, Held, Packing, flattened, gathered
+from randes.packed import STEPS, Held, PackedTensors, Packing, flattened
 from randes.stored import Layers, StoredTensors, known_digests, open_file
 from randes.streams import Progress, headers, silent, size
 from randes.superposition import Superposition
@@ -121,7 +121,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
         if packing is not None and packing.coordinates < 16:
             held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
             rows = {tensor: headers(base)[tensor].shape[0] for tensor in record.get("units", {})}
-            coordinates = gathered(own.renamed(held), packing.coordinates, 64, rows)
+            coordinates = PackedTensors(own.renamed(held), packing.coordinates, 64, rows)
         kept = {tensor: tensor for tensor in own if tensor not in held.values()}
         superposition.members[name] = Member(**record, kept=own.renamed(kept), coordinates=coordinates)
     superposition.averages = Layers({}, contents.pop("average")) if "average" in contents else {}
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
     else:
         columns = {tensor: headers(base)[tensor].shape[1] for tensor in superposition.superposed}
         superposition.few_bits = {
-            number: gathered(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
+            number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
     superposition.companions = companions(folder)
     superposition.stored = _stored(folder, manifest)

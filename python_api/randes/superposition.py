@@ -54,7 +54,7 @@ class Superposition:
         # Of each group: the integers by tensor, int16 where they fit.
         self.deltas: dict[int, MutableMapping[str, Tensor]] = {}
         self.packing: Packing | None = None
-        self.few_bits: dict[int, dict[str, Packed]] = {}  # in their place, where this is packed for serving
+        self.few_bits: dict[int, Mapping[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
