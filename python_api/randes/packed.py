@@ -33,12 +33,18 @@ class Packing:
     bits: of an element of D, 8, 4 or 2. group: columns that share a step, of 4 and 2 bits.
     coordinates: bits of a model's coordinates in the shared bases: 16 (as they were), 8 or 4.
     master: checksum of the manifest of the superposition that this was made of.
+
+    Raises ``ValueError`` for other numbers.
     """
 
     bits: int
     group: int
     coordinates: int
     master: str
+
+    def __post_init__(self) -> None:
+        one_of("coordinates", self.coordinates, (16, 8, 4))
+        check(self.bits, self.group)
 
 
 def packed(
@@ -52,14 +58,13 @@ def packed(
         raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
     one_of("bits", bits, (8, 4, 2))
     coordinates = coordinates_for(bits) if coordinates is None else coordinates
-    one_of("coordinates", coordinates, (16, 8, 4))
-    check(bits, group)
+    packing = Packing(bits, group, coordinates, "")
     made = Superposition(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,
     )  # fmt: skip
     made.companions = superposition.companions
-    made.packing = Packing(bits, group, coordinates, store.checksum_of(superposition))
+    made.packing = replace(packing, master=store.checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for number, deltas in superposition.deltas.items():
         made.few_bits[number] = few = {}
