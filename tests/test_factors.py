@@ -53,6 +53,8 @@ def test_one_adapter_comes_back_merged_and_leaves_the_rest_alone(tmp_path: Path)
         torch.testing.assert_close(
             merged[name].double() - value.double(), wanted, rtol=0, atol=1e-2 * float(wanted.std())
         )
+    with pytest.raises(ValueError, match="scaling must be a finite number, got nan"):
+        randes.merge_adapter(sup, "a", base, scaling=math.nan)
 
 
 @pytest.mark.parametrize("options", [{}, {"matrix": "rotation"}, {"signs": "columns", "gains": "shared"}], ids=str)

@@ -84,4 +84,6 @@ def test_what_cannot_be_tuned_is_refused() -> None:
         sup.tune(base, {"m0": own}, distance, held_out=1)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         sup.tune(base, {"m0": own}, distance, steps=0)
+    with pytest.raises(ValueError, match="rate must be a finite number above 0, got nan"):
+        sup.tune(base, {"m0": own}, distance, rate=float("nan"))
     assert not sup.members["m0"].alphas

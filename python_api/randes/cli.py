@@ -412,9 +412,13 @@ def verify(
     console.print(
         f"weight error       {found.relative_error:.4f}  ‖Ŵ − W‖ / ‖W − W0‖, over {len(found.tensors)} tensors"
     )
-    console.print(f"predicted          {found.predicted_error:.4f}  √(J−1)")
+    console.print(
+        f"predicted          {found.predicted_error:.4f}  the same, of how many models share a tensor's buffer,"
+        " less what shared bases keep apart, with what packing and α add",
+        soft_wrap=True,
+    )
     console.print(f"kept tensors       {'exact' if found.kept_exact else 'NOT EXACT'}")
-    console.print("This is interference in the weights, not the accuracy: evaluate the model for that.")
+    console.print("Both are interference in the weights, not the accuracy: evaluate the model for that.")
 
 
 @app.command()

@@ -30,6 +30,17 @@ def companions(base: object) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files if any(fnmatchcase(file.name, p) for p in PATTERNS)}
 
 
+def config_of(source: object) -> bytes | None:
+    """The configuration of a Transformers module, in a folder or beside a file; None where there is none."""
+    if isinstance(source, nn.Module):
+        return _of_module(source).get(CONFIG)
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source)
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    return file.read_bytes() if file.is_file() else None
+
+
 def _of_module(module: nn.Module) -> dict[str, bytes]:
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_json_string"):

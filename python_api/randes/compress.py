@@ -1,6 +1,5 @@
 """A base and all of its fine-tunes, made into one superposition."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -13,7 +12,8 @@ from randes.basis import PASSES, loudest
 from randes.calibration import calibrated, matched
 from randes.checkpoint import Checkpoint, Tensors
 from randes.config import TOGETHER, Config
-from randes.members import BASE_NAME
+from randes.configurations import check_configuration
+from randes.members import BASE_NAME, check_alpha
 from randes.streams import Progress, headers, parts, runs, silent, size
 from randes.superposing import Joining
 from randes.superposition import Superposition
@@ -50,19 +50,19 @@ def compress(
     calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite and for a calibration that does not fit,
-    and whatever ``Superposition.create`` and ``add`` raise.
+    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite in fp32 and for a calibration that does not
+    fit, and whatever ``Superposition.create`` and ``add`` raise.
     """
     config = config or TOGETHER
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha}")
+    check_alpha(alpha)
     if calibration is not None and not config.rank:
         raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     for name in models:
         superposition.check_name(name)
+        check_configuration(superposition.companions, models[name])
     original, superposed = superposition.base, superposition.superposed
     moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
     sources = {name: superposition.read(model) for name, model in models.items()}

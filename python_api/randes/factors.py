@@ -8,6 +8,7 @@ share a buffer. Superposing the products s B A themselves (``Superposition.add``
 √(J − 1) times it, for N · K numbers in place of r · (N + K).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
@@ -19,8 +20,10 @@ from torch import Tensor
 from randes import checkpoint
 from randes.adapters import AdapterTensors, Update, read_adapter
 from randes.checkpoint import Checkpoint, Tensors
+from randes.companions import companions
 from randes.compress import compress
 from randes.config import Config
+from randes.configurations import check_configuration
 from randes.errors import CheckpointError
 from randes.streams import Progress, silent
 from randes.superposition import Superposition
@@ -44,6 +47,8 @@ def superpose_adapters(
     """
     if not adapters:
         raise ValueError("adapters must hold at least one adapter, got none")
+    for folder in adapters.values():
+        check_configuration(companions(base), folder)
     tensors = checkpoint.read(base)
     factors = {name: _factors(Path(folder), tensors) for name, folder in adapters.items()}
     first = next(iter(factors.values()))
@@ -56,8 +61,11 @@ def merge_adapter(superposition: Superposition, name: str, base: Checkpoint, *, 
     """The base with one adapter's retrieved update, ``W0 + scaling · B̂ Â``, each tensor made when it is asked for.
 
     superposition: what ``superpose_adapters`` made. base: the model that the adapters were trained on.
-    Raises ``UnknownModelError``, and ``CheckpointError`` for a superposition of something else or another base.
+    Raises ``UnknownModelError``, ``CheckpointError`` for a superposition of something else or another base, and
+    ``ValueError`` for a scaling that is not finite.
     """
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number, got {scaling}")
     tensors, found = checkpoint.read(base), superposition.retrieve(name)
     weights = [tensor.removesuffix(A) for tensor in found if tensor.endswith(A)]
     if not weights or len(found) != 2 * len(weights):

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from randes_kernels import Packed
 
 BASE_NAME = "__base__"
 """The base's own name, where deltas are centred on their mean and it is superposed like any other."""
+LARGEST, TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+REACH = 64.0
+"""Gains that a number of a superposition is worth at most while int16 holds it; a coordinate is 2**15 units."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,34 @@ class Member:
     def alpha_of(self, tensor: str) -> float:
         """What the delta of one tensor is scaled by."""
         return self.alphas.get(tensor, self.alpha)
+
+
+def check_alpha(alpha: object) -> None:
+    """Raise ``ValueError`` for an α that is no number, or not finite in fp32. A negative one turns a delta around."""
+    if not _within(alpha, -LARGEST):
+        raise ValueError(f"alpha must be a finite number in fp32, got {alpha!r}")
+
+
+def check_scales(name: str, member: Member) -> None:
+    """Raise ``ValueError`` where a model's numbers could not be scaled in fp32: what comes back would not be finite."""
+
+    def must(right: bool, what: str, expected: str, value: object) -> None:
+        if not right:
+            raise ValueError(f"{what} of model {name!r} must be {expected}, got {value!r}")
+
+    for what, number in {"group": member.group, "index": member.index}.items():
+        must(type(number) is int and number >= 0, what, "an integer of at least 0", number)
+    for what, alpha in {"alpha": member.alpha, **{f"alpha of {t}": a for t, a in member.alphas.items()}}.items():
+        must(_within(alpha, -LARGEST), what, "a finite number in fp32", alpha)
+    for what, held, least, reach in (("gain", member.gains, TINY, REACH), ("unit", member.units, 5e-324, 2.0**15)):
+        for tensor, value in held.items():
+            must(_within(value, least), f"{what} of {tensor}", "a finite number in fp32 above 0", value)
+            scaled = member.alpha_of(tensor) * value
+            must(abs(scaled) * reach <= LARGEST, f"alpha · {what} of {tensor}", f"below {LARGEST / reach:.2g}", scaled)
+
+
+def _within(value: object, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The integers are the master: models are added to them and taken away. What is ma
 and its store's manifest says so and names the master by its checksum. (Design, section 2.)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,12 +33,18 @@ class Packing:
     bits: of an element of D, 8, 4 or 2. group: columns that share a step, of 4 and 2 bits.
     coordinates: bits of a model's coordinates in the shared bases: 16 (as they were), 8 or 4.
     master: checksum of the manifest of the superposition that this was made of.
+
+    Raises ``ValueError`` for other numbers.
     """
 
     bits: int
     group: int
     coordinates: int
     master: str
+
+    def __post_init__(self) -> None:
+        one_of("coordinates", self.coordinates, (16, 8, 4))
+        check(self.bits, self.group)
 
 
 def packed(
@@ -52,20 +58,19 @@ def packed(
         raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
     one_of("bits", bits, (8, 4, 2))
     coordinates = coordinates_for(bits) if coordinates is None else coordinates
-    one_of("coordinates", coordinates, (16, 8, 4))
-    check(bits, group)
+    packing = Packing(bits, group, coordinates, "")
     made = Superposition(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,
     )  # fmt: skip
     made.companions = superposition.companions
-    made.packing = Packing(bits, group, coordinates, store.checksum_of(superposition))
+    made.packing = replace(packing, master=store.checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for number, deltas in superposition.deltas.items():
-        made.few_bits[number] = {}
+        made.few_bits[number] = few = {}
         for name in deltas:
             delta = deltas[name]
-            made.few_bits[number][name] = pack(delta.float() * STEP, bits, group)
+            few[name] = pack(delta.float() * STEP, bits, group)
             step(delta.nbytes)
     for name, member in superposition.members.items():
         if coordinates < 16:
@@ -91,10 +96,43 @@ def coordinates_of(held: Held) -> Tensor:
     return unpack(held).mT if isinstance(held, Packed) else held
 
 
+class PackedTensors(Mapping[str, Packed]):
+    """The packed tensors of a file, each read when somebody asks for it.
+
+    flat: words by name, and steps beside them. columns: of each.
+    """
+
+    def __init__(self, flat: LazyTensors, bits: int, group: int, columns: Mapping[str, int]) -> None:
+        self.below = [flat]
+        self.headers = {
+            name: Packed(words, flat.headers[f"{name}{STEPS}"], bits, 0 if bits == 8 else group, columns[name])
+            for name, words in flat.headers.items()
+            if not name.endswith(STEPS)
+        }
+
+    def __getitem__(self, name: str) -> Packed:
+        header, (flat,) = self.headers[name], self.below
+        return header._replace(words=flat[name], steps=flat[f"{name}{STEPS}"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Packed]]]:
+        return dict, (dict(self),)  # as of LazyTensors
+
+
 def flattened(tensors: Mapping[str, Held]) -> Mapping[str, Tensor]:
-    """As a file holds them: words by name, and steps beside them. What is not packed stays where it lies."""
+    """As a file holds them: words by name, and steps beside them. What lies in a file stays there."""
     if isinstance(tensors, LazyTensors):
         return tensors
+    if isinstance(tensors, PackedTensors):
+        return tensors.below[0]
     flat: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if isinstance(value, Packed):
@@ -102,12 +140,3 @@ def flattened(tensors: Mapping[str, Held]) -> Mapping[str, Tensor]:
         else:
             flat[name] = value
     return flat
-
-
-def gathered(flat: Mapping[str, Tensor], bits: int, group: int, columns: Mapping[str, int]) -> dict[str, Packed]:
-    """The packed tensors of a file again. columns: of each."""
-    return {
-        name: Packed(words, flat[f"{name}{STEPS}"], bits, 0 if bits == 8 else group, columns[name])
-        for name, words in flat.items()
-        if not name.endswith(STEPS)
-    }

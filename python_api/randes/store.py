@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from randes.errors import CheckpointError, StoreError
 from randes.files import write_file, write_whole
 from randes.integers import AVERAGE_STEP, STEP
 from randes.layout import Layout
-from randes.members import Member
-from randes.packed import STEPS, Held, Packing, flattened, gathered
+from randes.members import Member, check_scales
+from randes.packed import STEPS, Held, PackedTensors, Packing, flattened
 from randes.stored import Layers, StoredTensors, known_digests, open_file
 from randes.streams import Progress, headers, silent, size
 from randes.superposition import Superposition
@@ -97,6 +97,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    config, layout, packing, members = _described(folder, manifest)
     contents: dict[str, StoredTensors] = {
         name.rsplit("-", 1)[0]: _open(folder, name, digests) for name, digests in manifest["files"].items()
     }
@@ -106,24 +107,23 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
             tensors.check(step)
     stored = contents.pop("base")
     assert stored.known is not None
-    layout = Layout.from_dict(manifest["layout"]) if "layout" in manifest else Layout()
     base = layout.split(stored)
     known = {**stored.known, **manifest.get("layout", {}).get("digests", {})}
     superposition = Superposition(
-        Config.from_dict(manifest["config"]), base, manifest["superposed"], {name: known[name] for name in base},
+        config, base, manifest["superposed"], {name: known[name] for name in base},
         contents.pop("basis", {}), layout,
     )  # fmt: skip
-    packing = superposition.packing = Packing(**manifest["packed"]) if "packed" in manifest else None
-    for name, record in manifest["models"].items():
+    superposition.packing = packing
+    for name, member in members.items():
         own = contents.pop(_model_file(superposition, name), StoredTensors({}))
-        held = {tensor: f"{tensor}{COORDINATES}" for tensor in record.get("units", {})}
+        held = {tensor: f"{tensor}{COORDINATES}" for tensor in member.units}
         coordinates: Mapping[str, Held] = own.renamed(held)
         if packing is not None and packing.coordinates < 16:
             held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
-            rows = {tensor: headers(base)[tensor].shape[0] for tensor in record.get("units", {})}
-            coordinates = gathered(own.renamed(held), packing.coordinates, 64, rows)
+            rows = {tensor: headers(base)[tensor].shape[0] for tensor in member.units}
+            coordinates = PackedTensors(own.renamed(held), packing.coordinates, 64, rows)
         kept = {tensor: tensor for tensor in own if tensor not in held.values()}
-        superposition.members[name] = Member(**record, kept=own.renamed(kept), coordinates=coordinates)
+        superposition.members[name] = replace(member, kept=own.renamed(kept), coordinates=coordinates)
     superposition.averages = Layers({}, contents.pop("average")) if "average" in contents else {}
     groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
     if packing is None:
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
     else:
         columns = {tensor: headers(base)[tensor].shape[1] for tensor in superposition.superposed}
         superposition.few_bits = {
-            number: gathered(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
+            number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
     superposition.companions = companions(folder)
     superposition.stored = _stored(folder, manifest)
@@ -184,6 +184,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (manifest["step"], manifest["average_step"]) != (STEP, AVERAGE_STEP):
         raise StoreError(f"{folder} must have steps {STEP} and {AVERAGE_STEP}, got {manifest['step']}")
     return manifest
+
+
+def _described(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Layout, Packing | None, dict[str, Member]]:
+    """What a manifest says of all tensors and of each model, without these. Raises ``StoreError`` for other values."""
+    try:
+        config = Config.from_dict(manifest["config"])
+        layout = Layout.from_dict(manifest["layout"]) if "layout" in manifest else Layout()
+        packing = Packing(**manifest["packed"]) if "packed" in manifest else None
+        members = {name: Member(**record) for name, record in manifest["models"].items()}
+        for name, member in members.items():
+            check_scales(name, member)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
+    return config, layout, packing, members
 
 
 def _contents(superposition: Superposition) -> dict[str, Tensors]:

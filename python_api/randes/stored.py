@@ -1,6 +1,6 @@
 """Tensors that lie in files until somebody asks for them, and what was changed of them since, in memory."""
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +15,8 @@ class StoredTensors(LazyTensors):
     """Tensors of open safetensors files, each read when somebody asks for it.
 
     where: of each name, the file and the tensor's name in it.
-    known: digests to be held to. ``check`` reads what was not found right yet.
+    known: digests to be held to: nobody gets a tensor that was not found right. ``check`` looks at many at once, which
+        is faster; what it did not see is looked at when somebody first asks for it.
     altered: makes the error to raise where a tensor is not what ``known`` says, of file and tensor's name.
     """
 
@@ -34,6 +35,7 @@ class StoredTensors(LazyTensors):
         return list({id(file): file for file, _ in self.where.values()}.values())
 
     def parts(self, name: str) -> Iterator[Tensor]:
+        self._check_first_use(name)
         file, own = self.where[name]
         try:
             yield from file.parts(own)
@@ -41,6 +43,7 @@ class StoredTensors(LazyTensors):
             raise self._altered(file.path, name) from None
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
+        self._check_first_use(name)
         file, own = self.where[name]
         try:
             return file.rows(own, start, end)
@@ -71,20 +74,29 @@ class StoredTensors(LazyTensors):
             if file.replaced():
                 self._reopen(file)
         names = self.unchecked()
+        self._right -= set(names)  # also of those that are not reached below
         for file in self.files:
             if not file.unchanged():
                 file.trust()
-        found = digests(self, names, step=step)
-        for name in names:
-            if found[name] != self.known[name]:
-                self._right.discard(name)
-                raise self._altered(self.where[name][0].path, name)
-        self._right |= set(names)
+        self._compare(names, step)
 
     def unchecked(self) -> list[str]:
         """The tensors that ``check`` would read."""
         changed = [file for file in self.files if not file.unchanged()]
         return [name for name, (file, _) in self.where.items() if file in changed or name not in self._right]
+
+    def _check_first_use(self, name: str) -> None:
+        if self.known is not None and name not in self._right:
+            self._compare([name])
+
+    def _compare(self, names: Iterable[str], step: Callable[[int], None] = lambda _: None) -> None:
+        """Raise ``altered``'s error for the first tensor that has not its digest; the others were found right."""
+        assert self.known is not None
+        where = {name: self.where[name] for name in names}
+        for name, found in digests(StoredTensors(where, altered=self._altered), step=step).items():
+            if found != self.known[name]:
+                raise self._altered(where[name][0].path, name)
+            self._right.add(name)
 
     def _reopen(self, file: File) -> None:
         mine = {name: own for name, (its, own) in self.where.items() if its is file}
@@ -175,7 +187,7 @@ def in_files(tensors: Mapping[str, Tensor]) -> bool:
 def _stored(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> Iterator[StoredTensors]:
     if isinstance(tensors, StoredTensors):
         yield tensors
-    for layer in tensors.below if isinstance(tensors, LazyTensors) else ():
+    for layer in getattr(tensors, "below", ()):
         yield from _stored(layer)
 
 

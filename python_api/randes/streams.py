@@ -104,10 +104,15 @@ def headers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return tensors.headers if isinstance(tensors, LazyTensors) else tensors
 
 
+def described(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> Mapping[str, Tensor | Packed]:
+    """The same of tensors that may be packed."""
+    held: Mapping[str, Tensor | Packed] = getattr(tensors, "headers", tensors)
+    return held
+
+
 def size(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> int:
     """Bytes of all the tensors together."""
-    held = tensors.headers if isinstance(tensors, LazyTensors) else tensors
-    return sum(value.nbytes for value in held.values())
+    return sum(value.nbytes for value in described(tensors).values())
 
 
 def runs(header: Tensor) -> list[tuple[int, int]]:

@@ -19,11 +19,11 @@ from randes_kernels.slices import squares as row_squares
 class Verification:
     """How near a retrieved model is to its original, in weights.
 
-    relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together.
-    predicted_error: √(J−1), what J models that share a buffer give under signs, permutations and rotations (for α = 1,
-        and deltas of one size where gains are shared), of what is not in a shared basis; more with a diagonal or dense
-        matrix, by what its inverse adds. Neither is the accuracy: transforms with the same weight error keep very
-        different shares of it (design, section 2).
+    relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together, as measured.
+    predicted_error: the same as J models that share a buffer should have it: √(J−1) under signs, permutations and
+        rotations for α = 1 and deltas of one size. Less by what is in a shared basis; more by what packing adds, what α
+        takes from the delta, and the inverse of a diagonal or dense matrix.
+    Neither is the accuracy: transforms with the same weight error keep very different shares of it (design, section 2).
     tensors: the relative error of each superposed tensor that the model changed.
     kept_exact: whether every tensor that is kept per model came back bit for bit.
     """

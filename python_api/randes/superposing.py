@@ -22,7 +22,7 @@ from randes import basis
 from randes.checkpoint import check_finite
 from randes.errors import CheckpointError, RandesError
 from randes.integers import averaged, check_average, gain_of, narrow, rate
-from randes.members import BASE_NAME, Member
+from randes.members import BASE_NAME, Member, check_scales
 from randes.packed import coordinates_of
 from randes.reading import Pairs, Part, Reading
 from randes.stored import own
@@ -65,8 +65,10 @@ def join(sup: Superposition, model: Joining, step: Callable[[int], None]) -> Non
         for tensor in reading:
             for _, incoming in reading.models():
                 _measure(sup, model, tensor, incoming, reading.computing, hold=tensor in sup.bases)
+    member = model.member()
+    check_scales(model.name, member)
     change(sup, model, step)
-    sup.members[model.name] = model.member()
+    sup.members[model.name] = member
 
 
 def leave(sup: Superposition, name: str, tensors: Mapping[str, Tensor], step: Callable[[int], None]) -> None:
@@ -103,8 +105,10 @@ def join_all(sup: Superposition, models: list[Joining], step: Callable[[int], No
             for model in models:
                 if _is_averaged(sup, model, tensor):
                     _average(sup, model, tensor, subtract=False)
-    for model in models:
-        sup.members[model.name] = model.member()
+    members = {model.name: model.member() for model in models}
+    for name, member in members.items():
+        check_scales(name, member)
+    sup.members |= members
 
 
 def change(

@@ -1,6 +1,5 @@
 """Many fine-tunes of one base, superposed: added, taken away again to the byte, retrieved."""
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from randes.arranged import SplitTensors, replaced
 from randes.checkpoint import Checkpoint, Tensors
 from randes.companions import companions
 from randes.config import Config
+from randes.configurations import check_configuration
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
 from randes.integers import AVERAGE_STEP, shared_gain
 from randes.layers import families, shifted, shuffled
 from randes.layout import Layout, matrices_of, tied
-from randes.members import BASE_NAME, Member, Sizes
+from randes.members import BASE_NAME, Member, Sizes, check_alpha
 from randes.packed import Held, Packing, packed
 from randes.retrieved import Retrieved
 from randes.stored import Layers, StoredTensors, check, in_files, unchecked
@@ -54,7 +54,7 @@ class Superposition:
         # Of each group: the integers by tensor, int16 where they fit.
         self.deltas: dict[int, MutableMapping[str, Tensor]] = {}
         self.packing: Packing | None = None
-        self.few_bits: dict[int, dict[str, Packed]] = {}  # in their place, where this is packed for serving
+        self.few_bits: dict[int, Mapping[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
@@ -122,13 +122,14 @@ class Superposition:
         alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
         index: its place, where layers shift; by default the first that is free.
         progress: told of each stage and its bytes, for a progress bar.
-        Raises ``ValueError`` for a name that is taken or not allowed, a group that is full or an index that is
-        taken, and ``CheckpointError`` for a checkpoint that does not fit the base. Nothing is changed then.
+        Raises ``ValueError`` for a name that is taken or not allowed, a group that is full, an index that is taken, or
+        an alpha that is not finite in fp32, alone or times the delta; and ``CheckpointError`` for a checkpoint that
+        does not fit the base, or whose configuration is another (``configurations.py``). Nothing is changed then.
         """
         self.check_master()
         self.check_name(name)
-        if not math.isfinite(alpha):
-            raise ValueError(f"alpha must be a finite number, got {alpha}")
+        check_alpha(alpha)
+        check_configuration(self.companions, finetuned)
         model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))

@@ -5,6 +5,7 @@ network hears the noise more than the delta that is a gain. Which matrices those
 (Design, section 2.)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from randes.errors import UnknownModelError
+from randes.members import check_scales
 
 if TYPE_CHECKING:
     from randes.superposition import Superposition
@@ -41,6 +43,8 @@ def tune(
     """See ``Superposition.tune``."""
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out}")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate must be a finite number above 0, got {rate}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     for name, own in batches.items():
@@ -59,7 +63,9 @@ def tune(
         if found[name].kept:
             alphas[name] = problem.alphas
     for name, own_alphas in alphas.items():
-        superposition.members[name] = replace(superposition.members[name], alphas=own_alphas)
+        member = replace(superposition.members[name], alphas=own_alphas)
+        check_scales(name, member)
+        superposition.members[name] = member
     return found
 
 

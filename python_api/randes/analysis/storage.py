@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from randes.checkpoint import Tensors
 from randes.packed import Held
-from randes.streams import LazyTensors, headers, size
+from randes.streams import described, headers, size
 from randes.superposition import Superposition
 from randes_kernels import Packed
 
@@ -39,9 +39,9 @@ def storage(superposition: Superposition) -> Storage:
     sup = superposition
     gains = sum(len(member.gains) for member in sup.members.values())
     held: list[Mapping[str, Held]] = [headers(sup.base), headers(sup.averages), headers(sup.bases)]
-    held += [tensors.headers if isinstance(tensors, LazyTensors) else tensors for tensors in sup.held.values()]
+    held += [described(tensors) for tensors in sup.held.values()]
     for member in sup.members.values():
-        held += [headers(member.kept), member.coordinates]
+        held += [headers(member.kept), described(member.coordinates)]
     return Storage(
         total_param_count_original=_elements(sup.base),
         total_gb_original=size(sup.base) / 1e9,

@@ -17,7 +17,7 @@ from randes.layout import SUPERPOSABLE
 from randes.members import Member, Sizes
 from randes.packed import Held, Packing, coordinates_for
 from randes.report.cosines import Cosines, of_originals, of_retrieved
-from randes.streams import LazyTensors, Progress, headers, silent, size
+from randes.streams import Progress, described, headers, silent, size
 from randes.summary import Verification, energy, predicted, ranks, verify
 from randes.superposition import Superposition
 from randes_kernels.packing import packed_bytes
@@ -251,5 +251,4 @@ def why_not(config: Config, name: str, header: Tensor) -> str:
 
 
 def _nbytes(held: Mapping[str, Held], name: str) -> int:
-    described = held.headers if isinstance(held, LazyTensors) else held
-    return described[name].nbytes
+    return described(held)[name].nbytes

@@ -10,9 +10,9 @@ the buffers, 4 at least; nothing was packed for this page.</p>""",
 model's deltas when it is used; <b>tuned α</b> counts the tensors that have their own. <b>‖δ‖</b> is the size of
 its deltas in the superposed tensors. The errors are explained under Interference.</p>""",
     "interference": """<p>What comes back of a model's weights is the model plus the deltas of its J−1 neighbours,
-turned into noise. Relative to its own delta that noise is about <b>√(J−1)</b>, with what packing and α add: the
-<b>predicted</b> error. Tensors that fewer models changed,
-and models with a part in a shared basis, have less. <b>Measured</b> is ‖Ŵ − W‖ / ‖W − W0‖ of
+turned into noise. Relative to what is superposed of its own delta that noise is about <b>√(J−1)</b>. The
+<b>predicted</b> error is ‖Ŵ − W‖ / ‖W − W0‖ computed from that, with what packing and α add; it is less in
+tensors that fewer models changed, and where a part of the delta is in a shared basis. <b>Measured</b> is the same of
 checkpoints that were given, as <code>randes verify</code> has it. <b>Neither is the accuracy</b>: noise that
 points in all directions evenly cancels inside a layer, and a model with an error of 2.6 in its weights can
 answer almost as the original does. Lower is better between two stores of the same transform; between transforms

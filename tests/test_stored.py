@@ -1,0 +1,144 @@
+"""A store of which any bit was flipped gives what it held, or raises: with every way of reading it."""
+
+import random
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import content, finetune, net
+from torch import Tensor
+from typer.testing import CliRunner
+
+import randes
+from randes.checkpoint import write_file
+from randes.cli import app
+from randes.stored import open_file
+from randes.streams import digests
+from randes.summary import verify
+
+FLIPS = 5
+"""Bits of each file, one at a time: some in the header of it, the others anywhere."""
+STORES = {
+    "integers": (randes.Config(), None),
+    "a basis, centred": (randes.Config(rank=6, centre=True), None),
+    "averages": (randes.Config(others="average", group_size=2), None),
+    "8 bits": (randes.Config(), (8, 16)),
+    "4 bits, a basis in 8": (randes.Config(rank=6), (4, 8)),
+    "2 bits, a basis in 4, averages": (randes.Config(rank=6, others="average", group_size=2), (2, 4)),
+}
+
+
+@pytest.fixture(params=STORES.values(), ids=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Three models; the checkpoint of ``m1`` lies beside."""
+    config, packing = request.param
+    base = net()
+    models = {f"m{seed}": finetune(base, seed) for seed in range(3)}
+    sup = randes.compress(base, models, config)
+    if packing is not None:
+        sup = sup.pack(packing[0], coordinates=packing[1])
+    sup.save(tmp_path / "store")
+    write_file(tmp_path / "m1.safetensors", models["m1"].state_dict())
+    return tmp_path / "store"
+
+
+def damaged(store: Path) -> Iterator[str]:
+    """Each file of the store with one bit flipped, and then as it was."""
+    chosen = random.Random(0)
+    for name, whole in content(store).items():
+        header = 8 + struct.unpack("<Q", whole[:8])[0] if name.endswith("safetensors") else len(whole)
+        data = [chosen.randrange(header, len(whole)) for _ in range(FLIPS)] if header < len(whole) else []
+        for position in [*(chosen.randrange(header) for _ in range(FLIPS // 2)), *data, len(whole) - 1]:
+            altered = bytearray(whole)
+            altered[position] ^= 1 << chosen.randrange(8)
+            (store / name).write_bytes(altered)
+            yield f"{name}, byte {position} of {len(whole)}"
+        (store / name).write_bytes(whole)
+
+
+def loaded(store: Path) -> dict[str, Tensor]:
+    return randes.Superposition.load(store).retrieve("m1")
+
+
+def retrieved(store: Path) -> dict[str, Tensor]:
+    return randes.Superposition.load(store, check=False).retrieve("m1")
+
+
+def one_by_one(store: Path) -> dict[str, Tensor]:
+    """Without asking the superposition for a check of anything."""
+    sup = randes.Superposition.load(store, check=False)
+    return dict(randes.superposition.Retrieved(sup, "m1"))
+
+
+def verified(store: Path) -> dict[str, Tensor]:
+    sup = randes.Superposition.load(store, check=False)
+    found = verify(sup, "m1", store.parent / "m1.safetensors")
+    return {"errors": torch.tensor([found.relative_error, found.predicted_error, *found.tensors.values()])}
+
+
+@pytest.mark.parametrize("read", [loaded, retrieved, one_by_one, verified])
+def test_a_flipped_bit_is_an_error_or_changes_nothing(store: Path, read: Callable[[Path], dict[str, Tensor]]) -> None:
+    whole, refused = read(store), 0
+    for what in damaged(store):
+        try:
+            found = read(store)
+        except randes.StoreError:
+            refused += 1
+            continue
+        assert found.keys() == whole.keys(), what
+        assert all(torch.equal(found[tensor], value) for tensor, value in whole.items()), what
+    assert refused
+
+
+def test_the_command_line_refuses_what_it_would_use(tmp_path: Path) -> None:
+    base = net()
+    models = {f"m{seed}": finetune(base, seed) for seed in range(3)}
+    randes.compress(base, models, randes.Config(rank=6, group_size=2)).pack(4).save(tmp_path / "store")
+    write_file(tmp_path / "m1.safetensors", models["m1"].state_dict())
+    retrieving = ["retrieve", str(tmp_path / "store"), "m1", "--out", str(tmp_path / "out.safetensors")]
+    verifying = ["verify", str(tmp_path / "store"), f"m1={tmp_path / 'm1.safetensors'}"]
+    used = {
+        path
+        for path in (tmp_path / "store").glob("*.safetensors")
+        if path.name.startswith(("base", "basis", "group-0"))
+    }
+    assert len(used) == 3
+    for path in sorted(used):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+        for arguments in (retrieving, verifying):
+            found = CliRunner().invoke(app, arguments)
+            assert found.exit_code == 2
+            assert "was altered: the checksum of" in found.output
+            assert not (tmp_path / "out.safetensors").exists()
+        path.write_bytes(whole)
+    assert CliRunner().invoke(app, retrieving).exit_code == 0
+
+
+def test_one_model_is_retrieved_without_reading_other_groups(tmp_path: Path) -> None:
+    base = net()
+    sup = randes.compress(base, {f"m{seed}": finetune(base, seed) for seed in range(4)}, randes.Config(group_size=2))
+    for number, saved in enumerate((sup, sup.pack(4))):
+        saved.save(store := tmp_path / str(number))
+        other = next(store.glob("group-1-*"))
+        other.write_bytes(other.read_bytes()[:-1] + b"?")
+        again = randes.Superposition.load(store, check=False)
+        assert all(torch.equal(value, saved.retrieve("m1")[tensor]) for tensor, value in again.retrieve("m1").items())
+        with pytest.raises(randes.StoreError, match="was altered"):
+            again.retrieve("m2")
+
+
+def test_what_was_found_right_before_its_file_changed_is_looked_at_again(tmp_path: Path) -> None:
+    write_file(path := tmp_path / "two.safetensors", {"a": torch.zeros(4), "b": torch.zeros(4)})
+    tensors = open_file(path)
+    tensors.expect(digests(tensors), lambda _, name: randes.CheckpointError(name))
+    with path.open("r+b") as file:
+        file.seek(-32, 2)
+        file.write(b"??" * 16)
+    for name in ("a", "a"):
+        with pytest.raises(randes.CheckpointError, match=name):
+            tensors.check()
+    with pytest.raises(randes.CheckpointError, match="b"):
+        tensors["b"]
