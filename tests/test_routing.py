@@ -1,7 +1,10 @@
 """Which model answers which row: names become ids once, and a choice reaches its own calls alone."""
 
+import asyncio
 import copy
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -107,3 +110,106 @@ def test_an_input_that_does_not_start_with_the_batch_is_refused(shape: tuple[int
     with pytest.raises(ValueError, match=r"names 2 rows, but .* first dimension must be the batch"):
         router.of(["a", "b"]).spread(torch.empty(shape))
     router.of(["a", "a"]).spread(torch.empty(shape))
+
+
+# ---------------------------------------------------------------- what can be suspended
+
+
+def asks(router: Router, name: str, times: int = 8) -> Iterator[None]:
+    """Yields between two looks at what is chosen, which must be its own."""
+    with router.using(router.of([name])):
+        for _ in range(times):
+            assert named(router) == name
+            yield
+            assert named(router) == name
+
+
+def named(router: Router) -> str | None:
+    batch = router.current()
+    return None if batch is None else batch.named.versions[0].name
+
+
+def test_tasks_that_await_inside_a_scope_do_not_meet() -> None:
+    router = Router(["a", "b", "c"])
+
+    @contextmanager
+    def wrapped(name: str) -> Iterator[None]:
+        with router.using(router.of([name])):
+            yield
+
+    async def ask(name: str, wraps: bool) -> None:
+        with wrapped(name) if wraps else router.using(router.of([name])):
+            for _ in range(10):
+                await asyncio.sleep(0)
+                assert named(router) == name
+                with router.during(router.of(["c"])):
+                    assert named(router) == "c"
+                with router.using(router.of(["c"])):
+                    assert named(router) == "c"
+                    await asyncio.sleep(0)
+                    assert named(router) == "c"
+        assert named(router) is None
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*(ask("ab"[number % 2], number % 3 == 0) for number in range(9)))
+        assert named(router) is None
+
+    asyncio.run(all_at_once())
+    assert named(router) is None
+    router.choose("c")
+    asyncio.run(asyncio.wait_for(ask_chosen(router), 5))
+
+
+async def ask_chosen(router: Router) -> None:
+    """A task without a scope beside one that has one."""
+
+    async def other() -> None:
+        with router.using(router.of(["a"])):
+            for _ in range(4):
+                await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    for _ in range(3):
+        await asyncio.sleep(0)
+        assert named(router) == "c"
+    await task
+
+
+def test_what_a_task_starts_in_a_thread_or_a_task_has_its_scope() -> None:
+    router = Router(["a", "b"])
+
+    async def ask(name: str) -> None:
+        with router.using(router.of([name])):
+            for _ in range(3):
+                assert await asyncio.to_thread(named, router) == name
+            assert await asyncio.create_task(later()) == name
+            left = asyncio.create_task(later())
+        assert await left is None  # it runs when the scope has ended
+
+    async def later() -> str | None:
+        await asyncio.sleep(0)
+        return named(router)
+
+    async def both() -> None:
+        await asyncio.gather(ask("a"), ask("b"))
+
+    asyncio.run(both())
+
+
+def test_generators_that_yield_inside_a_scope_do_not_meet() -> None:
+    router = Router(["a", "b"])
+    for _ in zip(asks(router, "a"), asks(router, "b"), strict=True):
+        assert named(router) is None
+    left = asks(router, "a")
+    next(left)
+    assert named(router) is None
+    left.close()
+    router.choose("b")
+    in_threads = asks(router, "a", times=3)  # as servers run what streams an answer
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: next(in_threads))
+        thread.start()
+        thread.join()
+        assert named(router) == "b"
+    in_threads.close()
+    assert router._suspendable == []

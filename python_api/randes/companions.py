@@ -27,7 +27,12 @@ def companions(base: object) -> dict[str, bytes]:
     if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
         return {}
     files = (file for file in sorted(Path(base).iterdir()) if file.is_file())
-    return {file.name: file.read_bytes() for file in files if any(fnmatchcase(file.name, p) for p in PATTERNS)}
+    return {file.name: file.read_bytes() for file in files if is_companion(file.name)}
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of that name goes with a model's weights."""
+    return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 
 def config_of(source: object) -> bytes | None:

@@ -1,5 +1,6 @@
 """A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from randes.routing import Router
 from randes.served_weights import plain_state
 from randes.streams import headers
 from randes.superposition import BASE_NAME, Superposition
+from randes.weight_reads import weights_read
 
 
 @dataclass
@@ -112,6 +114,14 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
         if isinstance(layer.module, Superposed | Routed):
             raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
     check_calls(module, layers)
+    read = weights_read(module, seen_alone=True)
+    for layer in layers:
+        if found := [name for name in layer.views if f"{layer.path}.{name}".lstrip(".") in read]:
+            raise ValueError(
+                f"{layer.tensors[found[0]]} is superposed, but the model's code reads its values past its layer, where"
+                " they are another model's for each row: superpose the model itself, not its tensors alone, and it is"
+                " kept per model; or exclude it when the superposition is created"
+            )
 
 
 def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
@@ -249,6 +259,23 @@ def follow_calls(module: nn.Module, router: Router) -> list[RemovableHandle]:
             hooks.append(layer.register_forward_pre_hook(router.enter, prepend=True, with_kwargs=True))
             hooks.append(layer.register_forward_hook(router.leave, always_call=True))
     return hooks
+
+
+def mark_served(module: nn.Module, served: bool = True) -> None:
+    """Tell Transformers that the models in ``module`` are no plain ones, so that its ``save_pretrained`` refuses to
+    write one of them; or that they are again."""
+    library = sys.modules.get("transformers")
+    if library is None:
+        return
+    from randes.transformers import RandesConfig, RandesQuantizer
+
+    for layer in module.modules():
+        if isinstance(layer, library.PreTrainedModel):
+            quantizer = getattr(layer, "hf_quantizer", None)
+            if served and quantizer is None:
+                layer.hf_quantizer = RandesQuantizer(RandesConfig(""))
+            elif not served and isinstance(quantizer, RandesQuantizer) and not quantizer.quantization_config.base:
+                vars(layer).pop("hf_quantizer")
 
 
 def route_containers(module: nn.Module, router: Router) -> None:

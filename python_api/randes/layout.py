@@ -14,6 +14,7 @@ name that comes first. (Design, section 3: canonical names.)
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -31,6 +32,7 @@ from randes.config import Config
 from randes.errors import CheckpointError
 from randes.stored import StoredTensors
 from randes.streams import LazyTensors, digests, headers
+from randes.weight_reads import weights_read
 from randes_kernels.mixing import MOST_DENSE_COLUMNS
 
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -187,8 +189,9 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
             return found
 
         config = replace(config, include=include)
-    layout = layout_of(tensors, config, base if isinstance(base, nn.Module) else _skeleton(base, tensors))
-    chosen = _every(config.every, tensors, layout, config)
+    module = base if isinstance(base, nn.Module) else _skeleton(base, tensors)
+    layout = layout_of(tensors, config, module)
+    chosen = _every(config.every, tensors, layout, config, _read_by_code(module, layout))
     layout = Layout({name: view for name, view in layout.views.items() if name in chosen}, layout.ties)
     tensors = layout.split(tensors)
     superposed = [name for name in headers(tensors) if layout.parts.get(name, name) in chosen]
@@ -306,15 +309,30 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
-def _every(count: int, tensors: Tensors, layout: Layout, config: Config) -> set[str]:
-    """The tensors that are superposed: of those that the configuration selects, in their order, each ``count``-th."""
+def _read_by_code(module: nn.Module | None, layout: Layout) -> set[str]:
+    """The tensors whose values a model's code reads past their layers."""
+    read = set() if module is None else weights_read(module)
+    return {layout.ties.get(name, name) for name in read}
+
+
+def _every(count: int, tensors: Tensors, layout: Layout, config: Config, read: set[str]) -> set[str]:
+    """The tensors that are superposed: of those that the configuration selects, in their order, each ``count``-th.
+
+    read: those that cannot be, because their values are read.
+    """
     selected = [
         name for name, value in headers(tensors).items()
         if name in layout.views or (
             name not in layout.ties and value.dtype in SUPERPOSABLE and config.selects(name, tuple(value.shape))
         )
     ]  # fmt: skip
-    return set(selected[count - 1 :: count])
+    if own := [name for name in selected if name in read]:
+        warnings.warn(
+            f"{len(own)} matrices are kept per model and not superposed, because the model's code reads their values"
+            f" past their layers: {', '.join(own[:3])}{', ...' if len(own) > 3 else ''}",
+            stacklevel=2,
+        )
+    return set([name for name in selected if name not in read][count - 1 :: count])
 
 
 def _split(tensors: LazyTensors, views: Mapping[str, View], names: Mapping[str, str]) -> Tensors:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randes import superposing
 from randes.checkpoint import Checkpoint
-from randes.inside import check_layers, follow_calls, take_centre
+from randes.inside import check_layers, follow_calls, mark_served, take_centre
 from randes.layer_kinds import SuperposedLayer
 from randes.linear import Superposed, SuperposedLinear
 from randes.roster import Roster
@@ -66,6 +66,7 @@ class SuperposedModel(nn.Module):
             raise
         self.base_model = base_module
         self._hooks = follow_calls(base_module, self.router)
+        mark_served(base_module)
 
     @classmethod
     def from_pretrained(
@@ -184,6 +185,7 @@ class SuperposedModel(nn.Module):
             for original in reversed(self._roster.originals):
                 original.restore()
             give(module, merged)
+            mark_served(module, False)
             self.router.serve([])
             self.base_model = Unloaded()
             return module

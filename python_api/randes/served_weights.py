@@ -75,12 +75,16 @@ class ServedWeight:
 
 def _product(input: Any, weight: Any, bias: Any = None) -> Tensor | None:
     """``F.linear`` by the layer that the weight is of; None where it has no such product."""
-    if isinstance(weight, ServedWeight) and not isinstance(input, ServedWeight) and not isinstance(bias, ServedWeight):
-        layer: Any = weight._layer
-        if hasattr(layer, "product_with"):
-            y: Tensor | None = layer.product_with(input, weight._name, bias)
-            return y
-    return None
+    if not isinstance(weight, ServedWeight) or isinstance(input, ServedWeight):
+        return None
+    layer: Any = weight._layer
+    y: Tensor | None = None
+    if isinstance(bias, ServedWeight):
+        if isinstance(layer, nn.Linear) and (bias._layer, bias._name, weight._name) == (layer, "bias", "weight"):
+            y = layer.forward(input)  # the layer itself, as if it had been called
+    elif hasattr(layer, "product_with"):
+        y = layer.product_with(input, weight._name, bias)
+    return y
 
 
 def _values(value: Any) -> Any:

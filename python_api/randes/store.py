@@ -17,7 +17,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -26,7 +26,7 @@ from typing import Any
 
 from randes import checkpoint
 from randes.checkpoint import Tensors
-from randes.companions import companions, for_store
+from randes.companions import companions, for_store, is_companion
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.files import write_file, write_whole
@@ -69,19 +69,19 @@ def save(superposition: Superposition, path: str | os.PathLike[str], *, progress
             for name, stem in files
             if (state := _state(folder / name)) is None or known.get(folder / name) != state
         }
-        new = [folder / name for name in changed if _state(folder / name) is None]
+        beside = _companions(superposition, manifest["files"])
+        new = [folder / name for name in (*changed, *beside) if _state(folder / name) is None]
         step = progress("writing", sum(map(size, changed.values())))
         try:
             for name, tensors in changed.items():
                 write_file(folder / name, tensors, step=step)
+            for name, text in beside.items():
+                write_whole(folder / name, [memoryview(text)])
         except OSError:
             for file in new:  # a full disk is full enough, and no manifest names them
                 file.unlink(missing_ok=True)
             raise
         write_whole(folder / MANIFEST, [memoryview(_text(manifest).encode())])
-        base_file = next(name for name in manifest["files"] if name.startswith("base-"))
-        for name, text in for_store(superposition.companions, base_file).items():
-            write_whole(folder / name, [memoryview(text)])
         superposition.stored = _stored(folder, manifest)
         _reopen(superposition, folder, manifest)
         for file in folder.iterdir():
@@ -134,6 +134,12 @@ def load(path: str | os.PathLike[str], *, check: bool = True, progress: Progress
             number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
     superposition.companions = companions(folder)
+    for name, known_text in manifest.get("companions", {}).items():
+        if name not in superposition.companions or _digest(superposition.companions[name]) != known_text:
+            raise StoreError(
+                f"{folder / name} was altered or is missing: its checksum does not match the manifest. Models answer by"
+                " what it says; to change it, change it beside the base and make the store anew"
+            )
     superposition.stored = _stored(folder, manifest)
     return superposition
 
@@ -238,10 +244,22 @@ def _manifest(superposition: Superposition, contents: dict[str, Tensors]) -> dic
         split = sorted(part for view in layout.views.values() for part in view.parts)
         own = {part: superposition.base_digests[part] for part in split}
         manifest["layout"] = layout.to_dict() | {"digests": own}
+    if superposition.companions:
+        manifest["companions"] = {name: _digest(text) for name, text in _companions(superposition, files).items()}
     if superposition.packing is not None:
         manifest["packed"] = asdict(superposition.packing)
     manifest["checksum"] = _checksum(manifest)
     return manifest
+
+
+def _companions(superposition: Superposition, files: Iterable[str]) -> dict[str, bytes]:
+    """The files beside the tensors, as they stand in a store that has these ``files``."""
+    base_file = next(name for name in files if name.startswith("base-"))
+    return for_store(superposition.companions, base_file)
+
+
+def _digest(text: bytes) -> str:
+    return blake2b(text, digest_size=16).hexdigest()
 
 
 def checksum_of(superposition: Superposition) -> str:
@@ -302,7 +320,10 @@ def check_new(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise StoreError(f"{folder} must be a folder, got a file")
-    if strangers := [file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)]:
+    names = [file.name for file in folder.iterdir()]
+    # A save writes what stands beside the tensors after these: without one it is somebody else's.
+    begun = any(_OURS.fullmatch(name) and name.startswith("base-") for name in names)
+    if strangers := [n for n in names if not _OURS.fullmatch(n) and not (begun and is_companion(n))]:
         raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")
 
 
