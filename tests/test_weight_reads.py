@@ -46,7 +46,7 @@ def test_a_modules_own_code_is_searched() -> None:
 def test_what_is_read_is_kept_per_model_and_said() -> None:
     base, x = Reads(), torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     said = (
-        "2 matrices are kept per model and not superposed, because the model's code reads their values past .*: read.w"
+        "2 matrices are kept per model and not superposed, because the model's code reads their values .*: read.w"
     )
     with pytest.warns(UserWarning, match=said):
         sup, _ = superposed(base, 2, size=0.1)
