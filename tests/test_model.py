@@ -482,3 +482,71 @@ def test_a_module_that_cannot_be_served_is_left_as_it_was(monkeypatch: pytest.Mo
         randes.SuperposedModel(module, sup)
     assert described(module) == before
     assert [*map(id, module.parameters())] == parameters
+
+
+# ---------------------------------------------------------------- batches that are filled again
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_is_filled_with_other_models_in_place(served: Any, rows: int) -> None:
+    model, sup, base = served
+    x, batch = tokens(rows), model.batch(["__base__"] * rows, refillable=True)
+    where = batch.ids.data_ptr()
+    compiled, programs = counted(model)
+    for names in (["m0", "m1", "m2"], ["__base__"] * 3, ["m2", "__base__", "m2"], ["m1"] * 3):
+        batch.fill(names[:rows])
+        right = expected(base, sup, x, names[:rows])
+        torch.testing.assert_close(model(x, adapter_names=batch), right, **CLOSE)
+        torch.testing.assert_close(compiled(x, adapter_names=batch), right, **CLOSE)
+    assert batch.ids.data_ptr() == where
+    assert len(programs) == 1
+
+
+def test_what_a_batch_cannot_be_filled_with_is_refused(served: Any) -> None:
+    model, _, _ = served
+    batch = model.batch(["m0", "m1"], refillable=True)
+    with pytest.raises(ValueError, match="one a row of the batch, 2, got 3"):
+        batch.fill(["m0"] * 3)
+    with pytest.raises(randes.UnknownModelError, match="no model is called 'm9'"):
+        batch.fill(["m0", "m9"])
+    with pytest.raises(ValueError, match="made with refillable=True"):
+        model.batch(["m0", "m1"]).fill(["m1", "m0"])
+    assert batch.ids.tolist() == [0, 1]
+
+
+class Scales(nn.Module):
+    """A layer of a kind that takes no row's own in one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def test_a_layer_that_runs_once_for_each_model_refuses_a_batch_that_may_change() -> None:
+    base = nn.Sequential(linear(32, 32), Scales())
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    x, names = torch.ones(2, 32), ["m0", "m1"]
+    torch.testing.assert_close(model(x, adapter_names=names), expected(base, sup, x, names), **CLOSE)
+    with pytest.raises(ValueError, match="refillable batch cannot pass a layer that runs once for each model"):
+        model(x, adapter_names=model.batch(names, refillable=True))
+
+
+def test_a_filled_batch_keeps_what_its_models_need_and_gives_back_what_they_do_not() -> None:
+    base = net()
+    sup, _ = superposed(base, 2, randes.Config(group_size=2))
+    model = randes.SuperposedModel(copy.deepcopy(base), sup, capacity=2)
+    x, tuned = tokens(2), finetune(base, 9)
+    batch = model.batch(["m0", "m1"], refillable=True)
+    before = model(x, adapter_names=batch)
+    model.delete_adapter("m1", finetune(base, 1))  # m0's group changes: the batch has the one from before
+    assert torch.equal(model(x, adapter_names=batch), before)
+    with pytest.raises(randes.CapacityError):
+        model.add_adapter("m9", tuned, group=0)  # no room beside what the batch keeps
+    batch.fill(["m0", "__base__"])
+    model.add_adapter("m9", tuned, group=0)
+    batch.fill(["m9", "m0"])
+    torch.testing.assert_close(model(x, adapter_names=batch), expected(base, sup, x, ["m9", "m0"]), **CLOSE)

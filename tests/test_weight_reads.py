@@ -45,9 +45,7 @@ def test_a_modules_own_code_is_searched() -> None:
 
 def test_what_is_read_is_kept_per_model_and_said() -> None:
     base, x = Reads(), torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-    said = (
-        "2 matrices are kept per model and not superposed, because the model's code reads their values .*: read.w"
-    )
+    said = "2 matrices are kept per model and not superposed, because the model's code reads their values .*: read.w"
     with pytest.warns(UserWarning, match=said):
         sup, _ = superposed(base, 2, size=0.1)
     assert sup.superposed == ("called.weight", "described.weight", "handed.weight")

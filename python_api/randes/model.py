@@ -194,9 +194,16 @@ class SuperposedModel(nn.Module):
         """The base module as a plain model again, with the base's weights: ``merge_and_unload("__base__")``."""
         return self.merge_and_unload(BASE_NAME)
 
-    def batch(self, names: Sequence[str]) -> Batch:
-        """The models of a batch, once for many calls, and as tensors: ``torch.compile`` does not guard on names."""
-        return self.router.of(names)
+    def batch(self, names: Sequence[str], *, refillable: bool = False) -> Batch:
+        """The models of a batch, once for many calls, and as tensors on the model's device: ``torch.compile`` does not
+        guard on names, and no call copies anything.
+
+        refillable: ``batch.fill(names)`` gives its rows to other models, in place, as a captured CUDA graph needs it;
+        layers that run once for each model refuse such a batch. Raises ``UnknownModelError``, and ``ValueError`` for no
+        names or a bare string.
+        """
+        device = next((value.device for value in self.base_model.parameters()), torch.device("cpu"))
+        return self.router.of(names).to(device, refillable)
 
     def using(self, names: Sequence[str] | Batch) -> AbstractContextManager[None]:
         """Answer as these models inside the ``with``: one name a row, or one for all rows.

@@ -32,9 +32,12 @@ class RoutedLinear(Routed, nn.Linear):
         tables = [table for table in map(self._table, ("weight", "bias")) if table is not None]
         if not tables:
             return super().forward(input)
-        large = base_of(self, "weight").numel() > FEW_ELEMENTS
+        batch = self._router.batch()
+        by_model = base_of(self, "weight").numel() > FEW_ELEMENTS and not (
+            torch.compiler.is_compiling() or batch.refillable
+        )
         ragged = any(table.ragged for table in tables)
-        if len(ids) > 1 and (ragged or (large and not torch.compiler.is_compiling())):
+        if batch.mixed and (ragged or by_model):
             return _by_model(self._router, super().forward, (input,), {}, ragged=ragged)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
         assert weight is not None
@@ -96,7 +99,7 @@ class RoutedNorm(Routed):
     def forward(self, input: Tensor) -> Tensor:
         """(..., K), the same out: the norm's own forward, with its weight as (B, 1, K)."""
         input, ids = self._spread(input)
-        if ids is None or len(ids) == 1:
+        if ids is None or not self._router.batch().mixed:
             y: Tensor = super().forward(input)
             return y
         rows = input.reshape(len(ids), -1, input.shape[-1])
@@ -156,7 +159,7 @@ def _by_model(
 ) -> Any:
     """``function`` of each model's rows; its outputs in the rows' order, or as a list of them where they are ragged."""
     batch = router.batch()
-    ids = batch.ids.tolist()
+    ids = batch.numbers
     runs: dict[int, Tensor] = {}
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -208,10 +211,10 @@ class RoutedBias(Routed):
         """(1, heads, queries, keys) of one model, (B, ...) of a mixed batch."""
         batch = self._router.batch()
         biases: dict[int, Tensor] = {}
-        for model in sorted(set(batch.ids.tolist())):
+        for model in sorted(set(batch.numbers)):
             with self._router.during(batch.of_one(model)):
                 biases[model] = super().compute_bias(*args, **kwargs)  # type: ignore[misc]
-        return torch.cat([biases[model] for model in batch.ids.tolist()])
+        return torch.cat([biases[model] for model in batch.numbers])
 
 
 ROUTED: dict[type[nn.Module], type[Routed]] = {

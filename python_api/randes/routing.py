@@ -43,10 +43,13 @@ class Version:
 
 class Named:
     """The versions that a batch names, and whose they are: an object that ``torch.compile`` does not look into, so that
-    one program serves any."""
+    one program serves any.
 
-    def __init__(self, router: "Router", versions: tuple[Version, ...]) -> None:
-        self.router, self.versions = router, versions
+    numbers: the models' numbers as the host knows them, one a row that was named.
+    """
+
+    def __init__(self, router: "Router", versions: tuple[Version, ...], numbers: tuple[int, ...]) -> None:
+        self.router, self.versions, self.numbers = router, versions, numbers
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Batch:
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
     by_row: a layer under way reads its kept tensors with a row for each row of the batch (``kept.py``).
     spreads: a call may have several rows for each one named, one after the other, as the beams of a search are.
+    refillable: other models may take these rows (``fill``), so that nothing may depend on which they are now.
     """
 
     ids: Tensor
@@ -71,6 +75,24 @@ class Batch:
     length: int = 1
     by_row: bool = False
     spreads: bool = False
+    refillable: bool = False
+
+    def fill(self, names: Sequence[str]) -> None:
+        """Give the rows to other models, in place: for a CUDA graph that was captured with this batch, before the next
+        replay. The batch keeps what its models need, so it is kept for as long as the graph.
+
+        Raises ``ValueError`` for another number of names and for a batch that was not made for it
+        (``SuperposedModel.batch(names, refillable=True)``), and ``UnknownModelError``. Nothing is changed then.
+        """
+        if not self.refillable:
+            raise ValueError("the batch must be made with refillable=True to be filled with other names")
+        other = self.named.router.of(names)
+        if other.rows != self.rows:
+            raise ValueError(f"names must be one a row of the batch, {self.rows}, got {other.rows}")
+        before = self.named.versions  # its rows are free for others only when the new numbers are on their way
+        self.named.versions, self.named.numbers = other.named.versions, other.named.numbers
+        self.ids.copy_(other.of_rows, non_blocking=True)
+        del before
 
     @property
     def rows(self) -> int:
@@ -85,12 +107,23 @@ class Batch:
     @property
     def number(self) -> int:
         """The one model of a batch that is not mixed."""
-        return int(self.of_rows[0])
+        return self.named.numbers[0]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The model of each id, without waiting for a device. Raises ``ValueError`` where that may change."""
+        if self.refillable:
+            raise ValueError(
+                "a refillable batch cannot pass a layer that runs once for each model (docs/serving.md): the host"
+                " would have to know which models its rows are"
+            )
+        numbers, count = self.named.numbers, self.ids.shape[0]
+        return [numbers[0]] if count == 1 else [n for n in numbers for _ in range(count // len(numbers))]
 
     @property
     def mixed(self) -> bool:
         """Whether rows may belong to different models."""
-        return self.ids.shape[0] > 1
+        return self.ids.shape[0] > 1 or self.refillable
 
     def on(self, device: torch.device) -> Tensor:
         """The ids on a layer's device."""
@@ -99,7 +132,8 @@ class Batch:
     def of_one(self, number: int) -> "Batch":
         """The batch of the rows of one model of it."""
         one = torch.tensor([number], dtype=torch.int32, device="cpu")
-        return Batch(one.to(self.ids.device), number == -1, self.named, one, self.length)
+        named = Named(self.named.router, self.named.versions, (number,))
+        return Batch(one.to(self.ids.device), number == -1, named, one, self.length)
 
     def over(self, first: Tensor) -> "Batch":
         """The same batch for a model whose first input is ``first``, (B, length, ...): on its device.
@@ -112,8 +146,18 @@ class Batch:
             of_rows, ids = (value.repeat_interleave(first.shape[0] // self.rows) for value in (of_rows, ids))
         if torch.compiler.is_compiling():
             of_rows = of_rows.to(first.device, non_blocking=True)
-            return Batch(of_rows, self.base_only, self.named, of_rows, length)
-        return Batch(ids.to(first.device, non_blocking=True), self.base_only, self.named, of_rows, length)
+            return Batch(of_rows, self.base_only, self.named, of_rows, length, refillable=self.refillable)
+        ids = ids.to(first.device, non_blocking=True)
+        return Batch(ids, self.base_only, self.named, of_rows, length, refillable=self.refillable)
+
+    def to(self, device: torch.device, refillable: bool = False) -> "Batch":
+        """The same batch with its ids on a device, so that no call has to copy them there. refillable: with a number
+        for every row, and never run as the base's own."""
+        of_rows = self.of_rows.to(device, copy=True)
+        ids = of_rows if refillable or self.mixed else of_rows[:1]
+        return replace(
+            self, ids=ids, of_rows=of_rows, base_only=self.base_only and not refillable, refillable=refillable
+        )
 
     def spread(self, x: Tensor) -> Tensor:
         """A layer's input with a row for each row of the batch: itself, or the one row that it has for all of them.
@@ -307,13 +351,13 @@ class Router:
         ids = [versions[name].number for name in names]
         of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
         alike = len(set(ids)) == 1
-        named = Named(self, tuple(versions[name] for name in dict.fromkeys(names)))
+        named = Named(self, tuple(versions[name] for name in dict.fromkeys(names)), tuple(ids))
         return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, named, of_rows)
 
     def of_base(self) -> Batch:
         """The batch that runs every layer as the base's own: to look at layers with."""
         base = torch.tensor([-1], dtype=torch.int32, device="cpu")
-        return Batch(base, True, Named(self, (Version(BASE_NAME, -1),)), base)
+        return Batch(base, True, Named(self, (Version(BASE_NAME, -1),), (-1,)), base)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
