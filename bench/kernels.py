@@ -98,7 +98,13 @@ def at_rows(point: Point) -> Point:
     return point if point.m <= 64 else replace(point, mix="identical", run=min(point.m, 256))
 
 
-SELECTIONS = {"star": star, "grid": grid, "cpu": on_cpu, "tiny": tiny}
+def quick() -> Points:
+    """The four layers of Llama-3-8B from one row to thousands: a first look."""
+    shapes, rows = SHAPES["Llama-3-8B"], (1, 8, 64, 512, 2048, 8192, 16, 32, 128)
+    return [(at_rows(Point(shape, m)), "few") for m, shape in product(rows, shapes)]
+
+
+SELECTIONS = {"star": star, "grid": grid, "cpu": on_cpu, "tiny": tiny, "quick": quick}
 
 
 def superposed(layer: Layer) -> Contestant:
@@ -220,18 +226,25 @@ def main() -> None:
             points.setdefault(point, rivals)
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if given.resume and file.exists() else []
     roofline, facts = Roofline(given.device, tiny=given.dry_run), measure.machine(given.device, given.commit)
-    done = {row["point"] for row in rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begun = file.with_suffix(".begun")
+    if not given.resume:
+        begun.unlink(missing_ok=True)
+    trials = measure.Trials(begun)
+    done = {row["point"] for row in rows} | trials.fatal
     left = {point: rivals for point, rivals in points.items() if str(point) not in done}
     with measure.progress(len(left)) as say:
         for point, rivals in list(left.items()):
             if time.monotonic() > deadline:
                 break
             say(str(point))
-            rows += [
-                {"point": str(point)} | row | facts for row in measure_point(point, rivals, given.device, roofline)
-            ]
+            with trials.of(str(point)):
+                found = measure_point(point, rivals, given.device, roofline)
+            rows += [{"point": str(point)} | row | facts for row in found]
             del left[point]
             measure.write_rows(file, rows, [str(point) for point in left])
+    if trials.fatal:
+        measure.say(f"left out, because they ended the process: {sorted(trials.fatal)}")
     print(f"{len(rows)} rows in {file}; left out for want of time: {[str(point) for point in left] or 'nothing'}")
 
 

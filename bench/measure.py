@@ -10,6 +10,7 @@ keep, 2 % survive that).
 
 The roofline is what this machine did in this run, in the fastest fifth of several tries: a large copy, counting bytes
 read and written, and a large vendor matmul. Where reading is faster than copying, a share of it may pass 1.
+(Longer than 300 lines, as all that the benches share.)
 """
 
 import gc
@@ -19,18 +20,21 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "python_api")]  # benches run where the tree lies, installed or not
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -289,6 +293,13 @@ def prepare() -> None:
     gc.freeze()
 
 
+def check_interpreter() -> None:
+    """Raise ``RuntimeError`` where Triton's interpreter runs no kernel: 3.6's breaks with NumPy 2.4 and later."""
+    numpy, triton = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("numpy", "triton"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        raise RuntimeError("Triton 3.6's interpreter needs a NumPy before 2.4: a dry run is not possible here")
+
+
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], left_out: Sequence[str] = ()) -> None:
     """A row a line, so that a change of one is a change of one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,14 +312,45 @@ def short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+class Trials:
+    """Which trial is under way, in a file that outlives the process: what ended one is ``fatal`` and not tried again.
+
+    A CUDA error may stick: nothing else runs in that process then, and in the next one it would meet the same point.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        begun, ended = ({line[2:] for line in lines if line.startswith(mark)} for mark in "+-")
+        self.fatal = begun - ended
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Around a trial: what raises has ended the process."""
+        self._write("+", name)
+        yield
+        self._write("-", name)
+
+    def _write(self, mark: str, name: str) -> None:
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(f"{mark} {name}\n")
+
+
+def say(what: str) -> None:
+    """A line, with the time: a log that is cut off shows how far it came."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Says what is being measured: a bar where rich is installed, else a line each."""
+    """Says what is being measured: a bar on a terminal where rich is installed, else a line each."""
     try:
         from rich.progress import Progress
     except ImportError:
+        Progress = None  # type: ignore[assignment,misc]
+    if Progress is None or not sys.stdout.isatty():
         done = iter(range(1, total + 1))
-        yield lambda what: print(f"{next(done, total)}/{total} {what}", flush=True)
+        yield lambda what: say(f"{next(done, total)}/{total} {what}")
         return
     with Progress() as bars:
         task = bars.add_task("", total=total)

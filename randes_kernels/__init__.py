@@ -18,7 +18,7 @@ Nothing here imports ``randes``.
 
 from randes_kernels.format import FORMAT_VERSION, Transform, model_key, tensor_id
 from randes_kernels.lowrank import Basis
-from randes_kernels.ops import retrieve, superpose_, superposed_linear
+from randes_kernels.ops import prepare, retrieve, superpose_, superposed_linear
 from randes_kernels.packing import Packed, pack, unpack
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Transform",
     "model_key",
     "pack",
+    "prepare",
     "retrieve",
     "superpose_",
     "superposed_linear",

@@ -13,6 +13,7 @@ Everything runs in plain torch integer arithmetic on the CPU; ``primitives`` mak
 """
 
 from enum import IntEnum
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -63,14 +64,15 @@ class Transform(NamedTuple):
     ``granule``: columns that a permutation moves together; 0 for no permutation, 1 for one by element.
     ``segments``: equal spans of the K columns that the permutation never leaves, so that a
     tensor-parallel shard can regenerate its own part.
-    ``matrix``: a ``Matrix``; with any but signs there are no column signs and no permutation.
+    ``matrix``: a ``Matrix``'s number, which torch.compile traces where older ones trace no enumeration; with any but
+    signs there are no column signs and no permutation.
     """
 
     row_signs: bool = True
     column_signs: bool = True
     granule: int = 0
     segments: int = 1
-    matrix: int = Matrix.SIGNS
+    matrix: int = 0
 
 
 def model_key(seed: int, name: str) -> int:
@@ -94,6 +96,7 @@ def words(value: int) -> tuple[int, int]:
     return value & _WORD, (value >> 32) & _WORD
 
 
+@lru_cache(maxsize=4096)
 def signed_words(value: int) -> tuple[int, int]:
     """The same two words as signed integers: what a 32-bit kernel argument holds."""
     low, high = words(value)

@@ -1,6 +1,8 @@
 """The operators on a GPU: which kernels a call launches. The only importer of Triton beside the kernels."""
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,27 +13,26 @@ from randes_kernels.kernels import retrieve as retrieving
 from randes_kernels.kernels import superpose as superposing
 from randes_kernels.kernels.activation_side import activation_side
 from randes_kernels.kernels.group import group
-from randes_kernels.kernels.route import route, turn, turn_back
-from randes_kernels.kernels.transform import sides_of, transform_arguments
+from randes_kernels.kernels.route import reciprocals_on, route, turn, turn_back
+from randes_kernels.kernels.transform import Sides, sides_of, transform_arguments
 from randes_kernels.kernels.weight_side import weight_side
 from randes_kernels.lowrank import own_product
 from randes_kernels.packing import Packed, of_operands
 from randes_kernels.tiles import Plan, device_name, linear_plan
 
-__all__ = ["plan_of", "retrieve", "superpose_", "superposed_linear"]
+__all__ = ["plan_of", "prepare", "retrieve", "superpose_", "superposed_linear"]
 
 
 def plan_of(x: Tensor, weight: Tensor, delta: Packed, ids: Tensor, keys: Tensor, permuted: bool) -> Plan:
     """The plan of a call with these operands, already transposed where the call is."""
-    words = delta.words
-    rows = weight.stride(1) == words.stride(2) == 1
-    columns = weight.stride(0) == words.stride(1) == 1
+    words, (m, k) = delta.words, x.shape
+    itemsizes = weight.itemsize, words.itemsize
+    one_way, describable = _layout(weight.shape, weight.stride(), words.shape, words.stride(), itemsizes)
+    describable = describable and (weight.data_ptr() | words.data_ptr()) % 16 == 0
     return linear_plan(
-        x.shape[0], *weight.shape, x.dtype, runs=ids.shape[0], models=keys.shape[0],
-        # Without a slot of D there is nothing to rebuild.
-        turned=permuted or not (rows or columns) or words.shape[0] == 0,
-        aligned=x.shape[1] * x.itemsize % 16 == 0 and _describable(weight) and _describable(words),
-        bits=delta.bits, device=device_name(x.device.index or 0),
+        m, weight.shape[0], k, x.dtype, runs=ids.shape[0], models=keys.shape[0], turned=permuted or not one_way,
+        aligned=describable and k * x.itemsize % 16 == 0, bits=delta.bits,
+        device=device_name(x.device.index or 0),
     )  # fmt: skip
 
 
@@ -47,13 +48,11 @@ def superposed_linear(
     if x.shape[0] == 0:
         return x.new_empty((0, weight.shape[1 if transposed else 0]))
     # The kernels read tables as rows of one piece; these are no copies where they are that already.
-    ids, keys, scale, slots = (table.contiguous() for table in (ids, keys, scale, slots))
-    bias, biases = (table if table is None else table.contiguous() for table in (bias, biases))
-    mixed = transform.matrix != Matrix.SIGNS
-    permuted = transform_arguments(transform, weight.shape[1]).permuted
+    ids, keys, scale, slots = ids.contiguous(), keys.contiguous(), scale.contiguous(), slots.contiguous()
+    bias, biases = bias if bias is None else bias.contiguous(), biases if biases is None else biases.contiguous()
+    mixed, permuted, sides = _turning(transform, weight.shape[1], transposed)
     if mixed:
         scale = scale * mixing.unit(transform.matrix)
-    sides = sides_of(transform, transposed)
     if transposed:
         weight, delta = weight.mT, delta.mT
     held = of_operands(delta, steps, packing, x.shape[1])
@@ -100,6 +99,14 @@ def superposed_linear(
     return y if own is None else y.add_(own)
 
 
+def prepare(transform: Transform, k: int, device: torch.device) -> None:
+    """See ``randes_kernels.prepare``."""
+    if transform.matrix == Matrix.DIAGONAL:
+        reciprocals_on(device)
+    elif transform.matrix == Matrix.ROTATION:
+        mixing.hadamard(torch.zeros((1, k), device=device))
+
+
 def superpose_(
     accumulator: Tensor, finetuned: Tensor, base: Tensor, rate: float, key: int, tensor: int,
     transform: Transform, subtract: bool,
@@ -115,12 +122,32 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     return run(base, delta, scale, key, tensor, transform)
 
 
-def _describable(matrix: Tensor) -> bool:
+@lru_cache(maxsize=1024)
+def _layout(
+    weight: tuple[int, ...], weight_stride: tuple[int, ...], words: tuple[int, ...], words_stride: tuple[int, ...],
+    itemsizes: tuple[int, int],
+) -> tuple[bool, bool]:  # fmt: skip
+    """Of a weight (N, K) and of D (S, N, K): whether the weight side can walk them, and descriptors describe them.
+
+    Both lie row by row, or both column by column; without a slot of D there is nothing to rebuild.
+    """
+    rows = weight_stride[1] == words_stride[2] == 1
+    columns = weight_stride[0] == words_stride[1] == 1
+    pairs = zip((weight, words), (weight_stride, words_stride), itemsizes, strict=True)
+    return (rows or columns) and words[0] > 0, all(_describable(*pair) for pair in pairs)
+
+
+def _describable(shape: tuple[int, ...], stride: tuple[int, ...], itemsize: int) -> bool:
     """Whether a tensor descriptor can describe a weight, or what a transposed one is the transpose of."""
-    stored = matrix if matrix.stride(-1) == 1 else matrix.mT
-    return (
-        stored.is_contiguous()
-        and stored.numel() > 0
-        and stored.shape[-1] * stored.itemsize % 16 == 0
-        and stored.data_ptr() % 16 == 0
-    )
+    if stride[-1] != 1:
+        shape, stride = (*shape[:-2], shape[-1], shape[-2]), (*stride[:-2], stride[-1], stride[-2])
+    expected = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    whole = all(size == 1 or found == right for size, found, right in zip(shape, stride, expected, strict=True))
+    return whole and math.prod(shape) > 0 and shape[-1] * itemsize % 16 == 0
+
+
+@lru_cache(maxsize=1024)
+def _turning(transform: Transform, k: int, transposed: bool) -> tuple[bool, bool, Sides]:
+    """Whether a matrix mixes the columns, whether they are permuted, and which signs flip what comes in and out."""
+    mixed = transform.matrix != Matrix.SIGNS
+    return mixed, transform_arguments(transform, k).permuted, sides_of(transform, transposed)

@@ -256,7 +256,7 @@ def hadamard(rows: Tensor) -> Tensor:
     for size in BLOCKS:
         if count := (k - start) // size:
             side = round(size**0.5)
-            h = _sylvester(side).to(rows)
+            h = _sylvester(side, rows.dtype, rows.device)
             blocks = rows[..., start : start + count * size].reshape(-1, side, side)
             # Scaled before it is summed, so that half precision's range holds what comes between.
             parts.append(((h / side) @ (blocks @ h)).view(*rows.shape[:-1], count * size))
@@ -286,11 +286,13 @@ def _numbers() -> Tensor:
 
 
 @lru_cache
-def _sylvester(side: int) -> Tensor:
-    h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    while len(h) < side:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return h
+def _sylvester(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept where it is multiplied with: a copy for each rotation would have the host wait for the device."""
+    with torch.inference_mode(False):  # kept, so it must serve training too
+        h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        while len(h) < side:
+            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+        return h.to(device, dtype)
 
 
 # Of 16 models' 256 matrices, which come in turn: with room for fewer each would be made again every time.

@@ -17,6 +17,8 @@ from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Transform
 from randes_kernels.lowrank import Basis, own_product
 from randes_kernels.packing import BITS, Packed, of_operands, unpack
 
+DENSE = int(Matrix.DENSE)  # the last of them; the compiler of torch 2.11 does not trace enumerations
+
 library = torch.library.Library("randes", "DEF")
 library.define(
     "superposed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? biases, Tensor delta, Tensor ids, Tensor keys,"
@@ -142,6 +144,17 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     return torch.ops.randes.retrieve(base, delta, scale, key, tensor, list(map(int, transform)))
 
 
+def prepare(transform: Transform, k: int, device: torch.device) -> None:
+    """Put where calls will read them the constants that turn ``k`` columns, before a CUDA graph is captured.
+
+    A call puts them there too, the first time; a capture refuses what the host has to wait for.
+    """
+    if device.type == "cuda":
+        from randes_kernels import gpu
+
+        gpu.prepare(transform, k, device)
+
+
 def _check_transform(k: int, transform: Transform) -> None:
     if transform.granule < 0 or transform.segments < 1:
         raise ValueError(f"transform must have a granule of at least 0 and segments of at least 1, got {transform}")
@@ -149,15 +162,14 @@ def _check_transform(k: int, transform: Transform) -> None:
         raise ValueError(
             f"transform must have segments that divide the {k} columns, got segments = {transform.segments}"
         )
-
-    if transform.matrix not in list(Matrix):
-        raise ValueError(f"transform must have a matrix of 0 to {max(Matrix)}, got {transform.matrix}")
+    if not 0 <= transform.matrix <= DENSE:
+        raise ValueError(f"transform must have a matrix of 0 to {DENSE}, got {transform.matrix}")
     if transform.matrix and (transform.column_signs or transform.granule):
         raise ValueError(f"transform must have no column signs and no permutation beside a matrix, got {transform}")
 
 
 def _check_inverses(inverses: Tensor | None, transform: Transform, keys: Tensor, weight: Tensor) -> None:
-    if (inverses is None) == (transform.matrix == Matrix.DENSE):
+    if (inverses is None) == (transform.matrix == DENSE):
         found = "None" if inverses is None else tuple(inverses.shape)
         raise ValueError(f"inverses must be there where the transform's matrix is dense alone, got {found}")
     shape = (keys.shape[0], weight.shape[1], weight.shape[1])
@@ -203,11 +215,14 @@ def _check_linear(
         ("slots", slots, (models,), torch.int32),
         ("ids", ids, (ids.shape[0],), torch.int32),
     ]
+    device = x.device
     for name, value, shape, dtype in expected:
-        if value is not None and (value.shape != shape or value.dtype != dtype):
+        if value is None:
+            continue
+        if value.shape != shape or value.dtype != dtype:
             raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
-        if value is not None and value.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {value.device}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device} as x is, got {value.device}")
     if biases is not None and bias is None:
         raise ValueError("biases needs a base bias beside it, got bias = None")
     rows = x.numel() // k if k else 0
@@ -256,8 +271,11 @@ def _on_gpu(name: str) -> Callable[..., Any]:
     def call(first: Tensor, *arguments: Any) -> Any:
         from randes_kernels import gpu
 
+        kernel = getattr(gpu, name)
+        if first.device.index == torch.cuda.current_device():
+            return kernel(first, *arguments)  # entering it would change nothing
         with torch.cuda.device(first.device):
-            return getattr(gpu, name)(first, *arguments)
+            return kernel(first, *arguments)
 
     return call
 

@@ -89,6 +89,8 @@ def linear_plan(
         weight_side = table("default")["weight_side"][width]
     if weight_side is not None and not turned and m >= weight_side["from_rows"]:
         tile = Tile(*weight_side["tile"])
+        if "few" in weight_side and -(-m // tile.m) * -(-n // tile.n) < numbers["multiprocessors"]:
+            tile = Tile(*weight_side["few"])  # smaller, where that one has no program for every multiprocessor
         tiles = -(-m // tile.m)
         grouped = runs > 1 and m // runs < tile.m
         changes = min(runs - 1, models) if grouped else runs - 1

@@ -51,6 +51,13 @@ def test_the_kernels_get_the_same_choices(signs: Any, permute: int, transform: T
     assert randes.Config(signs=signs, permute=permute, segments=2).transform == transform
 
 
+@pytest.mark.parametrize("matrix", ["signs", "rotation", "diagonal", "dense"])
+def test_the_kernels_get_plain_numbers_which_every_torch_compiles(matrix: Any) -> None:
+    # The compiler of torch 2.11 traces no enumeration.
+    assert {type(value) for value in randes.Config(matrix=matrix).transform} == {bool, int}
+    assert {type(value) for value in Transform()} == {bool, int}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -27,7 +27,7 @@ from test_mixing import TRANSFORMS as MIXED
 from test_mixing import budget, with_inverses
 from torch import Tensor
 
-from randes_kernels import Basis, pack, reference, retrieve, superpose_, superposed_linear, unpack
+from randes_kernels import Basis, pack, prepare, reference, retrieve, superpose_, superposed_linear, unpack
 from randes_kernels import format as fmt
 from randes_kernels.format import Transform, model_key, tensor_id
 from randes_kernels.packing import BITS
@@ -291,3 +291,28 @@ def test_columns_are_mixed_as_on_a_cpu(transform: Transform) -> None:
     for device, sums in held.items():
         superpose_(sums, tuned.to(device), base.to(device), 512.0, KEY, TENSOR, transform)
     assert torch.equal(held["cuda"].cpu(), held["cpu"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2048, 1024, 4096), (64, 1024, 4096), (8, 1024, 4096)], ids=str)
+def test_repeated_calls_agree_to_the_bit(shape: Any, dtype: torch.dtype) -> None:
+    # A race in a pipeline of loads would show in some of many calls, under load, and not in small ones.
+    case = linear_case(*shape, models=1, slots=1, runs=1, dtype=dtype).to("cuda")
+    first = run(case)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(50):
+        differing += (run(case) != first).sum()
+    assert not first.isnan().any()
+    assert int(differing) == 0
+
+
+@pytest.mark.parametrize("transform", [Transform(False, False, matrix=1), Transform(False, False, matrix=2)], ids=str)
+def test_a_rotation_and_a_diagonal_are_captured_once_they_are_prepared(transform: Transform) -> None:
+    case = linear_case(6, 33, 40, transform, integers=True).to("cuda")
+    prepare(transform, 40, case.x.device)
+    expected = run(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(case)
+    graph.replay()
+    assert torch.equal(y, expected)

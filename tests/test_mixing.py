@@ -264,3 +264,25 @@ def test_what_does_not_fit_is_refused() -> None:
     for transform in (Transform(matrix=1), Transform(True, False, 1, 1, 2), Transform(True, False, matrix=9)):
         with pytest.raises(ValueError, match=r"^transform must have"):
             superposed_linear(x, weight, bias, delta, *rest[:-1], transform)
+
+
+def test_hadamard_matrices_are_kept_where_they_are_multiplied_with() -> None:
+    mixing._sylvester.cache_clear()
+    prepared = normal(3, 1024 + 64)
+    with torch.inference_mode():
+        mixing.hadamard(prepared)
+    made = mixing._sylvester.cache_info().misses
+    rows = prepared.clone().requires_grad_()
+    mixing.hadamard(rows).sum().backward()  # what was kept in inference serves training
+    assert mixing._sylvester.cache_info().misses == made == 2
+    assert rows.grad is not None
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_preparing_puts_constants_on_a_device_before_a_call(matrix: Matrix) -> None:
+    transform = Transform(True, False, matrix=int(matrix))
+    mixing._sylvester.cache_clear()
+    gpu.reciprocals_on.cache_clear()
+    gpu.prepare(transform, 256, torch.device("cpu"))
+    assert mixing._sylvester.cache_info().misses == (matrix == Matrix.ROTATION)
+    assert gpu.reciprocals_on.cache_info().misses == (matrix == Matrix.DIAGONAL)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -456,3 +457,14 @@ def test_the_library_is_imported_without_transformers() -> None:
     code = "import sys; sys.modules['transformers'] = None; import randes; assert 'torch' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert isinstance(build("ViT"), nn.Module)
+
+
+def test_a_transformers_that_is_too_old_is_refused_with_the_version_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hf, "__version__", "5.17.0")
+    message = r"stores need Transformers 5\.20 or later, got 5\.17\.0"
+    with pytest.raises(ImportError, match=message):
+        randes.from_pretrained(tmp_path)
+    with pytest.raises(ImportError, match=message):
+        importlib.reload(importlib.import_module("randes.transformers"))

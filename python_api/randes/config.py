@@ -148,7 +148,7 @@ class Config:
         """The same choices as the kernels take them."""
         matrix = Matrix[self.matrix.upper()]
         column_signs = self.signs != "none" and matrix == Matrix.SIGNS
-        return Transform(self.signs == "both", column_signs, self.permute, self.segments, matrix)
+        return Transform(self.signs == "both", column_signs, self.permute, self.segments, int(matrix))
 
     def selects(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this name and shape is superposed."""

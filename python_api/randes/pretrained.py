@@ -13,6 +13,9 @@ from randes.model import SuperposedModel
 from randes.store import MANIFEST
 from randes.superposition import Superposition
 
+OLDEST = 5, 20
+"""The first Transformers that serves all that is tested: 5.17 opens no store as a folder, 5.19 serves no experts."""
+
 
 def from_pretrained(
     path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None = None, *,
@@ -26,9 +29,10 @@ def from_pretrained(
     capacity: for how many models there shall be room (``SuperposedModel``).
     kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``...
     Raises ``StoreError`` for a folder that is not such a store, ``BaseMismatchError`` for another base or a
-    configuration that names no class of Transformers, and ``ImportError`` where that is not installed.
+    configuration that names no class of Transformers, and ``ImportError`` where that is not installed, or too old.
     """
     transformers = library()
+    check_version(transformers)
     path = Path(path_or_name)
     if store is None:
         if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file():
@@ -82,3 +86,13 @@ def library() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError("this needs Transformers: pip install 'randes[transformers]'") from error
+
+
+def check_version(transformers: Any) -> None:
+    """Raise ``ImportError`` for a Transformers that is too old."""
+    found = str(transformers.__version__)
+    if tuple(int(number) for number in found.split(".")[:2]) < OLDEST:
+        least = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"stores need Transformers {least} or later, got {found}: pip install 'transformers>={least}'"
+        )

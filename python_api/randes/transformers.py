@@ -6,6 +6,7 @@
     model.set_adapter("german")
 
 The model is of its own class, with the methods of ``SuperposedModel`` besides.
+Raises ``ImportError`` where Transformers is older than 5.20.
 """
 
 import functools
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -22,8 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from randes.checkpoint import Checkpoint
 from randes.companions import METHOD
 from randes.model import SuperposedModel
+from randes.pretrained import check_version
 from randes.routing import Batch
 from randes.superposition import Superposition
+
+check_version(transformers)
 
 
 @register_quantization_config(METHOD)
