@@ -75,3 +75,58 @@ def test_a_compiled_model_answers_as_the_model() -> None:
         x, batch = tokens().to(DEVICE), model.batch(MIX)
         torch.testing.assert_close(compiled(x, adapter_names=batch), model(x, adapter_names=batch), **CLOSE)
     torch._dynamo.reset()
+
+
+MIXES = [MIX, ["m0"] * len(MIX), ["__base__"] * len(MIX), ["m2", "m1", "__base__", "m1", "m0"]]
+
+
+def replayed(model: randes.SuperposedModel, batch: Any, x: torch.Tensor) -> Any:
+    """A call that can be made again on other rows and models in the same places: a graph, where there are any."""
+    if not ON_GPU:
+        return lambda: model(x, adapter_names=batch)
+    model.warm_up(rows=(1, len(MIX), x.numel()))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(x, adapter_names=batch)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x, adapter_names=batch)
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return y
+
+    return replay
+
+
+def test_a_captured_step_answers_other_rows_of_other_models() -> None:
+    base, sup, model = served()
+    with torch.no_grad():
+        x, batch = tokens().to(DEVICE), model.batch(MIX, refillable=True)
+        step = replayed(model, batch, x)
+        for shift, mix in enumerate(MIXES):
+            rows = (tokens() + shift) % 11
+            x.copy_(rows)
+            batch.fill(mix)
+            right = torch.cat([alone(base, sup, name)(row[None]) for name, row in zip(mix, rows, strict=True)])
+            torch.testing.assert_close(step().cpu(), right, **CLOSE)
+
+
+def test_a_captured_step_keeps_its_models_while_others_come_and_go() -> None:
+    _, _, model = served(capacity=4)
+    with torch.no_grad():
+        x, batch = tokens().to(DEVICE), model.batch(MIX, refillable=True)
+        step = replayed(model, batch, x)
+        before = step().clone()
+        tuned = finetune(net(), 9)
+        model.add_adapter("m9", tuned.state_dict())  # its group's models change, and the step's are those of before
+        assert torch.equal(step(), before)
+        with pytest.raises(randes.CapacityError):
+            model.delete_adapter("m9", tuned.state_dict())  # what the step keeps has no room to be replaced again
+        batch.fill(["m9"] * len(MIX))
+        after = step().clone()
+        model.delete_adapter("m9", tuned.state_dict())
+        assert torch.equal(step(), after)

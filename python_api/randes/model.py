@@ -19,6 +19,7 @@ from randes.routing import Batch, Router, first_input
 from randes.streams import Progress, silent
 from randes.superposition import BASE_NAME, Superposition
 from randes.unloading import Unloaded, give, merged_tensors
+from randes_kernels import prepare
 from randes_kernels.tiles import device_name, rows_of_plans
 
 
@@ -223,8 +224,9 @@ class SuperposedModel(nn.Module):
         """Run every kind of superposed layer once for each kernel that it may need, for one model and for a mix.
 
         A GPU kernel is compiled at its first use, in about a second; a server calls this first, so that no request
-        waits for it. rows: how many rows to run with; by default, on a GPU, a number for every path, tile and split
-        that up to 8192 rows choose. Raises ``ValueError`` for a number below 1.
+        waits for it, and nothing is left to be made while a CUDA graph is captured. rows: how many rows to run with;
+        by default, on a GPU, a number for every path, tile and split that up to 8192 rows choose. Raises ``ValueError``
+        for a number below 1.
         """
         if rows is not None and any(count < 1 for count in rows):
             raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
@@ -238,6 +240,7 @@ class SuperposedModel(nn.Module):
         names = [*self.names, *([BASE_NAME] if self.router.has_base else [])]
         first = names[:1]
         for own, weight in kinds.values():
+            prepare(own.transform, weight.shape[1], weight.device)
             for count in self._rows_of_plans(own, weight) if rows is None else rows:
                 x = weight.new_zeros(count, weight.shape[1])
                 for mix in (first, [names[row % len(names)] for row in range(count)]):
