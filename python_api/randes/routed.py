@@ -120,7 +120,7 @@ class RoutedEmbedding(Routed, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., D)"""
-        if self.of_positions and input.dim() == 1:
+        if self.of_positions and input.dim() == 1 and self._router.batch().mixed:
             input = input[None]  # the same for all rows, and each model's own
         input, ids = self._spread(input)
         table = self._table("weight")

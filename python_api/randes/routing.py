@@ -183,7 +183,7 @@ INPUTS = (
 """What Transformers calls a model's first input, by which it is known whatever comes before it."""
 
 
-OTHER_ROWS = ("Deberta", "FSMT", "Funnel", "LED", "Longformer", "XLNet")
+OTHER_ROWS = ("Bros", "Deberta", "FSMT", "Funnel", "LED", "Longformer", "XLNet")
 """Transformers models that put positions before rows, or run linear layers over relative positions. A batch as large as
 its rows are long would look right there, so mixed ones are refused whatever their size."""
 
