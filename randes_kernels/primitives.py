@@ -61,7 +61,7 @@ def signs_of(words, first, WIDTH: tl.constexpr):
     """
     tl.static_assert(WIDTH == 32 or WIDTH == 64 or WIDTH == 128)
     w0, w1, w2, w3 = words
-    index = first + tl.arange(0, WIDTH)[None, :]
+    index = tl.arange(0, WIDTH)[None, :]  # of neighbours: what is made of it is known when the kernel is compiled
     shift = (index % 32).to(tl.uint32)
     if WIDTH == 128:
         low = tl.where(index < 32, w0[:, None], w1[:, None])
@@ -70,7 +70,7 @@ def signs_of(words, first, WIDTH: tl.constexpr):
     in_low_half = first < 64
     even, odd = tl.where(in_low_half, w0, w2), tl.where(in_low_half, w1, w3)
     if WIDTH == 64:
-        return (tl.where(index % 64 < 32, even[:, None], odd[:, None]) >> shift) & 1
+        return (tl.where(index < 32, even[:, None], odd[:, None]) >> shift) & 1
     return (tl.where(first % 64 < 32, even, odd)[:, None] >> shift) & 1
 
 

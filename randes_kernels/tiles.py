@@ -16,6 +16,9 @@ TABLES = Path(__file__).parent / "tables"
 PACKED = {16: "", 8: "_8", 4: "_4", 2: "_4"}
 """What follows the width of x in a table's keys, by the bits of D."""
 
+WARPS = 8
+"""What a multiprocessor should have at least, so that some of them issue where others wait."""
+
 
 class Tile(NamedTuple):
     """Rows, columns and depth of a program's tile, its warps, and the stages of its load pipeline."""
@@ -101,7 +104,7 @@ def linear_plan(
     chosen = next(entry for entry in classes if m <= entry["rows"] or entry is classes[-1])
     tile = Tile(*chosen["tile"])
     programs = -(-m // tile.m) * -(-n // tile.n)
-    return Plan("activation side", tile, _parts(programs, k, numbers), chosen["turn_first"])
+    return Plan("activation side", tile, _parts(programs, tile.warps, k, numbers), chosen["turn_first"])
 
 
 def rows_of_plans(
@@ -117,11 +120,11 @@ def rows_of_plans(
     return sorted(set(first.values()))
 
 
-def _parts(programs: int, k: int, numbers: dict[str, Any]) -> int:
+def _parts(programs: int, warps: int, k: int, numbers: dict[str, Any]) -> int:
     """How many spans of K fill the chip, none of them so short that summing them costs more than it gains."""
     parts = 1
     while (
-        parts * 2 * programs <= numbers["multiprocessors"]
+        parts * 2 * programs * warps <= numbers["multiprocessors"] * WARPS
         and parts < numbers["most_parts"]
         and k // (parts * 2) >= numbers["shortest_part"]
     ):

@@ -25,9 +25,8 @@ from triton.compiler import ASTSource
 from randes_kernels.format import Stream, Transform
 from randes_kernels.kernels.activation_side import activation_side_kernel
 from randes_kernels.kernels.group import TILE_COLUMNS as GROUP_COLUMNS
-from randes_kernels.kernels.group import group_kernel
-from randes_kernels.kernels.reduce import TILE_COLUMNS as REDUCE_COLUMNS
-from randes_kernels.kernels.reduce import reduce_kernel
+from randes_kernels.kernels.group import TILE_ROWS as GROUP_ROWS
+from randes_kernels.kernels.group import TILE_RUNS, group_kernel
 from randes_kernels.kernels.retrieve import retrieve_kernel
 from randes_kernels.kernels.route import route_kernel
 from randes_kernels.kernels.superpose import TILE_COLUMNS, TILE_ROWS, superpose_kernel
@@ -77,22 +76,23 @@ def options_of(tile: Tile) -> dict[str, Any]:
 
 def activation_case(
     short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False,
-    bits: int = 16, basis: bool = False,
+    bits: int = 16, basis: bool = False, slots: bool = False, ragged: bool = False,
 ) -> tuple[str, Any, Any]:  # fmt: skip
     """The superposed linear on the activation side, as it is launched."""
-    whole = parts == 1
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
-        "HAS_BIAS": whole and not transposed, "HAS_BIASES": whole and not transposed,
-        "BITS": bits, "GROUP": 64, "HAS_BASIS": basis,
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1, "stride_tk": 1,
+        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "HAS_BASIS": basis,
+        "ONE_SLOT": not slots, "WHOLE": not ragged, "BITS": bits, "GROUP": 64, "PARTS": parts,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
     pointers = ("x_ptr", "turned_ptr", "weight_ptr", "delta_ptr", "steps_ptr", "inner_ptr", "own_ptr", "bias_ptr",
                 "biases_ptr", "y_ptr")  # fmt: skip
-    types = dict.fromkeys(pointers, f"*{short}") | MODELS | ({} if whole else {"y_ptr": "*fp32"}) | packed_types(bits)
-    named = {"turned": turned, "transposed": transposed, "parts": not whole, "delta only": delta_only, "basis": basis}
+    types = dict.fromkeys(pointers, f"*{short}") | MODELS | packed_types(bits)
+    types |= {"parts_ptr": "*fp32" if parts > 1 else f"*{short}"}
+    named = {"turned": turned, "transposed": transposed, "parts": parts > 1, "delta only": delta_only, "basis": basis,
+             "slots": slots, "ragged": ragged}  # fmt: skip
     modes = [f"{bits} bits"] * (bits < 16) + [name for name, on in named.items() if on]
     name = " ".join(["activation side", short, str(tuple(tile)), *modes])
     return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
@@ -167,14 +167,10 @@ def route_case(short: str, *, back: bool = False, permuted: bool = True, scaled:
 
 
 def finishing_cases() -> Iterator[tuple[str, Any, Any]]:
-    """The kernels before and after the products: rows put in order, parts summed."""
+    """The kernel before the products: rows put in order."""
     types = {"x_ptr": "*fp16", "grouped_ptr": "*fp16", "grouped_ids_ptr": "*i32", **MODELS}
-    constants = {"BLOCK_RUNS": 1024, "BLOCK_K": GROUP_COLUMNS, "stride_xk": 1}
-    yield "group fp16", source(group_kernel, types, constants, ("runs", "rows_per_id", *MODELS)), FUSED
-    pointers = {"y_ptr": "*fp16", "parts_ptr": "*fp32", "bias_ptr": "*fp16", "biases_ptr": "*fp16", **MODELS}
-    constants = {"PARTS": 8, "HAS_BIAS": True, "HAS_BIASES": True, "BLOCK_N": REDUCE_COLUMNS}
-    plain = ("models", "rows_per_id", "stride_pp", "stride_pm", "stride_ym", *MODELS)
-    yield "reduce fp16", source(reduce_kernel, pointers, constants, plain), FUSED
+    constants = {"BLOCK_M": GROUP_ROWS, "BLOCK_RUNS": TILE_RUNS, "BLOCK_K": GROUP_COLUMNS, "stride_xk": 1}
+    yield "group fp16", source(group_kernel, types, constants, ("M", "runs", "rows_per_id", *MODELS)), FUSED
 
 
 def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -182,16 +178,14 @@ def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for width, dtypes in (("half", ("fp16", "bf16")), ("fp32", ("fp32",))):
         for entry in table["activation_side"][width]:
             tile = Tile(*entry["tile"])
+            turned = entry["turn_first"]
             yield activation_case(dtypes[0], tile, transposed=True, delta_only=True)  # a permuted backward pass
-            # What a permutation turns first is turned first with any tile.
-            for turned in {True, entry["turn_first"]}:
-                for transposed in (False, True):
-                    yield activation_case(dtypes[0], tile, turned=turned, transposed=transposed)
-            yield activation_case(dtypes[-1], tile, turned=entry["turn_first"])
+            yield activation_case(dtypes[0], tile, turned=True)  # what a permutation turns is turned with any tile
+            yield activation_case(dtypes[0], tile, turned=turned, transposed=True)
+            yield activation_case(dtypes[0], tile, turned=turned, slots=True, ragged=True)
+            yield activation_case(dtypes[-1], tile, turned=turned, parts=4)
             if tile.m == 16 and width == "half":  # fp32 adds a shared basis afterwards
-                yield activation_case(dtypes[-1], tile, turned=entry["turn_first"], basis=True)
-            if tile.m == 16:  # few columns and more rows are no shape of a layer
-                yield activation_case(dtypes[0], tile, turned=entry["turn_first"], parts=2)
+                yield activation_case(dtypes[-1], tile, turned=turned, basis=True, slots=True)
 
 
 def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -211,7 +205,9 @@ def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, A
         kind = PACKED[bits]
         entries = table["activation_side"]["half" + kind]
         for entry in entries if bits > 2 else (entries[0], entries[-1]):
-            yield activation_case("bf16", Tile(*entry["tile"]), turned=entry["turn_first"], bits=bits)
+            tile, turned = Tile(*entry["tile"]), entry["turn_first"]
+            yield activation_case("bf16", tile, turned=turned, bits=bits, parts=4)
+            yield activation_case("bf16", tile, turned=turned, bits=bits, slots=True, ragged=True)
         if bits > 2:
             for tile in {Tile(*entry["tile"]) for entry in table["activation_side"]["fp32" + kind]}:
                 yield activation_case("fp32", tile, bits=bits)
@@ -220,7 +216,6 @@ def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, A
         if not whole:
             continue
         tile = Tile(*entries[0]["tile"])
-        yield activation_case("fp16", tile, bits=bits)
         yield activation_case("fp16", tile, turned=True, bits=bits)  # as a permutation does
         yield weight_case("fp16", Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits, grouped=True)
         if bits == 4:
@@ -270,20 +265,25 @@ def loop_instructions(assembly: str) -> int:
     return min(found, default=0)
 
 
-def report(target: str, binary: Any) -> dict[str, Any]:
-    """Registers, local memory and instructions of one compiled kernel."""
+def machine_code(target: str, binary: Any) -> tuple[str, str]:
+    """The disassembly of a compiled kernel, and what the tool says of its registers, which AMD's says in the former."""
     if target == "gfx942":
-        assembly = binary.asm["amdgcn"]
+        return binary.asm["amdgcn"], ""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        return dump("-sass", file.name), dump("-res-usage", file.name)
+
+
+def report(target: str, binary: Any, code: tuple[str, str] | None = None) -> dict[str, Any]:
+    """Registers, local memory and instructions of one compiled kernel. ``code``: its ``machine_code``, where known."""
+    assembly, usage = code or machine_code(target, binary)
+    if target == "gfx942":
         numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
         # Scalar registers spill into lanes of vector registers: those are counted with the rest, and not memory.
         spills = numbers["vgpr_spill_count"]
         registers, local = numbers["vgpr_count"], numbers["private_segment_fixed_size"]
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            usage = dump("-res-usage", file.name)
-            assembly = dump("-sass", file.name)
         registers, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
         spills = len(re.findall(r"\b(LDL|STL)\b", assembly))
     return {

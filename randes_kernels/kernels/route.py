@@ -9,8 +9,8 @@ Done once, before (after) the matmul: inside it every tile of N columns would ha
 about N / 64 times the work. It costs 2·M·K elements of traffic where the weights cost 2·N·K, with M ≪ N.
 A rotation's rounds are such turns too, with signs and permutations of their own, and Hadamard products between them
 (``mixing.py``); a diagonal takes the place of signs, by its numbers' reciprocals.
-A matmul of up to 16 rows makes signs alone itself; beyond, it would wait for those instructions
-(bench/static_report.py), and they are made here too.
+A matmul of up to 64 rows makes signs alone itself; beyond, every column tile would make them again, and they are made
+here too.
 """
 
 from functools import lru_cache
