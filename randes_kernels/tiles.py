@@ -90,21 +90,44 @@ def linear_plan(
     weight_side = numbers["weight_side"][width]
     if weight_side is not None and weight_side["bulk"] and not aligned:
         weight_side = table("default")["weight_side"][width]
+    activation_side = _activation_plan(m, n, k, width, numbers)
     if weight_side is not None and not turned and m >= weight_side["from_rows"]:
-        tile = Tile(*weight_side["tile"])
-        if "few" in weight_side and -(-m // tile.m) * -(-n // tile.n) < numbers["multiprocessors"]:
-            tile = Tile(*weight_side["few"])  # smaller, where that one has no program for every multiprocessor
+        tile = _weight_tile(m, n, weight_side, numbers["multiprocessors"])
         tiles = -(-m // tile.m)
         grouped = runs > 1 and m // runs < tile.m
         changes = min(runs - 1, models) if grouped else runs - 1
-        if tiles + changes <= weight_side["products"] * tiles:
+        # A chip that three quarters of would lie idle is better filled with parts of K, though they are two products.
+        programs = _programs(m, n, tile)
+        idle = "smaller" in weight_side and 4 * programs < numbers["multiprocessors"]
+        idle = idle and _programs(m, n, activation_side.tile) * activation_side.parts > programs
+        if tiles + changes <= weight_side["products"] * tiles and not idle:
             return Plan("weight side", tile, grouped=grouped, bulk=weight_side["bulk"])
+    return activation_side
+
+
+def _programs(m: int, n: int, tile: Tile) -> int:
+    """How many programs a tile makes of y."""
+    return -(-m // tile.m) * -(-n // tile.n)
+
+
+def _weight_tile(m: int, n: int, side: dict[str, Any], multiprocessors: int) -> Tile:
+    """The tile that is done first: waves of programs, one a multiprocessor, times cycles a column of K."""
+
+    def time(entry: dict[str, Any]) -> float:
+        tile = Tile(*entry["tile"])
+        cycles: float = entry["cycles"] / tile.k
+        return -(-_programs(m, n, tile) // multiprocessors) * cycles
+
+    classes = [side, *side.get("smaller", ())]
+    return Tile(*(min(classes, key=time) if len(classes) > 1 else side)["tile"])
+
+
+def _activation_plan(m: int, n: int, k: int, width: str, numbers: dict[str, Any]) -> Plan:
     # One row tile covers a decode batch, so that each weight byte is read once.
     classes = numbers["activation_side"][width]
     chosen = next(entry for entry in classes if m <= entry["rows"] or entry is classes[-1])
     tile = Tile(*chosen["tile"])
-    programs = -(-m // tile.m) * -(-n // tile.n)
-    return Plan("activation side", tile, _parts(programs, tile.warps, k, numbers), chosen["turn_first"])
+    return Plan("activation side", tile, _parts(_programs(m, n, tile), tile.warps, k, numbers), chosen["turn_first"])
 
 
 def rows_of_plans(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def weight_case(
     packed = packed_types(bits)
     words = packed.pop("delta_ptr", f"*{short}")
     pointers = ("x", "weight", "steps_ptr", "bias_ptr", "biases_ptr", "y_ptr")
-    types = dict.fromkeys(pointers, f"*{short}") | MODELS | packed | {"delta": words}
+    masks = dict.fromkeys(("in_masks_ptr", "out_masks_ptr"), "*i16")
+    types = dict.fromkeys(pointers, f"*{short}") | MODELS | packed | masks | {"delta": words}
     plain = PLAIN
     if bulk:
         width = tile.k if bits >= 8 else tile.k * bits // 8
@@ -188,12 +190,17 @@ def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
                 yield activation_case(dtypes[-1], tile, turned=turned, basis=True, slots=True)
 
 
+def weight_tiles(numbers: dict[str, Any]) -> list[Tile]:
+    """The tiles of the weight side, the largest first."""
+    return [Tile(*entry["tile"]) for entry in (numbers, *numbers["smaller"])]
+
+
 def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """The weight side in the tile of a table and every mode that may meet it."""
+    """The weight side in the tiles of a table and every mode that may meet them."""
     numbers = table["weight_side"]["half"]
-    for transposed in (False, True):
-        yield weight_case("bf16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed)
-        yield weight_case("fp16", Tile(*numbers["tile"]), bulk=numbers["bulk"], transposed=transposed, grouped=True)
+    for tile, transposed in product(weight_tiles(numbers), (False, True)):
+        yield weight_case("bf16", tile, bulk=numbers["bulk"], transposed=transposed)
+        yield weight_case("fp16", tile, bulk=numbers["bulk"], transposed=transposed, grouped=True)
 
 
 def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, Any, Any]]:
@@ -212,7 +219,8 @@ def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, A
             for tile in {Tile(*entry["tile"]) for entry in table["activation_side"]["fp32" + kind]}:
                 yield activation_case("fp32", tile, bits=bits)
         numbers = table["weight_side"]["half" + kind]
-        yield weight_case("bf16", Tile(*numbers["tile"]), bulk=numbers["bulk"], bits=bits)
+        for tile in weight_tiles(numbers):
+            yield weight_case("bf16", tile, bulk=numbers["bulk"], bits=bits)
         if not whole:
             continue
         tile = Tile(*entries[0]["tile"])
@@ -248,21 +256,22 @@ def dump(what: str, file: str) -> str:
     return subprocess.run([tool, what, file], check=True, capture_output=True, text=True).stdout
 
 
-def loop_instructions(assembly: str) -> int:
-    """How many instructions a warp issues for one step along K: those of the innermost loop with a product in it.
+def inner_loop(assembly: str) -> list[str]:
+    """What a warp issues for one step along K: the instructions of the innermost loop with a product in it.
 
-    0 where the disassembly is not NVIDIA's, or no loop multiplies.
+    Empty where the disassembly is not NVIDIA's, or no loop multiplies.
     """
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([^;/]+);", assembly)
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;/]+);", assembly)
     found = []
     for place, (at, text) in enumerate(lines):
         back = re.match(r"BRA\S*\s+(?:U?P\d+,\s*)?0x([0-9a-f]+)", text.strip())
         if back is None or int(back[1], 16) >= int(at, 16):
             continue
         start = next(i for i, (address, _) in enumerate(lines) if int(address, 16) >= int(back[1], 16))
-        if any(re.match(r"\s*(HGMMA|HMMA|FFMA)", body) for _, body in lines[start:place]):
-            found.append(place + 1 - start)
-    return min(found, default=0)
+        body = [inside.strip() for _, inside in lines[start : place + 1]]
+        if any(re.match(r"(HGMMA|HMMA|FFMA)", inside) for inside in body):
+            found.append(body)
+    return min(found, key=len, default=[])
 
 
 def machine_code(target: str, binary: Any) -> tuple[str, str]:
@@ -286,12 +295,15 @@ def report(target: str, binary: Any, code: tuple[str, str] | None = None) -> dic
     else:
         registers, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
         spills = len(re.findall(r"\b(LDL|STL)\b", assembly))
+    loop = inner_loop(assembly)
     return {
         "registers": registers,
         "local_bytes": local,
         "spills": spills,
         "shared_bytes": binary.metadata.shared,
-        "loop_instructions": loop_instructions(assembly),
+        "loop_instructions": len(loop),
+        "loop_barriers": sum(text.startswith("BAR") for text in loop),
+        "loop_stores": sum(text.startswith("STS") for text in loop),
         "matrix_instructions": len(re.findall(MATRIX_INSTRUCTION[target], assembly)),
         # HGMMA whose left operand is a register and not a descriptor of shared memory.
         "register_operands": len(re.findall(r"HGMMA\.\S+ R\d+, R\d+, gdesc", assembly)),

@@ -76,7 +76,8 @@ def named(rows: list[Row], *, kernel: str = "", target: str = "") -> list[Row]:
 def tiles_of(table: dict[str, Any]) -> list[Tile]:
     """Every tile that a table names."""
     classes = [entry for width in table["activation_side"].values() for entry in width]
-    classes += [entry for entry in table["weight_side"].values() if entry is not None]
+    for side in filter(None, table["weight_side"].values()):
+        classes += [side, *side["smaller"]]
     return [Tile(*entry["tile"]) for entry in classes]
 
 
@@ -112,6 +113,8 @@ def test_hopper_rebuilds_the_weight_as_the_register_operand_of_wgmma(compiled: l
     assert bulk
     assert [row for row in bulk if not (row["register_operands"] == row["matrix_instructions"] > 0)] == []
     assert [row for row in bulk if not row["bulk_copies"]] == []
+    # From shared memory into the product's layout at once, not back into it.
+    assert [row for row in bulk if row["loop_stores"]] == []
 
 
 @pytest.mark.parametrize("kernel", ["activation", "weight", "group", "superpose", "retrieve"])

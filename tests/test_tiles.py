@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,11 @@ def test_sizes_are_what_matrix_instructions_and_sign_blocks_allow(path: Path) ->
     for rows in table["activation_side"].values():
         assert all(one["rows"] < other["rows"] for one, other in pairwise(rows))
         assert all(Tile(*one["tile"]).m <= Tile(*other["tile"]).m for one, other in pairwise(rows))
-    for entry in [*classes, table["weight_side"]["half"]]:
+    for side in filter(None, table["weight_side"].values()):
+        sizes = [math.prod(entry["tile"][:2]) for entry in (side, *side["smaller"])]
+        assert sizes == sorted(sizes, reverse=True)
+        classes += [side, *side["smaller"]]
+    for entry in classes:
         tile = Tile(*entry["tile"])
         assert tile.m in (16, 32, 64, 128, 256)
         assert tile.n in (32, 64, 128)  # tile_signs: one Philox block a key
@@ -57,7 +61,7 @@ def test_sizes_are_what_matrix_instructions_and_sign_blocks_allow(path: Path) ->
 def test_few_classes_cover_every_batch_and_change_path_once(device: str) -> None:
     for layer in LAYERS:
         plans = [linear_plan(m, *layer, HALF, device=device) for m in range(1, 8193)]
-        assert len({(plan.path, plan.tile) for plan in plans}) <= 6
+        assert len({(plan.path, plan.tile) for plan in plans}) <= 7
         assert sum(one.path != other.path for one, other in pairwise(plans)) == 1
         assert plans[-1].path == "weight side"
 
@@ -74,6 +78,35 @@ def test_warming_up_meets_every_plan(device: str, dtype: torch.dtype) -> None:
         rows = rows_of_plans(n, k, dtype, models=8, device=device, most=4096)
         assert len(rows) <= 16
         assert met(rows) == met(range(1, 4097))
+
+
+PREFILLED = [(1024, 4096), *LAYERS[:4], (768, 768), (3072, 768), (768, 3072)]
+"""Of an 8B Llama, and of a ViT-B."""
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_prefill_leaves_no_more_of_the_chip_idle_than_its_smallest_tile_would(device: str, bits: int) -> None:
+    chip, side = tiles.table(device)["multiprocessors"], tiles.table(device)["weight_side"]["half" + tiles.PACKED[bits]]
+    smallest = Tile(*side["smaller"][-1]["tile"])
+    for (n, k), m in product(PREFILLED, [64 * i for i in range(2, 33)] + [197, 394, 3152, 4096, 8192]):
+        plan = linear_plan(m, n, k, HALF, bits=bits, device=device)
+        programs = math.ceil(m / plan.tile.m) * math.ceil(n / plan.tile.n) * plan.parts
+        possible = math.ceil(m / smallest.m) * math.ceil(n / smallest.n)
+        assert programs >= min(chip / 4, possible), (m, n, k, plan)
+
+
+def test_a_prefill_takes_the_tile_that_is_done_first() -> None:
+    # Waves of 132 programs times cycles a column: 2 × 21 against 4 × 14, 1 × 21 against 1 × 14, 1 × 14 against 1 × 10.
+    rows = {2048: (256, 128), 512: (128, 128), 128: (64, 64)}
+    for m, size in rows.items():
+        assert linear_plan(m, 4096, 4096, HALF, device="sm_90/nvidia-h200").tile[:2] == size
+
+
+def test_few_columns_are_filled_with_parts_of_the_depth() -> None:
+    plan = linear_plan(128, 1024, 4096, HALF, device="sm_90/nvidia-h200")
+    assert (plan.path, plan.parts) == ("activation side", 4)
+    assert linear_plan(256, 1024, 4096, HALF, device="sm_90/nvidia-h200").path == "weight side"
 
 
 def test_fp16_and_bf16_share_their_plans() -> None:
@@ -93,6 +126,7 @@ def test_a_mix_that_needs_more_products_than_two_a_tile_stays_on_the_activation_
 
 def test_rows_are_grouped_where_a_tile_holds_several_runs() -> None:
     tile = linear_plan(8192, 4096, 4096, HALF).tile
+    assert tile == linear_plan(8192, 4096, 4096, HALF, runs=8192, models=4).tile
     assert not linear_plan(8192, 4096, 4096, HALF).grouped
     assert not linear_plan(8192, 4096, 4096, HALF, runs=8192 // tile.m, models=4).grouped
     assert linear_plan(8192, 4096, 4096, HALF, runs=8192, models=4).grouped

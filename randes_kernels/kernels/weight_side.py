@@ -6,9 +6,10 @@
     j = ids[m // rows_per_id], the model of row m; −1 is the base
 
 A tile of the model's weight is rebuilt in registers and is the left operand of one matrix product, which is computed
-transposed: the FLOPs of a plain linear. A retrieved weight never touches memory. Rows of one model should lie
-side by side: a tile of rows runs its product once for each model in it. ``group.py`` brings rows into such an order,
-and ``order`` (M,) says which row of y each one answers.
+transposed: the FLOPs of a plain linear. A retrieved weight never touches memory; the signs of the models at hand do, 16
+bits each, written by every program for its own loop, where programs of one model write the same. Rows of one model
+should lie side by side: a tile of rows runs its product once for each model in it. ``group.py`` brings rows into such
+an order, and ``order`` (M,) says which row of y each one answers.
 
 Of a D packed in few bits (``packing.py``) a step along K is a span of packed columns, rebuilt and multiplied a plane
 at a time; the steps are factors of the scale.
@@ -29,7 +30,6 @@ from randes_kernels.packing import Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
     block_words,
-    flip_sign_bit,
     levels_of,
     signs_of,
     split_key,
@@ -40,6 +40,7 @@ from randes_kernels.tiles import Plan
 
 NO_MODEL: tl.constexpr = tl.constexpr(2**31 - 1)
 BAND: tl.constexpr = tl.constexpr(8)
+BLOCKS_AT_ONCE: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
@@ -47,7 +48,9 @@ def load_tile(
     source, first_row, first_column, rows, columns, stride_row, stride_column,
     TRANSPOSED: tl.constexpr, BULK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The (HEIGHT, WIDTH) tile at (first_row, first_column) of a matrix; zeros beyond its ``rows`` and ``columns``.
+    """The (HEIGHT, WIDTH) tile at (first_row, first_column) of a matrix; zeros beyond its ``columns``.
+
+    What lies beyond its ``rows`` is finite where the matrix is.
 
     BULK: ``source`` is a tensor descriptor, of the matrix or, TRANSPOSED, of its transpose. Else it is a pointer to
     the tile's first row.
@@ -57,11 +60,15 @@ def load_tile(
     elif BULK:
         tile = source.load([first_row, first_column])
     else:
-        across, down = tl.arange(0, WIDTH)[None, :], tl.arange(0, HEIGHT)[:, None]
-        tile = tl.load(
-            source + tl.cast(first_column, tl.int64) * stride_column + down * stride_row + across * stride_column,
-            mask=(first_row + down < rows) & (first_column + across < columns), other=0.0,
-        )  # fmt: skip
+        across, down = tl.arange(0, WIDTH), tl.arange(0, HEIGHT)
+        exists = (first_column + across < columns)[None, :]
+        if TRANSPOSED:
+            exists = exists & (first_row + down < rows)[:, None]
+        else:
+            # The last row stands for all beyond it, whose products nobody stores: a mask a row would cost registers.
+            down = tl.minimum(down, rows - 1 - first_row)
+        places = down[:, None] * stride_row + across[None, :] * stride_column
+        tile = tl.load(source + tl.cast(first_column, tl.int64) * stride_column + places, mask=exists, other=0.0)
     return tile
 
 
@@ -73,9 +80,32 @@ def load_steps(steps_ptr, first_column, columns, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M: tl.constexpr):
-    """The model of each row of a tile; NO_MODEL beyond the last."""
-    rows = first_row + tl.arange(0, BLOCK_M)
+def write_masks(masks_ptr, columns, k0, k1, STREAM: tl.constexpr, tensor_lo, tensor_hi, passes):
+    """The signs of all ``columns`` of a stream for one key (scalars), as ``flip_by`` takes them."""
+    block, lane = unhoisted(tl.arange(0, BLOCKS_AT_ONCE), passes), tl.arange(0, SIGNS_PER_BLOCK)
+    keys = tl.zeros((BLOCKS_AT_ONCE,), dtype=tl.uint32)
+    for start in range(0, columns, BLOCKS_AT_ONCE * SIGNS_PER_BLOCK):
+        words = block_words(block + start // SIGNS_PER_BLOCK, STREAM, tensor_lo, tensor_hi, keys + k0, keys + k1)
+        place = block[:, None] * SIGNS_PER_BLOCK + lane[None, :] + start
+        masks = signs_of(words, 0, SIGNS_PER_BLOCK) << 15
+        tl.store(masks_ptr + place, masks.to(tl.int16), mask=place < columns)
+
+
+@triton.jit
+def flip_by(values, masks):
+    """``values`` (floats of 16 or 32 bits), negated where ``masks`` (int16) has its highest bit set, and never another.
+
+    Masks are loaded: of a tile that is made of loads alone Triton reads every part from shared memory as the product
+    takes it. What is computed from a place in the tile would send the whole tile through shared memory once more.
+    """
+    width: tl.constexpr = values.dtype.primitive_bitwidth
+    integer: tl.constexpr = tl.core.get_int_dtype(width, True)
+    return (values.to(integer, bitcast=True) ^ (masks.to(integer) << (width - 16))).to(values.dtype, bitcast=True)
+
+
+@triton.jit
+def models_of(rows, M, models, rows_per_id, ids_ptr):
+    """The model of each of ``rows``; NO_MODEL beyond the last."""
     ids = tl.load(ids_ptr + rows // rows_per_id, mask=rows < M, other=0).to(tl.int32)
     # Of the numbers that name no model one above stands for all, and none for NO_MODEL.
     return tl.where(rows < M, tl.minimum(ids, models), NO_MODEL)
@@ -87,7 +117,7 @@ def models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M: tl.constexpr)
 )
 def weight_side_kernel(
     x, weight, delta, steps_ptr, bias_ptr, biases_ptr, y_ptr, order_ptr, ids_ptr, keys_ptr, scale_ptr, slots_ptr,
-    M, N, K, models, rows_per_id, tensor_lo, tensor_hi,
+    in_masks_ptr, out_masks_ptr, M, N, K, models, rows_per_id, tensor_lo, tensor_hi,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk,
     stride_ss, stride_bj, stride_ym,
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
@@ -107,17 +137,27 @@ def weight_side_kernel(
     within = tl.program_id(0) % (BAND * column_tiles)
     first_row, first_column = (band * BAND + within % height) * BLOCK_M, (within // height) * BLOCK_N
 
-    model = tl.min(models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M))
+    model = tl.min(models_of(first_row + tl.arange(0, BLOCK_M), M, models, rows_per_id, ids_ptr))
     passes = tl.full((), 0, tl.int32)
     while model < NO_MODEL:
         known = (model >= 0) & (model < models)
         k0, k1 = split_key(tl.load(keys_ptr + model, mask=known, other=0))
-        key_lo, key_hi = tl.full((1,), 0, tl.uint32) + k0, tl.full((1,), 0, tl.uint32) + k1
-        scale = tl.load(scale_ptr + model, mask=known, other=0.0)
-        # A number that names no model gives NaN, never another model's answer.
-        scale = tl.where(known | (model == -1), scale, float("nan")) + tl.zeros((BLOCK_N,), dtype=tl.float32)
+        own_columns = first_column + tl.arange(0, BLOCK_N)
+        in_masks = in_masks_ptr + model.to(tl.int64) * K
+        out_masks = out_masks_ptr + model.to(tl.int64) * N + own_columns
+        if known:
+            if FLIP_IN:
+                write_masks(in_masks, K, k0, k1, IN_STREAM, tensor_lo, tensor_hi, passes)
+            if FLIP_OUT:
+                bits = vector_signs(first_column, k0, k1, OUT_STREAM, tensor_lo, tensor_hi, BLOCK_N)
+                tl.store(out_masks, (bits << 15).to(tl.int16), mask=own_columns < N)
+        tl.debug_barrier()
+        # Read back as loads (``flip_by``). A number that names no model gives NaN, never another model's answer.
+        unknown = tl.where(model == -1, 0.0, float("nan"))
+        of_columns = own_columns < tl.where(known, N, 0)
+        scale = tl.load(scale_ptr + model + tl.zeros((BLOCK_N,), dtype=tl.int32), mask=of_columns, other=unknown)
         if FLIP_OUT:
-            scale = flip_sign_bit(scale, vector_signs(first_column, k0, k1, OUT_STREAM, tensor_lo, tensor_hi, BLOCK_N))
+            scale = flip_by(scale, tl.load(out_masks, mask=of_columns, other=0))
         slot = tl.load(slots_ptr + model, mask=known, other=-1)
 
         # Where each operand's tiles begin. A model without a slot lies outside of D: zeros, for which nothing is read.
@@ -146,10 +186,6 @@ def weight_side_kernel(
                 delta_rows, delta_row, delta_column + start // PLANES, N, delta_columns, stride_dn, stride_dk,
                 TRANSPOSED, BULK, BLOCK_N, WIDTH,
             )  # fmt: skip
-            if FLIP_IN:
-                keys = unhoisted(key_lo, start), unhoisted(key_hi, start)
-                position = tl.cast(start, tl.int32)
-                words = block_words(position // SIGNS_PER_BLOCK, IN_STREAM, tensor_lo, tensor_hi, keys[0], keys[1])
             for plane in tl.static_range(PLANES):
                 at = start + plane * WIDTH
                 x_tile = load_tile(x_rows, first_row, at, M, K, stride_xm, stride_xk, False, BULK, BLOCK_M, WIDTH)
@@ -158,35 +194,38 @@ def weight_side_kernel(
                 )
                 own_scale, delta_tile = scale, packed_tile
                 if BITS < 16:
-                    delta_tile = levels_of(packed_tile, plane, BITS, FINE)
+                    delta_tile = levels_of(packed_tile, plane, BITS, dtype)
                 if BITS < 8:
                     # Their columns again, not kept through the loop: the product needs the registers.
                     own_scale *= load_steps(
                         steps + at // GROUP * N, unhoisted(first_column, start), step_columns, BLOCK_N
                     )
                 if FLIP_IN:
-                    within = plane * WIDTH if BITS < 8 else position % SIGNS_PER_BLOCK
-                    delta_tile = flip_sign_bit(delta_tile, signs_of(words, within, WIDTH))
+                    flipped = at + tl.arange(0, WIDTH)
+                    masks = tl.load(in_masks + flipped, mask=flipped < tl.where(known, K, 0), other=0)
+                    delta_tile = flip_by(delta_tile, masks[None, :])
                 factor = tl.broadcast_to(own_scale.to(FINE)[:, None], (BLOCK_N, WIDTH))
                 rebuilt = tl.fma(delta_tile.to(FINE), factor, weight_tile.to(FINE))
                 y = tl.dot(rebuilt.to(x_tile.dtype), tl.trans(x_tile), y, input_precision="ieee")
 
-        columns = first_column + tl.arange(0, BLOCK_N)
+        # Places and models again, not kept until now: the largest tile needs the registers. In others the places are
+        # kept, of which ptxas would spill what is made anew.
+        KEPT: tl.constexpr = GROUPED or BLOCK_M < 256
+        columns = own_columns if KEPT else unhoisted(first_column, passes) + tl.arange(0, BLOCK_N)
         if HAS_BIASES:
             own_bias = biases_ptr + model.to(tl.int64) * stride_bj
             bias_row = tl.where(known, own_bias, bias_ptr)
             y += tl.load(bias_row + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
         elif HAS_BIAS:
             y += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
-        # The models again, not kept until now: the product needs the registers.
-        first_row = unhoisted(first_row, passes)
-        ids = models_of(first_row, M, models, rows_per_id, ids_ptr, BLOCK_M)
-        rows = tl.arange(0, BLOCK_M)
+        last_row = unhoisted(first_row, passes)
+        rows = tl.arange(0, BLOCK_M) if KEPT else unhoisted(tl.arange(0, BLOCK_M), passes)
+        ids = models_of(last_row + rows, M, models, rows_per_id, ids_ptr)
         if GROUPED:
-            rows = tl.load(order_ptr + first_row + rows, mask=first_row + rows < M, other=0).to(tl.int64)
+            rows = tl.load(order_ptr + last_row + rows, mask=last_row + rows < M, other=0).to(tl.int64)
             y_ptrs = y_ptr + rows[:, None] * stride_ym + columns[None, :]
         else:
-            y_ptrs = y_ptr + first_row.to(tl.int64) * stride_ym + rows[:, None] * stride_ym + columns[None, :]
+            y_ptrs = y_ptr + last_row.to(tl.int64) * stride_ym + (rows[:, None] * stride_ym + columns[None, :])
         y_tile = tl.trans(y.to(y_ptr.dtype.element_ty))
         tl.store(y_ptrs, y_tile, mask=(ids == model)[:, None] & (columns < N)[None, :])
         model = tl.min(tl.where(ids > model, ids, NO_MODEL))
@@ -215,9 +254,11 @@ def weight_side(
             TensorDescriptor.from_tensor(x, [tile.m, width]),
             *(TensorDescriptor.from_tensor(matrix.reshape(-1, matrix.shape[-1]), block) for matrix in stored),
         )
+    # Written by every program for itself, all the same: none waits for another, and nothing is launched before.
+    in_masks, out_masks = (torch.empty((keys.shape[0], size), dtype=torch.int16, device=x.device) for size in (k, n))
     weight_side_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
         *operands, steps, bias, biases, y, order, ids, keys, scale, slots,
-        m, n, k, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
+        in_masks, out_masks, m, n, k, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
         *x.stride(), *weight.stride(), *words.stride(), steps.stride(0),
         0 if biases is None else biases.stride(0), y.stride(0),
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
