@@ -55,6 +55,8 @@ ROWS_OF_A_CLASS = {16: 8, 32: 32, 64: 64}
 CROSSOVER_ROWS = (32, 64, 96, 128, 192, 256, 512, 1024)
 FEW_ROWS = (128, 256)
 """Where tiles for thousands of rows leave most multiprocessors without a program."""
+MEGAHERTZ = 1980
+"""Of an H200 at work: cycles of tiles are compared with each other alone."""
 COMPILERS = 12
 """Processes that compile."""
 BITS = {width + suffix: bits for width in ("half", "fp32") for bits, suffix in tiles.PACKED.items() if bits != 2}
@@ -307,16 +309,33 @@ class Tuner:
 
     def weight(self, width: str) -> None:
         """The tile for many rows of one model."""
-        for chosen in self.best(*self.weight_candidates(width))[:1]:
-            self.numbers["weight_side"][width] |= {"tile": list(chosen[:-1]), "bulk": chosen[-1] == "bulk"}
+        what, candidates, points = self.weight_candidates(width)
+        for chosen in self.best(what, candidates, points)[:1]:
+            entry = self.numbers["weight_side"][width]
+            if entry["bulk"] != (chosen[-1] == "bulk"):
+                entry.pop("smaller", None)  # they were of the other kind
+            entry |= {"tile": list(chosen[:-1]), "bulk": chosen[-1] == "bulk"}
+            entry["cycles"] = self.cycles(what, chosen, points)
 
     def few(self, width: str) -> None:
         """The tile where that one has too few programs to fill the chip."""
         entry = self.numbers["weight_side"][width]
-        for chosen in self.best(*self.weight_candidates(width, few=True))[:1]:
-            entry.pop("few", None)
+        what, candidates, points = self.weight_candidates(width, few=True)
+        for chosen in self.best(what, candidates, points)[:1]:
+            entry.pop("smaller", None)
             if list(chosen[:-1]) != entry["tile"]:
-                entry["few"] = list(chosen[:-1])
+                entry["smaller"] = [{"tile": list(chosen[:-1]), "cycles": self.cycles(what, chosen, points)}]
+
+    def cycles(self, what: str, chosen: Key, points: Sequence[Point]) -> int:
+        """What a step of a tile took: a call's time over its waves of programs and its steps, in the middle."""
+        tile, found = tiles.Tile(*chosen[:-1]), []
+        for row in self.rows:
+            if (row["tuned"], row["candidate"]) == (what, list(chosen)) and "median_us" in row:
+                point = next(point for point in points if str(point) == row["point"])
+                (n, k), m = point.shape, point.m
+                waves = math.ceil(math.ceil(m / tile.m) * math.ceil(n / tile.n) / self.numbers["multiprocessors"])
+                found.append(row["median_us"] * MEGAHERTZ / (waves * math.ceil(k / tile.k)))
+        return max(1, round(statistics.median(found)))
 
     def prefill(self, shape: tuple[int, int], m: int, width: str = "half") -> Point:
         m = min(m, 48) if self.dry else m

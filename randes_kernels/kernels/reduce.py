@@ -67,7 +67,8 @@ def finish(
     if PARTS > 1:
         size = tl.cast(M, tl.int64) * N
         tl.store(parts_ptr + tl.program_id(1) * size + places, y, mask=exists)
-        last = arrives_last(parts_ptr + PARTS * size, tl.program_id(0), tl.program_id(1), PARTS)
+        marks = parts_ptr + (PARTS * size + 1) // 2 * 2  # of 64 bits, and so they lie
+        last = arrives_last(marks, tl.program_id(0), tl.program_id(1), PARTS)
     if last:
         if PARTS > 1:
             # Past the L1 cache, which knows nothing of what others store.
@@ -81,4 +82,4 @@ def finish(
 
 def workspace(y: Tensor, tiles: int, parts: int) -> Tensor:
     """Uninitialised memory for the parts of ``y`` and the marks of its tiles."""
-    return torch.empty(parts * y.numel() + 2 * tiles * (parts - 1), dtype=torch.float32, device=y.device)
+    return torch.empty(parts * y.numel() + 1 + 2 * tiles * (parts - 1), dtype=torch.float32, device=y.device)
