@@ -222,3 +222,18 @@ def test_an_adapters_folder_with_a_configuration_is_compared(folders: Path, tmp_
     (tmp_path / "adapter" / "config.json").write_text(json.dumps({"width": 4}))
     with pytest.raises(randes.CheckpointError, match="width must be 3, got 4"):
         randes.superpose_adapters(tmp_path, {"a": tmp_path / "adapter"})
+
+
+def test_a_base_of_another_configuration_is_not_served(folders: Path) -> None:
+    sup = randes.Superposition.create(folders / "base", CONFIG)
+    sup.add("m", folders / "same")
+    plain = llama().state_dict()
+    for values, refused in (({"rope_theta": 5e5}, True), ({"output_hidden_states": True}, False)):
+        module = llama(**values)
+        module.load_state_dict(plain)
+        if refused:
+            with pytest.raises(randes.BaseMismatchError, match=r"rope_parameters\.rope_theta must be 10000\.0, got 5"):
+                randes.SuperposedModel(module, sup)
+            assert type(module.lm_head) is torch.nn.Linear
+        else:
+            assert randes.SuperposedModel(module, sup).names == ["m"]

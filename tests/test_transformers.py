@@ -294,6 +294,20 @@ def test_a_model_is_saved_as_a_store_again(folders: Path, tmp_path: Path) -> Non
     assert same(generated(randes.from_pretrained(tmp_path / "third")), answers(folders))
 
 
+def test_what_is_served_is_not_saved_as_a_plain_model(tmp_path: Path) -> None:
+    base = build("Llama")
+    sup, _ = superposed(base, 1, CONFIG)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    model.set_adapter("m0")
+    with pytest.raises(ValueError, match="quantized with randes and is not serializable"):
+        hf.PreTrainedModel.save_pretrained(model.base_model, tmp_path / "base")
+    assert not (tmp_path / "base" / "model.safetensors").exists()
+    plain = model.merge_and_unload()
+    hf.PreTrainedModel.save_pretrained(plain, tmp_path / "plain")
+    again = type(base).from_pretrained(tmp_path / "plain").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in sup.retrieve("m0").items())
+
+
 def test_a_model_that_joined_is_in_what_is_saved_and_not_in_the_store_before(folders: Path, tmp_path: Path) -> None:
     before = content(folders / "store")
     model = randes.SuperposedModel.from_pretrained(folders / "store", capacity=3)

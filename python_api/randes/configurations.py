@@ -39,7 +39,8 @@ GENERATION = {
     "num_return_sequences", "min_length", "exponential_decay_length_penalty", "remove_invalid_values",
     "return_dict_in_generate", "output_scores",
 }  # fmt: skip
-HARMLESS = WEIGHTS | LABELS | NAMES | TRAINING | GENERATION | {"attn_implementation", "_attn_implementation"}
+OUTPUTS = {"output_attentions", "output_hidden_states", "return_dict", "torchscript"}
+HARMLESS = WEIGHTS | LABELS | NAMES | TRAINING | GENERATION | OUTPUTS | {"attn_implementation", "_attn_implementation"}
 """Exact names: NLLB-MoE's ``moe_token_dropout`` scales what it answers, AST's ``max_length`` is of its input."""
 STEERING = {"bos_token_id", "eos_token_id", "decoder_start_token_id"}
 """Harmless where a model is of a class that generates. A classifier finds the place that it reads by such a token, CLIP

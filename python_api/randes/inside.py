@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from randes.checkpoint import digest
-from randes.errors import BaseMismatchError
+from randes.configurations import check_configuration
+from randes.errors import BaseMismatchError, CheckpointError
 from randes.kept import KeptTable, Routed
 from randes.layer_kinds import SuperposedLayer, kind_of
 from randes.layout import View, tied_in
@@ -110,6 +111,10 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
     what serves it."""
     superposition.check_base()
     _check_values(module, superposition)
+    try:
+        check_configuration(superposition.companions, module)
+    except CheckpointError as error:
+        raise BaseMismatchError(f"the model is not the superposition's base: {error}") from None
     for layer in layers:
         if isinstance(layer.module, Superposed | Routed):
             raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
