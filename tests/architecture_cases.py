@@ -19,6 +19,7 @@ MOST_PARAMETERS = 30_000_000
 LABELS = 40  # wide enough for a class head to be superposed
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RwkvForCausalLM, rescaled": ("RwkvForCausalLM", {"rescale_every": 1}),
     "ReformerModelWithLMHead": ("ReformerModelWithLMHead", {"is_decoder": True}),
     "BloomForCausalLM, slow but exact": ("BloomForCausalLM", {"pretraining_tp": 2, "slow_but_exact": True}),
 }
@@ -76,7 +77,7 @@ def build(case: Case) -> tuple[nn.Module, dict[str, Any]]:
         inputs, why = runnable(model)
         if inputs is not None:
             return model, inputs
-        failures.append(f"run: {why}")
+        raise NotBuiltError(f"run: {why}")
     raise NotBuiltError(failures[0])
 
 

@@ -47,6 +47,8 @@ SMALL: list[tuple[str, Any]] = [
 OVERRIDES: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 128},
     "autoformer": {"prediction_length": 4, "context_length": 16},
+    "bit": {"num_groups": 4, "hidden_sizes": [32, 32, 64, 64], "embedding_size": 32},
+    "cvt": {"depth": [1, 2, 3], "embed_dim": [32, 32, 64], "num_heads": [1, 2, 4]},
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "reformer": {
@@ -104,7 +106,7 @@ def _small(config: Any, special: dict[str, int]) -> dict[str, Any]:
         count = max(count, stages)  # a backbone whose layers are its stages
         given["out_indices"] = list(range(1, stages + 1))
     elif stages := getattr(config, "_out_indices", None):
-        given["out_indices"] = list(stages)
+        given["out_indices"] = [count] if isinstance(layers, int) else list(stages)
     for key, value in own.items():
         if isinstance(value, hf.PreTrainedConfig) and value.model_type == "timm_backbone":
             given[key] = {**RESNET, "out_indices": [min(4, index % 5) for index in value.out_indices or [4]]}

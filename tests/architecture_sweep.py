@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from architecture_measure import OUTCOMES, Result, kind, timed
 MEMORY = 6 << 30
 
 
-def _worker(case: Case, pipe: Any, look: bool) -> None:
+def _worker(case: Case, pipe: Any, seconds: int, look: bool) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # of work, however busy the machine is
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY + _address_space(), MEMORY + _address_space()))
     sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115
     try:
@@ -49,7 +50,10 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def sweep(chosen: list[Case], jobs: int, seconds: float, look: bool = True) -> Iterator[Result]:
+RESULTS = Path(__file__).parent.parent / "bench" / "results" / "architectures.json"
+
+
+def sweep(chosen: list[Case], jobs: int, seconds: int, look: bool = True) -> Iterator[Result]:
     """Each case in a process of its own, with limits on memory and time."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(reversed(chosen)), {}
@@ -57,18 +61,18 @@ def sweep(chosen: list[Case], jobs: int, seconds: float, look: bool = True) -> I
         while waiting and len(running) < jobs:
             case = waiting.pop()
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(case, theirs, look))
+            process = context.Process(target=_worker, args=(case, theirs, seconds, look))
             process.start()
             theirs.close()
             running[case.name] = (process, ours, time.perf_counter())
         for name, (process, pipe, start) in list(running.items()):
-            late = time.perf_counter() - start > seconds
+            late = time.perf_counter() - start > 20 * seconds
             if not (pipe.poll(0.01) or late):
                 continue
             try:
-                yield Result(**pipe.recv()) if pipe.poll() else _lost(name, f"over {seconds:g} s")
+                yield Result(**pipe.recv()) if pipe.poll() else _lost(name, f"over {20 * seconds} s")
             except EOFError:
-                yield _lost(name, "its process ended")
+                yield _lost(name, f"its process ended, at {seconds} s of work or for another reason")
             process.kill()
             process.join()
             del running[name]
@@ -104,6 +108,26 @@ def breadth_first(chosen: list[Case]) -> list[Case]:
     return sorted(chosen, key=lambda case: order[case.name])
 
 
+WAYS = {
+    "single": "one model, by `set_adapter`", "named": "one model, by name", "mixed": "a mixed batch",
+    "square": "a mixed batch as large as its rows are long", "generates": "`generate`, one model",
+    "generates_mixed": "`generate`, a mixed batch",
+}  # fmt: skip
+
+
+def markdown(measured: Mapping[str, Any]) -> str:
+    """The rows of a run as a table of totals, and the classes that are not served by their names."""
+    rows, kinds = measured["rows"], ("right", "refused", "wrong", "crashed")
+    lines = [f"| {len(rows)} classes | {' | '.join(kinds)} | not built or run |", "|---" * (len(kinds) + 2) + "|"]
+    for way, named in WAYS.items():
+        found = Counter(kind(row[way]) for row in rows)
+        counts = " | ".join(str(found[one]) for one in kinds)
+        lines.append(f"| {named} | {counts} | {found['not run'] + found['indistinct']} |")
+    refused = sorted(row["name"] for row in rows if kind(row["single"]) == "refused")
+    versions = f"Transformers {measured['machine']['transformers']}, torch {measured['machine']['torch']}"
+    return "\n".join([*lines, "", f"({versions}.) Refused for one model, too: {', '.join(refused) or 'none'}."])
+
+
 def main() -> None:
     """Measure what was not measured yet, and print totals."""
     from rich.console import Console
@@ -115,9 +139,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where rows are kept; those that are there are not measured again")
     parser.add_argument("--again", action="store_true", help="measure them all the same")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60, help="for one class")
+    parser.add_argument("--seconds", type=int, default=60, help="of work for one class")
     parser.add_argument("--look", action="store_true", help="for matrices that do not show in the output, too")
+    parser.add_argument("--table", action="store_true", help="print what is in the rows that are committed, and end")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(json.loads(RESULTS.read_text())))
+        return
     prepare()
     rows: dict[str, dict[str, Any]] = {}
     if options.json and options.json.exists():

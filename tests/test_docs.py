@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import architecture_sweep
 import pytest
 import torch
 from torch import nn
@@ -205,3 +206,13 @@ def test_the_cpu_reaches_what_the_readme_says_of_it() -> None:
     assert max(superposed(512, "fp32")) <= 1.3
     for dtype in ("fp32", "bf16"):
         assert max(superposed(8, dtype)) <= 2.5
+
+
+def test_the_table_of_architectures_is_that_of_the_rows_and_has_no_wrong_answer() -> None:
+    measured = json.loads(architecture_sweep.RESULTS.read_text())
+    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- architectures: .*? -->\n(.*?)\n<!-- /architectures -->", page, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == architecture_sweep.markdown(measured)
+    outcomes = {architecture_sweep.kind(row[way]) for row in measured["rows"] for way in architecture_sweep.WAYS}
+    assert outcomes <= {"right", "refused", "not run", "indistinct", ""}

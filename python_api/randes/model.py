@@ -233,7 +233,7 @@ class SuperposedModel(nn.Module):
         kinds: dict[tuple[object, ...], tuple[Superposed, Tensor]] = {}
         for layer in self.modules():
             for own, weight in _products(layer):
-                modes: list[bool] = [not own.pool.slots, weight.stride(1) == 1]
+                modes: list[bool | int] = [min(2, len(own.pool.slots)), weight.stride(1) == 1]
                 if isinstance(own, SuperposedLinear):
                     modes += [own.bias is None, own.biases is None]
                 kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (own, weight))

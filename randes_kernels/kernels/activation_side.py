@@ -45,7 +45,7 @@ from randes_kernels.primitives import (
     tile_signs,
     unhoisted,
 )
-from randes_kernels.tiles import Plan
+from randes_kernels.tiles import Plan, programs_of
 
 NO_SLOT: tl.constexpr = tl.constexpr(2**31 - 1)
 RANK_STEP: tl.constexpr = tl.constexpr(16)
@@ -270,7 +270,7 @@ def activation_side(
     multiplied = x if turned is None else turned
     base = x if weight is None else weight  # some pointer, which is not read then
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
+    tiles = programs_of(m, n, tile)
     parts = y if plan.parts == 1 else workspace(y, tiles, plan.parts)
     activation_side_kernel[(tiles, plan.parts)](
         x, multiplied, base, words, steps, inner, own, bias, biases, y, parts, ids, keys, scale, slots,

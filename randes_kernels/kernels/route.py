@@ -86,7 +86,7 @@ def route(
     permuted, numbers, _ = transform_arguments(transform, k if stream == Stream.COLUMN_SIGNS else 0)
     if rotates:
         permuted, numbers = True, (1, k, half_bits(k))
-    route_kernel[(m, triton.cdiv(k, TILE_COLUMNS))](
+    route_kernel[(m, -(-k // TILE_COLUMNS))](
         x, turned, reciprocals_on(x.device) if scaled else x, ids, keys, slots,
         keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
         k, *numbers, round, round * padded_columns(k), *x.stride(), turned.stride(0),

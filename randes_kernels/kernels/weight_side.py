@@ -36,7 +36,7 @@ from randes_kernels.primitives import (
     unhoisted,
     vector_signs,
 )
-from randes_kernels.tiles import Plan
+from randes_kernels.tiles import Plan, programs_of
 
 NO_MODEL: tl.constexpr = tl.constexpr(2**31 - 1)
 BAND: tl.constexpr = tl.constexpr(8)
@@ -256,7 +256,7 @@ def weight_side(
         )
     # Written by every program for itself, all the same: none waits for another, and nothing is launched before.
     in_masks, out_masks = (torch.empty((keys.shape[0], size), dtype=torch.int16, device=x.device) for size in (k, n))
-    weight_side_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
+    weight_side_kernel[(programs_of(m, n, tile),)](
         *operands, steps, bias, biases, y, order, ids, keys, scale, slots,
         in_masks, out_masks, m, n, k, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
         *x.stride(), *weight.stride(), *words.stride(), steps.stride(0),
