@@ -294,6 +294,22 @@ def test_a_model_is_saved_as_a_store_again(folders: Path, tmp_path: Path) -> Non
     assert same(generated(randes.from_pretrained(tmp_path / "third")), answers(folders))
 
 
+@torch.no_grad()
+def test_layers_that_stay_in_single_precision_take_what_half_precision_gives_them() -> None:
+    base = build("T5")
+    sup, _ = superposed(base, 2, CONFIG, size=0.1)
+    plain, model = alone(base, sup, "m1"), randes.SuperposedModel(copy.deepcopy(base), sup)
+    for served_or_plain in (plain, model):
+        served_or_plain.bfloat16()
+        for path, layer in served_or_plain.named_modules():
+            if path.endswith(".wo"):
+                layer.float()
+    inputs = CASES["T5"].inputs()
+    exact = alone(base, sup, "m1").float()(**inputs).logits
+    expected, found = plain(**inputs).logits.float(), model(**inputs, adapter_names=["m1"] * 4).logits.float()
+    assert (found - exact).norm() < 2 * (expected - exact).norm()
+
+
 def test_what_is_served_is_not_saved_as_a_plain_model(tmp_path: Path) -> None:
     base = build("Llama")
     sup, _ = superposed(base, 1, CONFIG)

@@ -166,6 +166,13 @@ def _in_one_dtype(x: Tensor, *others: Held | None) -> tuple[Any, ...]:
     return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in (x, *others))
 
 
+def _as_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """Half precision as single where the weight is that: T5 keeps one of its layers so, and casts what goes in where
+    ``weight`` is a tensor."""
+    wider = weight.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+    return x.to(weight.dtype) if wider and not torch.is_autocast_enabled(x.device.type) else x
+
+
 class SuperposedLinear(Superposed, nn.Linear):
     """A linear layer over a base weight (N, K) and the superposed deltas of J fine-tunes of it.
 
@@ -264,6 +271,7 @@ class SuperposedLinear(Superposed, nn.Linear):
         names that does not fit, and ``RuntimeError`` where no model was chosen at all.
         """
         batch = self.router.batch() if adapter_names is None else self._named(input, adapter_names)
+        input = _as_wide(input, self.base_weight)
         if batch.runs_base:
             return F.linear(input, self.base_weight, self.base_bias)
         x = batch.spread(input)
