@@ -232,5 +232,14 @@ def test_an_input_of_another_width_or_dtype_is_refused() -> None:
     layer, _, _ = layer_and_weights()
     with pytest.raises(ValueError, match=r"K = 40, got \(4, 39\)"):
         layer(inputs(4, 39), adapter_names=NAMES)
-    with pytest.raises(ValueError, match="float16"):
-        layer(inputs(4, 40).half(), adapter_names=NAMES)
+    with pytest.raises(ValueError, match="float64"):
+        layer(inputs(4, 40).double(), adapter_names=NAMES)
+    with pytest.raises(ValueError, match="float32"):
+        copy.deepcopy(layer).half()(inputs(4, 40), adapter_names=NAMES)
+
+
+def test_half_precision_is_taken_as_single_where_the_layer_is_that() -> None:
+    layer, _, _ = layer_and_weights()
+    x = inputs(4, 40).half()
+    for names in (NAMES, ["__base__"] * 4):
+        assert torch.equal(layer(x, adapter_names=names), layer(x.float(), adapter_names=names))
