@@ -270,3 +270,12 @@ def test_gradients_reach_the_base_through_its_own_rows_alone() -> None:
     base(x[1:2]).square().sum().backward()  # the only row of the base
     grad = dict(model.base_model.named_parameters())["layer.base_weight"].grad
     torch.testing.assert_close(grad, base.layer.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedding_looks_up_one_number_and_none() -> None:
+    model, sup, base, _ = served(nn.Embedding(40, 32))
+    for tokens in (torch.tensor(7), torch.tensor([3, 4]), torch.zeros(0, dtype=torch.long)):
+        with model.using(["m1"]):
+            own = alone(base, sup, "m1").layer(tokens)
+            assert torch.equal(model.base_model.layer(tokens), own)
+            assert own.shape == (*tokens.shape, 32)

@@ -127,8 +127,12 @@ class RoutedEmbedding(Routed, nn.Embedding):
         base = F.embedding(input, base_of(self, "weight"))
         if ids is None or table is None:
             return base
-        row = table.row_of(ids).repeat_interleave(input.shape[0] // len(ids) if input.shape[0] else 0)
-        row = row.view(-1, *[1] * (input.dim() - 1))
+        row = table.row_of(ids)
+        if len(ids) == 1:
+            row = row[0]  # for whatever is looked up, also a single number
+        else:
+            row = row.repeat_interleave(input.shape[0] // len(ids) if input.shape[0] else 0)
+            row = row.view(-1, *[1] * (input.dim() - 1))
         flat = table.values.flatten(0, 1)
         own = F.embedding(input + row.clamp(min=0) * self.num_embeddings, flat)
         return torch.where((row >= 0)[..., None], own, base)
