@@ -5,6 +5,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,13 @@ def test_an_input_that_does_not_start_with_the_batch_is_refused(shape: tuple[int
     with pytest.raises(ValueError, match=r"names 2 rows, but .* first dimension must be the batch"):
         router.of(["a", "b"]).spread(torch.empty(shape))
     router.of(["a", "a"]).spread(torch.empty(shape))
+
+
+def test_a_search_has_its_beams_rows_and_nothing_else_is_taken_for_them() -> None:
+    batch = replace(Router(["a", "b"]).of(["a", "b"]), spreads=3)
+    assert batch.over(torch.zeros(6, 4)).ids.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.over(torch.zeros(2, 4)).ids.tolist() == [0, 1]
+    assert batch.over(torch.zeros(12, 4)).rows == 2  # patches of two images, which need not be equally many
 
 
 # ---------------------------------------------------------------- what can be suspended

@@ -187,6 +187,7 @@ def test_clips_towers_are_called_by_themselves() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:2 matrices are kept per model")  # DeBERTa's attention reads its weights itself
 @pytest.mark.parametrize("name", ["XLNet", "Deberta"])
 def test_models_with_other_rows_inside_serve_one_fine_tune_at_a_time(name: str) -> None:
     torch.manual_seed(0)

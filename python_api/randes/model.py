@@ -292,7 +292,7 @@ class SuperposedModel(nn.Module):
                 yield
             return
         _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
-        with self.router.during(replace(batch, spreads=True)):
+        with self.router.during(replace(batch, spreads=_sequences(self.base_model, kwargs))):
             yield
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -309,6 +309,13 @@ class SuperposedModel(nn.Module):
             if name == "base_model":
                 raise
         return getattr(self.base_model, name)
+
+
+def _sequences(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many sequences ``generate`` makes of each row while it runs: beams, or those that it returns."""
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    asked = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(number or 1 for number in asked)
 
 
 def _names_of(batch: Batch) -> list[str]:

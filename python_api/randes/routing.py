@@ -64,7 +64,7 @@ class Batch:
     of_rows: (rows,) int32, the same with a number for every row that was named.
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
     by_row: a layer under way reads its kept tensors with a row for each row of the batch (``kept.py``).
-    spreads: a call may have several rows for each one named, one after the other, as the beams of a search are.
+    spreads: how many rows a call may have for each one named, one after the other, as the beams of a search are.
     refillable: other models may take these rows (``fill``), so that nothing may depend on which they are now.
     """
 
@@ -74,7 +74,7 @@ class Batch:
     of_rows: Tensor
     length: int = 1
     by_row: bool = False
-    spreads: bool = False
+    spreads: int = 1
     refillable: bool = False
 
     def fill(self, names: Sequence[str]) -> None:
@@ -142,8 +142,9 @@ class Batch:
         """
         length = first.shape[1] if first.dim() > 1 else 1
         of_rows, ids = self.of_rows, self.ids
-        if self.spreads and self.mixed and first.shape[0] % self.rows == 0:
-            of_rows, ids = (value.repeat_interleave(first.shape[0] // self.rows) for value in (of_rows, ids))
+        # No other number: images' patches, in one row after the other, are no multiple of anything.
+        if self.spreads > 1 and self.mixed and first.shape[0] == self.rows * self.spreads:
+            of_rows, ids = (value.repeat_interleave(self.spreads) for value in (of_rows, ids))
         if torch.compiler.is_compiling():
             of_rows = of_rows.to(first.device, non_blocking=True)
             return Batch(of_rows, self.base_only, self.named, of_rows, length, refillable=self.refillable)
