@@ -184,9 +184,13 @@ INPUTS = (
 """What Transformers calls a model's first input, by which it is known whatever comes before it."""
 
 
-OTHER_ROWS = ("Bros", "Deberta", "FSMT", "Funnel", "LED", "Longformer", "XLNet")
-"""Transformers models that put positions before rows, or run linear layers over relative positions. A batch as large as
-its rows are long would look right there, so mixed ones are refused whatever their size."""
+OTHER_ROWS = (
+    "Bros", "Deberta", "FSMT", "Funnel", "LED", "Lfm3VlVision", "Longformer", "MiniMaxM3VLVision", "PaddleOCRVision",
+    "Pixtral", "XLNet",
+)  # fmt: skip
+"""Transformers models that put positions before rows, run linear layers over relative positions, or lay the patches of
+all images into one row. A batch as large as its rows are long would look right there, and one row would stand for all,
+so mixed ones are refused whatever their size."""
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
