@@ -27,6 +27,9 @@ TRIED = [
     "WhisperForConditionalGeneration", "XLNetModel",
 ]  # fmt: skip
 
+WITHOUT_GENERATE = {"ReformerModelWithLMHead": "TypeError: 'NoneType' object is not iterable"}
+"""What the plain model raises there, so that nothing is compared."""
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Any:
@@ -43,22 +46,39 @@ def test_it_answers_rightly_or_refuses(name: str) -> None:
     case = next(case for case in cases() if case.name == name)
     result = measure(case, look=False)
     found = {way: getattr(result, way) for way in OUTCOMES if getattr(result, way)}
+    if name in WITHOUT_GENERATE:
+        assert {found.pop("generates"), found.pop("generates_mixed")} == {f"not run: {WITHOUT_GENERATE[name]}"}
     assert {kind(outcome) for outcome in found.values()} <= {"right", "refused"}, found
 
 
 class Toy(nn.Module):
-    """Two linear layers, of which ``reads`` has the second's weight read and not called."""
+    """Two linear layers, both called."""
 
-    def __init__(self, reads: bool = False, forgets: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.norm = nn.Linear(32, 40), nn.Linear(40, 32), nn.LayerNorm(32)
-        self.reads, self.forgets = reads, forgets
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        x = torch.relu(self.first(x))
-        y = F.linear(x, self.second.weight, self.second.bias) if self.reads else self.second(x)
-        return {"y": [self.norm(y)], "positions": torch.arange(3)}
+        return {"y": [self.norm(self.last(torch.relu(self.first(x))))], "positions": torch.arange(3)}
+
+    def last(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(x)
+        return y
+
+
+class Handing(Toy):
+    """The second's weight is handed to ``F.linear``."""
+
+    def last(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.second.weight, self.second.bias)
+
+
+class Reading(Toy):
+    """The second's weight is read."""
+
+    def last(self, x: Tensor) -> Tensor:
+        return x @ self.second.weight.T
 
 
 def toy(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Result:
@@ -67,11 +87,14 @@ def toy(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> Result:
     return measure(Case("toy", "Toy", {}))
 
 
-def test_a_layer_that_is_called_is_right_and_one_that_is_read_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, reading = toy(monkeypatch, Toy()), toy(monkeypatch, Toy(reads=True))
-    assert [honest.single, honest.named, honest.mixed] == ["right"] * 3
-    assert not honest.unseen
-    assert all(kind(outcome) in ("wrong", "refused") for outcome in (reading.single, reading.named, reading.mixed))
+def test_a_layer_that_is_called_is_right_and_one_that_is_read_is_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in (Toy(), Handing()):
+        answered = toy(monkeypatch, model)
+        assert [answered.single, answered.named, answered.mixed] == ["right"] * 3
+        assert not answered.unseen
+    with pytest.warns(UserWarning, match=r"second\.weight"):
+        read = toy(monkeypatch, Reading())
+    assert [kind(outcome) for outcome in (read.single, read.named, read.mixed)] == ["right", "right", "refused"]
 
 
 def test_a_small_part_of_an_answer_that_is_anothers_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

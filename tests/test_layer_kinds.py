@@ -115,7 +115,11 @@ def test_a_superposed_table_that_is_read_without_its_layer_is_never_the_bases() 
         def forward(self, tokens: Tensor) -> Tensor:
             return self.embed(tokens).to(self.embed.weight.dtype) @ self.embed.weight.T
 
-    model, _ = superposed_over(Reads(), EVERYTHING)
+    base = Reads()
+    sup = randes.Superposition.create(base.state_dict(), EVERYTHING)  # of bare tensors, whose reader nobody could see
+    for number in range(2):
+        sup.add(f"m{number}", finetune(base, number, 0.3))
+    model = randes.SuperposedModel(base, sup)
     assert model.base_model.embed.weight.shape == (40, 12)
     for names in (MIX, ["m0"] * 4):
         with pytest.raises(ValueError, match="weight of a SuperposedEmbedding is superposed: call the layer instead"):
