@@ -128,11 +128,12 @@ def _shared_cycles(one: Instruction) -> int:
 
 
 def _product_cycles(one: Instruction) -> float:
-    """Of a warp's share: 1024 multiply-adds of 16 bits a cycle and tensor core, half of that without wgmma."""
+    """Of the multiprocessor's cycles one warp's share: its four tensor cores do 2048 multiply-adds of 16 bits in one, half
+    of that without wgmma."""
     if one.name == "HGMMA":
         m, n, k = map(int, re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", one.text).groups())  # type: ignore[union-attr]
-        return m * n * k / 4 / 4096
-    return 16 * 8 * 16 / 4 / 512 if one.name == "HMMA" else 0.0
+        return m * n * k / 4 / 2048
+    return 16 * 8 * 16 / 1024 if one.name == "HMMA" else 0.0
 
 
 def main() -> None:
