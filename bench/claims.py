@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randes
-from randes import analysis
 from randes.demo.digits import CLASSES, SIZE, TASKS, DigitEncoder, Task, accuracy, load
 from randes.demo.run import Finetunes, finetune_for, pretrain
-from randes.report.cosines import of_originals
+from randes.inspect import analysis
+from randes.inspect.report.cosines import of_originals
 
 RESULTS = Path(__file__).parent / "results" / "claims.json"
 MODELS = Path(tempfile.gettempdir()) / "randes-claims"

@@ -128,8 +128,8 @@ def _shared_cycles(one: Instruction) -> int:
 
 
 def _product_cycles(one: Instruction) -> float:
-    """Of the multiprocessor's cycles one warp's share: its four tensor cores do 2048 multiply-adds of 16 bits in one, half
-    of that without wgmma."""
+    """One warp's share of the multiprocessor's cycles: its four tensor cores do 2048 multiply-adds of 16 bits in one,
+    half of that without wgmma."""
     if one.name == "HGMMA":
         m, n, k = map(int, re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", one.text).groups())  # type: ignore[union-attr]
         return m * n * k / 4 / 2048

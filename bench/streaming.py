@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from randes.files import write_file
+from randes.checkpoints.safetensors import write_file
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "streaming.json"
 PIECE = 16 << 20
@@ -36,7 +36,7 @@ WORKER = """
 import json, resource, sys, time
 from pathlib import Path
 import randes
-from randes.files import write_file
+from randes.checkpoints.safetensors import write_file
 kind, base, models, store, out = json.loads(sys.argv[1])
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 SMALLEST = 1e-5
 """Of the distance between models, what any computation's rounding may be."""
+LARGEST = 1e-3
+"""Where rounding may be more, as behind the best of many scores, nothing is said of an answer."""
 
 
 def tensors(output: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -113,7 +115,7 @@ def error_of(
                     continue
                 everyone = [row_of(x, axes[place], row) for x in everyone]
             scale = gap(everyone[1], everyone[2:])
-            if not scale:
+            if not scale or rounding.get(place, SMALLEST) > LARGEST:
                 continue
             measured = True
             size = distance(everyone[0], everyone[1]) / scale

@@ -21,9 +21,9 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def call(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
-    """The model's answer; what is random in it is the same in every call."""
-    torch.manual_seed(0)
+def call(model: Any, inputs: dict[str, Any], *, seed: int = 0, **more: Any) -> Any:
+    """The model's answer; what is random in it is the same in every call with this seed."""
+    torch.manual_seed(seed)
     with torch.no_grad():
         return model(**{name: _copy(value) for name, value in inputs.items()}, **more)
 

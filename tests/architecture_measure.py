@@ -190,12 +190,12 @@ def measure(case: Case, *, look: bool = True) -> Result:
     result.model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     result.parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        first, again = (dict(tensors(call(model, inputs))) for _ in range(2))
+        first, again, other = (dict(tensors(call(model, inputs, seed=seed))) for seed in (0, 0, 1))
     except Exception as error:
         return all_are(f"not run: {described(error)}")
     if not all(value.isfinite().any() or not value.numel() for value in first.values()):
         return all_are("not run: outputs are not finite")
-    if any(distance(again.get(place, value.flatten()[:0]), value) > 0 for place, value in first.items()):
+    if differ(first, again):
         return all_are("not run: two calls differ")
     try:
         subject = Subject(model, inputs)
@@ -217,9 +217,16 @@ def measure(case: Case, *, look: bool = True) -> Result:
     result.square = _square(result, served, subject)
     if generates(model):
         _generate(result, served, subject)
+    if differ(first, other):  # what it draws for a row depends on which rows are with it, wherever a part runs by model
+        result.mixed = result.square = result.generates_mixed = "not run: it draws random numbers"
     if look:
         result.unseen = subject.unseen()
     return result
+
+
+def differ(first: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two calls of one model answer differently."""
+    return any(distance(other.get(place, value.flatten()[:0]), value) > 0 for place, value in first.items())
 
 
 def _outcome(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import randes
 from randes import fusionbench
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 
 DEPTH, NAMES = 3, ("m0", "m1", "m2")
 SOUP, DELTAS, LORA = fusionbench.ALGORITHMS

@@ -13,8 +13,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import randes
-from randes import CheckpointError, checkpoint
-from randes.adapters import AdapterTensors
+from randes import CheckpointError
+from randes.checkpoints import sources
+from randes.checkpoints.lora import AdapterTensors
 from randes.cli import app
 
 RANK, ALPHA = 4, 6
@@ -39,7 +40,7 @@ def adapter(folder: Path, ranks: dict[str, int] | None = None, extra: dict[str, 
 
 
 def factors(folder: Path, module: str) -> tuple[Tensor, Tensor]:
-    held = checkpoint.read_file(folder / "adapter_model.safetensors")
+    held = sources.read_file(folder / "adapter_model.safetensors")
     prefix = f"base_model.model.{module}"
     return held[f"{prefix}.lora_A.weight"].double(), held[f"{prefix}.lora_B.weight"].double()
 
@@ -62,7 +63,7 @@ def test_it_is_the_merged_model(config: dict[str, Any], scaling: dict[str, float
     base = net(dtype=dtype).state_dict()
     ranks = {UP: 2} if "rank_pattern" in config else None
     folder = adapter(tmp_path / "a", ranks, turned="fan_in_fan_out" in config, **config)
-    merged = checkpoint.read(folder, base)
+    merged = sources.read(folder, base)
     assert isinstance(merged, AdapterTensors)
     assert merged.touched == {f"{UP}.weight", f"{DOWN}.weight"}
     for name, value in base.items():
@@ -81,7 +82,7 @@ def test_it_is_superposed_as_the_merged_model_is(tmp_path: Path) -> None:
     base = net()
     own_head = {f"base_model.model.head.{kind}": value + 1 for kind, value in base.head.state_dict().items()}
     folder = adapter(tmp_path / "a", extra=own_head, modules_to_save=["head"])
-    merged = dict(checkpoint.read(folder, base.state_dict()))
+    merged = dict(sources.read(folder, base.state_dict()))
     assert torch.equal(merged["head.bias"], base.head.bias + 1)
     stores = []
     for number, finetuned in enumerate((folder, merged)):
@@ -99,7 +100,7 @@ def test_it_is_superposed_as_the_merged_model_is(tmp_path: Path) -> None:
 def test_with_centring_it_is_of_the_original_base(tmp_path: Path) -> None:
     base = net()
     folder = adapter(tmp_path / "a")
-    merged = dict(checkpoint.read(folder, base.state_dict()))
+    merged = dict(sources.read(folder, base.state_dict()))
     config = randes.Config(centre=True)
     found, expected = (randes.compress(base, {"a": model, "b": net(seed=0)}, config) for model in (folder, merged))
     assert stored(found, tmp_path / "found") == stored(expected, tmp_path / "expected")
@@ -148,10 +149,10 @@ def test_tensors_that_are_no_update_of_the_base_are_named(
 def test_an_adapter_of_another_width_or_without_weights_is_refused(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", turned=True)
     with pytest.raises(CheckpointError, match=r"must fit layers.0.up.weight, \(48, 32\) .* got \(32, 48\)"):
-        checkpoint.read(folder, net().state_dict())
+        sources.read(folder, net().state_dict())
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds no adapter_model\.safetensors"):
-        checkpoint.read(folder, net().state_dict())
+        sources.read(folder, net().state_dict())
 
 
 def test_the_command_line_takes_one(tmp_path: Path) -> None:

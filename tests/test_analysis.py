@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import randes
-from randes import analysis, fusionbench
-from randes.checkpoint import write_file
+from randes import fusionbench
+from randes.checkpoints.sources import write_file
 from randes.errors import CheckpointError
+from randes.inspect import analysis
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -66,8 +67,8 @@ def test_pairwise_cosines_are_those_of_each_pair(models: dict[str, dict[str, Ten
 def test_pairwise_cosines_in_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [seeded(300, 40, seed=j) for j in range(3)]
     whole = analysis.pairwise_cosines(tensors)
-    monkeypatch.setattr("randes.streams.PART_ELEMENTS", 1000)
-    monkeypatch.setattr("randes.analysis.likeness.AT_A_TIME", 77)
+    monkeypatch.setattr("randes.checkpoints.lazy_tensors.PART_ELEMENTS", 1000)
+    monkeypatch.setattr("randes.inspect.analysis.likeness.AT_A_TIME", 77)
     torch.testing.assert_close(analysis.pairwise_cosines(tensors), whole, rtol=0, atol=1e-14)
 
 

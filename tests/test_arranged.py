@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import randes
-from randes import checkpoint, files, streams
-from randes.arranged import SplitTensors
-from randes.files import write_file
-from randes.streams import digests, headers, parts
-from randes.summary import verify
+from randes.checkpoints import lazy_tensors, safetensors, sources
+from randes.checkpoints.lazy_tensors import digests, headers, parts
+from randes.checkpoints.safetensors import write_file
+from randes.checkpoints.tensor_views import SplitTensors
+from randes.inspect.summary import verify
 
 SHAPES = {
     "turned.weight": (9, 12), "qkv.weight": (24, 10), "conv.weight": (9, 4, 3, 2), "experts.up_proj": (4, 10, 8),
@@ -38,8 +38,8 @@ CONFIGS = {
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a few rows, so that small tensors have many of them."""
-    monkeypatch.setattr(streams, "PART_ELEMENTS", 25)
-    monkeypatch.setattr(streams, "SMALL", 0)
+    monkeypatch.setattr(lazy_tensors, "PART_ELEMENTS", 25)
+    monkeypatch.setattr(lazy_tensors, "SMALL", 0)
 
 
 def tensors(seed: int = 0, size: float = 1.0) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def on_disk(folder: Path, models: dict[str, dict[str, Tensor]]) -> dict[str, Pat
 def test_parts_are_those_of_the_matrices_in_memory(tmp_path: Path) -> None:
     path = on_disk(tmp_path, {"base": tensors()})["base"]
     layout = randes.Superposition.create(tensors(), CONFIG).layout
-    expected, found = layout.split(tensors()), layout.split(checkpoint.read(path))
+    expected, found = layout.split(tensors()), layout.split(sources.read(path))
     assert isinstance(found, SplitTensors)
     assert found.keys() == expected.keys() > {"experts.up_proj.3", "q.weight", "two.weight"}
     assert digests(found) == digests(expected)
@@ -73,10 +73,10 @@ def test_parts_are_those_of_the_matrices_in_memory(tmp_path: Path) -> None:
         joined = layout.joined(matrices)
         for name, value in tensors().items():
             assert torch.equal(joined[name], value)
-            assert torch.equal(streams.rows(joined, name, 0, len(value) - 1), value[:-1])
+            assert torch.equal(lazy_tensors.rows(joined, name, 0, len(value) - 1), value[:-1])
     assert layout.joined(found) is found.source
-    plain = checkpoint.read(path)
-    assert randes.layout.Layout().split(plain) is plain
+    plain = sources.read(path)
+    assert randes.checkpoints.matrices.Layout().split(plain) is plain
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -97,7 +97,7 @@ def test_from_disk_the_store_is_that_from_memory(config: randes.Config, tmp_path
         whole = again.retrieve(name)
         assert whole.keys() == SHAPES.keys()
         write_file(tmp_path / "out.safetensors", again.retrieved(name))
-        for tensor, value in checkpoint.read_file(tmp_path / "out.safetensors").items():
+        for tensor, value in sources.read_file(tmp_path / "out.safetensors").items():
             assert torch.equal(value, whole[tensor])
             assert torch.equal(value, eagerly.retrieve(name)[tensor])
     assert verify(again, "m2", paths["m2"]).kept_exact
@@ -112,14 +112,14 @@ def test_one_matrix_is_read_at_a_time_and_a_store_is_opened_without_reading(
 ) -> None:
     paths = on_disk(tmp_path, {"base": tensors(), "m0": tuned(1)})
     read: list[tuple[str, int]] = []
-    plain = files.File.rows
+    plain = safetensors.File.rows
 
-    def rows(file: files.File, name: str, start: int, end: int) -> Tensor:
+    def rows(file: safetensors.File, name: str, start: int, end: int) -> Tensor:
         part = plain(file, name, start, end)
         read.append((name, part.numel()))
         return part
 
-    monkeypatch.setattr(files.File, "rows", rows)
+    monkeypatch.setattr(safetensors.File, "rows", rows)
     sup = randes.compress(paths["base"], {"m0": paths["m0"]}, CONFIG)
     assert max(count for name, count in read if name == "experts.up_proj") == 160  # two experts of four, hashed
     assert max(count for name, count in read if name in ("qkv.weight", "conv.weight")) == 72  # three rows of nine

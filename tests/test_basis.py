@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import randes
-from randes import basis, summary
-from randes.basis import UNIT
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.linear import Superposed
-from randes.summary import verify
+from randes.inspect import summary
+from randes.inspect.summary import verify
+from randes.serving.layers.superposed import Superposed
+from randes.superposition.basis import shared_basis
+from randes.superposition.basis.shared_basis import UNIT
 from randes_kernels import lowrank
 
 RANK = randes.Config(rank=6)
@@ -88,7 +89,7 @@ def retrieved(base: nn.Module, sup: randes.Superposition, name: str) -> nn.Modul
 def test_the_loudest_directions_are_the_top_eigenvectors() -> None:
     base = linear(96, 64)
     models = loud(base)
-    u = basis.loudest({n: m.state_dict() for n, m in models.items()}, dict(base.state_dict()), ["weight"], 4, 0)[
+    u = shared_basis.loudest({n: m.state_dict() for n, m in models.items()}, dict(base.state_dict()), ["weight"], 4, 0)[
         "weight"
     ]
     assert u.shape == (64, 4)
@@ -105,15 +106,15 @@ def test_the_rest_of_a_delta_is_exact_whatever_the_order_of_the_sums() -> None:
     torch.manual_seed(0)
     delta = torch.randn(48, 40, dtype=torch.float64)
     u = torch.randint(-(2**14), 2**14, (40, 5), dtype=torch.int16)
-    held, unit = basis.coordinates(delta, u)
+    held, unit = shared_basis.coordinates(delta, u)
     assert unit == 2.0 ** round(torch.log2(torch.tensor(unit)).item())
-    rest = basis.remainder(delta, u, held, unit)
+    rest = shared_basis.remainder(delta, u, held, unit)
     exact = torch.tensor(
         [[sum(int(b) * int(c) for b, c in zip(row, column, strict=True)) for column in u] for row in held],
         dtype=torch.float64,
     )
     assert torch.equal(rest, (delta - exact * (unit * UNIT)).float())
-    assert torch.equal(rest, basis.remainder(delta.flip(1), u.flip(0), held, unit).flip(1))
+    assert torch.equal(rest, shared_basis.remainder(delta.flip(1), u.flip(0), held, unit).flip(1))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -142,22 +143,22 @@ def test_many_models_gather_and_few_do_not_and_both_answer_alike(monkeypatch: py
 def test_auto_keeps_the_directions_that_hold_a_share_and_where_there_are_none_no_basis() -> None:
     base, models = uneven()
     sup = randes.compress(base, models, randes.Config(rank="auto"))
-    assert {name: basis.shape[1] for name, basis in sup.bases.items()} == {"few.weight": 4, "many.weight": 9}
+    assert {name: shared_basis.shape[1] for name, basis in sup.bases.items()} == {"few.weight": 4, "many.weight": 9}
     for name, u in sup.bases.items():
         deltas = [(m.state_dict()[name] - base.state_dict()[name]).double() for m in models.values()]
         held = sum((d @ (u.double() * UNIT)).square().sum(0) / d.square().sum() for d in deltas) / len(deltas)
-        assert (held > basis.SHARE).all()
+        assert (held > shared_basis.SHARE).all()
         rest = [d - d @ (u.double() * UNIT) @ (u.double() * UNIT).mT for d in deltas]
         gram = sum(r.mT @ r / d.square().sum() for r, d in zip(rest, deltas, strict=True)) / len(deltas)
-        assert torch.linalg.eigvalsh(gram)[-1] < basis.SHARE
+        assert torch.linalg.eigvalsh(gram)[-1] < shared_basis.SHARE
 
 
 def test_auto_keeps_no_more_than_half_of_the_narrower_side() -> None:
     base = linear(48, 32)
     models = {f"m{number}": finetune(base, number).state_dict() for number in range(3)}  # 1 / 32 in every direction
-    found = basis.loudest(models, dict(base.state_dict()), ["weight"], "auto", 0)
+    found = shared_basis.loudest(models, dict(base.state_dict()), ["weight"], "auto", 0)
     assert found["weight"].shape == (32, 16)
-    assert basis.widest("auto", 4096, 4096) == basis.MOST == round(1 / basis.SHARE)
+    assert shared_basis.widest("auto", 4096, 4096) == shared_basis.MOST == round(1 / shared_basis.SHARE)
 
 
 @pytest.mark.parametrize("group_size", [8, 2])

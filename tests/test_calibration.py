@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import randes
-from randes import calibration
-from randes.basis import SHARE, UNIT
-from randes.calibration import COLUMNS, eigenvectors
+from randes.superposition.basis import calibration
+from randes.superposition.basis.calibration import COLUMNS, eigenvectors
+from randes.superposition.basis.shared_basis import SHARE, UNIT
 
 RANK = randes.Config(rank=4)
 

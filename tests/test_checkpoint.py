@@ -12,9 +12,10 @@ from models import finetune, linear, net, stored, superposed
 from safetensors.torch import save_file
 
 import randes
-from randes import CheckpointError, checkpoint
-from randes.files import DTYPES
-from randes.streams import raw
+from randes import CheckpointError
+from randes.checkpoints import sources
+from randes.checkpoints.lazy_tensors import raw
+from randes.checkpoints.safetensors import DTYPES
 
 
 def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
@@ -22,7 +23,7 @@ def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     sources = [model, model.state_dict(), tmp_path / "model.safetensors", str(tmp_path / "model.safetensors"), tmp_path]
     for source in sources:
-        tensors = checkpoint.read(source)
+        tensors = sources.read(source)
         assert tensors.keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
             assert torch.equal(tensors[name], value)
@@ -32,7 +33,7 @@ def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
 def test_a_folder_is_read_as_all_of_its_shards(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"b": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
-    assert {name: value.tolist() for name, value in checkpoint.read(tmp_path).items()} == {"a": [0, 0], "b": [1, 1, 1]}
+    assert {name: value.tolist() for name, value in sources.read(tmp_path).items()} == {"a": [0, 0], "b": [1, 1, 1]}
 
 
 def sharded(folder: Path, tensors: dict[str, torch.Tensor], index: str, shards: int = 3) -> Path:
@@ -54,12 +55,12 @@ def test_an_index_says_which_shards_are_read(stem: str, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model", tensors, index)
     save_file(tensors, folder / "consolidated.safetensors")  # the same again, as some publish it
     for path in (folder, folder / index):
-        found = checkpoint.read(path)
+        found = sources.read(path)
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], value) for name, value in tensors.items())
     (folder / "other.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="must hold one index"):
-        checkpoint.read(folder)
+        sources.read(folder)
 
 
 def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -83,24 +84,24 @@ def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path) -> Non
         text = "[" if weight_map is None else json.dumps({"weight_map": weight_map})
         (folder / index).write_text(text)
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.read(folder)
+            sources.read(folder)
 
 
 def test_files_are_what_safetensors_writes(tmp_path: Path) -> None:
     tensors = {f'ü "{dtype}\n': torch.arange(6).view(2, 3).to(dtype) for dtype in DTYPES.values()}
     tensors |= {"b": torch.zeros(0, 3), "a": torch.tensor(1.5), "z.weight": torch.randn(70, 30)}
     save_file(tensors, tmp_path / "theirs")
-    checkpoint.write_file(tmp_path / "ours", tensors)
+    sources.write_file(tmp_path / "ours", tensors)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    found = checkpoint.read_file(tmp_path / "theirs")
+    found = sources.read_file(tmp_path / "theirs")
     assert all(bytes(raw(found[name])) == bytes(raw(value)) for name, value in tensors.items())
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sharded(tmp_path / "model", net().state_dict(), "model.safetensors.index.json")
-    tensors = checkpoint.read(folder)
+    tensors = sources.read(folder)
     monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("the file was read"))
-    checkpoint.check_fits(tensors, net().state_dict())
+    sources.check_fits(tensors, net().state_dict())
     assert "head.bias" in tensors
     assert "absent" not in tensors
     with pytest.raises(KeyError):
@@ -111,7 +112,7 @@ def test_shards_that_disagree_about_a_tensor_are_refused(tmp_path: Path) -> None
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
     with pytest.raises(CheckpointError, match=r"\ba\b"):
-        checkpoint.read(tmp_path)
+        sources.read(tmp_path)
 
 
 class Trap:
@@ -137,7 +138,7 @@ def test_a_pickle_is_refused_with_the_reason_and_never_opened(written: str, suff
         "not a whole safetensors file" if written == "old pickle" else "is a pickle, which can run code.*safetensors"
     )
     with pytest.raises(CheckpointError, match=reason):
-        checkpoint.read(path)
+        sources.read(path)
     assert not trace.exists()
 
 
@@ -147,7 +148,7 @@ def test_a_file_that_is_not_whole_is_refused(length: int, tmp_path: Path) -> Non
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[:length])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        checkpoint.read(tmp_path / "a.safetensors")
+        sources.read(tmp_path / "a.safetensors")
 
 
 def test_what_holds_no_tensors_is_refused(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_what_holds_no_tensors_is_refused(tmp_path: Path) -> None:
         ({"a": 1}, "a must be a tensor, got int"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.read(source)
+            sources.read(source)
 
 
 def test_tied_strided_empty_and_scalar_tensors_are_written_and_read(tmp_path: Path) -> None:
@@ -169,8 +170,8 @@ def test_tied_strided_empty_and_scalar_tensors_are_written_and_read(tmp_path: Pa
         "weight": weight, "tied": weight, "transposed": weight.T, "row": weight[1], "spread": weight[:1].expand(5, 4),
         "empty": torch.empty(0, 3), "scalar": torch.tensor(7), "half": weight.bfloat16(), "also empty": torch.empty(0),
     }  # fmt: skip
-    checkpoint.write_file(tmp_path / "t.safetensors", tensors)
-    back = checkpoint.read_file(tmp_path / "t.safetensors")
+    sources.write_file(tmp_path / "t.safetensors", tensors)
+    back = sources.read_file(tmp_path / "t.safetensors")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
     assert os.listdir(tmp_path) == ["t.safetensors"]
@@ -182,20 +183,20 @@ def test_a_digest_tells_values_shapes_and_dtypes_apart() -> None:
         values.flip(0), values.view(2, 2), values.view(4, 1), values.long(), values.view(torch.float32),
         values[:3], torch.empty(0), torch.empty(0, 4), torch.tensor(0.0), torch.tensor(-0.0), torch.zeros(1),
     ]  # fmt: skip
-    digests = [checkpoint.digest(value) for value in (values, *others)]
+    digests = [sources.digest(value) for value in (values, *others)]
     assert len({*digests}) == len(digests)
-    assert checkpoint.digest(values.view(2, 2).T.contiguous()) == checkpoint.digest(values.view(2, 2).T)
+    assert sources.digest(values.view(2, 2).T.contiguous()) == sources.digest(values.view(2, 2).T)
 
 
 def test_a_combined_digest_ignores_order_alone() -> None:
-    assert checkpoint.combined_digest({"a": "1", "b": "2"}) == checkpoint.combined_digest({"b": "2", "a": "1"})
+    assert sources.combined_digest({"a": "1", "b": "2"}) == sources.combined_digest({"b": "2", "a": "1"})
     others = [{"a": "1", "b": "2"}, {"a": "2", "b": "1"}, {"a": "1"}, {"a": "12"}, {"a1": "2"}, {}]
-    assert len({checkpoint.combined_digest(digests) for digests in others}) == len(others)
+    assert len({sources.combined_digest(digests) for digests in others}) == len(others)
 
 
 def test_reading_does_not_copy_what_is_there() -> None:
     model = linear()
-    assert checkpoint.read(model)["weight"].data_ptr() == model.weight.data_ptr()
+    assert sources.read(model)["weight"].data_ptr() == model.weight.data_ptr()
 
 
 GOOD = finetune(net(), 5).state_dict()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import randes
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.summary import verify
+from randes.inspect.summary import verify
 
 CENTRED = randes.Config(centre=True, group_size=3)
 NAMES = ("a", "b", "c", "d")

@@ -14,9 +14,9 @@ from models import finetune, net, stored
 from typer.testing import CliRunner
 
 import randes
-from randes.checkpoint import write_file
+from randes.checkpoints.configurations import check_configuration
+from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.configurations import check_configuration
 
 CONFIG = randes.Config(min_width=16)
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **GROUPED}
@@ -186,8 +186,10 @@ def test_classifiers_have_classes_of_their_own(tmp_path: Path) -> None:
 
 
 def test_without_transformers_what_both_say_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = randes.configurations.find_spec
-    monkeypatch.setattr(randes.configurations, "find_spec", lambda name: None if name == "transformers" else find(name))
+    find = randes.checkpoints.configurations.find_spec
+    monkeypatch.setattr(
+        randes.checkpoints.configurations, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
     compare(LLAMA, LLAMA | {"id2label": {"0": "a"}}, tmp_path)
     with pytest.raises(randes.CheckpointError, match="hidden_size must be 32, got 33"):
         compare(LLAMA, LLAMA | {"hidden_size": 33, "rms_norm_eps": 1e-5}, tmp_path)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import randes
 from randes import CheckpointError, UnknownModelError
 from randes.cli import app
-from randes.factors import A, B
+from randes.superposition.lora_factors import A, B
 
 WEIGHTS = ("layers.0.up.weight", "layers.1.up.weight")
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import randes
 from randes import fusionbench
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.errors import RandesError
 

@@ -19,8 +19,8 @@ from fusionbench_cases import ADAPTERS, BASE, CASES, COMMON, FACTOR, LORA, MODEL
 from safetensors.torch import load_file
 
 import randes
-from randes import analysis
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
+from randes.inspect import analysis
 
 PACKAGES = (
     "fusion-bench==0.2.33", "hydra-core==1.3.2", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3", "lightning",

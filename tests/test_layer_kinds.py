@@ -16,9 +16,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import randes
-from randes.layer_kinds import SuperposedLayer
-from randes.layout import Layout, View
-from randes.linear import Superposed
+from randes.checkpoints.layout import Layout
+from randes.checkpoints.tensor_views import View
+from randes.serving.layers.other_layers import SuperposedLayer
+from randes.serving.layers.superposed import Superposed
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 MIX = ["m1", "__base__", "m0", "m1"]

@@ -2,7 +2,7 @@
 
 import torch
 
-from randes.layers import families, shuffled
+from randes.superposition.layer_families import families, shuffled
 
 
 def test_layers_that_differ_in_their_first_number_alone_are_a_family_in_its_order() -> None:

@@ -11,7 +11,7 @@ from models import TRANSFORMS, finetune, linear, superposed
 from torch import Tensor, nn
 
 import randes
-from randes.integers import STEP
+from randes.superposition.integers import STEP
 
 NAMES = ["m1", "__base__", "m0", "m2"]
 

@@ -10,9 +10,9 @@ from models import finetune, net
 from typer.testing import CliRunner
 
 import randes
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.store import MANIFEST, _checksum, _text
+from randes.superposition.store.manifest import MANIFEST, _checksum, text_of
 
 TENSOR = "layers.0.up.weight"
 BAD = [float("nan"), float("inf"), float("-inf"), 1e308, 10**400, "1", None, True]
@@ -31,7 +31,7 @@ def rewritten(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((store / MANIFEST).read_text(encoding="utf-8"))
     change(manifest)
     manifest["checksum"] = _checksum(manifest)
-    (store / MANIFEST).write_text(_text(manifest), encoding="utf-8")
+    (store / MANIFEST).write_text(text_of(manifest), encoding="utf-8")
 
 
 def refused(store: Path, match: str) -> None:

@@ -477,7 +477,7 @@ def test_a_module_that_cannot_be_served_is_left_as_it_was(monkeypatch: pytest.Mo
     def refuse(*_: Any) -> None:
         raise ValueError("the superposition must fit")
 
-    monkeypatch.setattr(randes.pools.DeltaPool, "_check_finite", refuse)
+    monkeypatch.setattr(randes.serving.layers.delta_pool.DeltaPool, "_check_finite", refuse)
     with pytest.raises(ValueError, match="the superposition must fit"):
         randes.SuperposedModel(module, sup)
     assert described(module) == before

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import randes
 from randes.errors import CheckpointError, UnknownModelError
-from randes.integers import STEP
-from randes.summary import predicted, summary, verify
+from randes.inspect.summary import predicted, summary, verify
+from randes.superposition.integers import STEP
 
 PLAIN = randes.Config(signs="none", gains="shared")
 """As the published method's identity: deltas are summed as they are."""

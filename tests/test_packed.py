@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import randes
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.summary import summary, verify
+from randes.inspect.summary import summary, verify
 from randes_kernels import unpack
 
 CONFIGS = {

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import randes
 from randes.cli import app
 from randes.errors import CheckpointError
-from randes.summary import verify
+from randes.inspect.summary import verify
 
 CONFIGS = {
     "two-sided": randes.Config(),
@@ -86,7 +86,7 @@ def test_with_rank_auto_it_is_the_most_that_there_can_be() -> None:
 def test_values_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(net().state_dict(), tmp_path / "base.safetensors")
     expected = randes.plan(net(), 3)
-    monkeypatch.setattr("randes.stored.StoredTensors.parts", None)
+    monkeypatch.setattr("randes.checkpoints.on_disk.StoredTensors.parts", None)
     assert randes.plan(tmp_path / "base.safetensors", 3) == expected
 
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
 
 def test_the_command_line_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("randes.cli.console", Console(width=160))
+    monkeypatch.setattr("randes.cli.make.console", Console(width=160))
     base = net()
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     rows = randes.plan(base, 8, replace(randes.Config(), rank=4))

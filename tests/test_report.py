@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import randes
-from randes import analysis, report
 from randes.cli import app
-from randes.report import cosines, pictures
-from randes.summary import verify
+from randes.inspect import analysis, report
+from randes.inspect.report import cosines, pictures
+from randes.inspect.summary import verify
 from randes_kernels import reference, tensor_id
 
 Row = list[tuple[str, str]]
@@ -259,7 +259,7 @@ def test_names_are_text_and_the_page_stands_alone(tmp_path: Path) -> None:
 
 
 def test_pictures_name_layers_by_what_tells_them_apart() -> None:
-    from randes.report.page import _endings
+    from randes.inspect.report.page import _endings
 
     assert _endings(["lm_head.weight", "model.layers.0", "model.layers.1"]) == [
         "lm_head.weight",
@@ -296,7 +296,7 @@ def test_large_tensors_are_sampled_and_the_page_says_so(tmp_path: Path, monkeypa
         own = torch.randn(512, 256, generator=generator)
         models[name] = {"big.weight": common + own, "small.weight": torch.randn(32, 32, generator=generator)}
         sup.add(name, models[name])
-    monkeypatch.setattr("randes.streams.PART_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("randes.checkpoints.lazy_tensors.PART_ELEMENTS", 1 << 12)
     monkeypatch.setattr(cosines, "SAMPLE", 1 << 15)
     report.write(sup, tmp_path / "page.html", models)
     page = Page(tmp_path / "page.html")
@@ -319,7 +319,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         report.write(sup, tmp_path / "manifest.json")
     with pytest.raises(ValueError, match="a folder that is there"):
         report.write(sup, tmp_path / "absent" / "page.html")
-    for module in ("randes.report.page", "randes.report.pictures"):
+    for module in ("randes.inspect.report.page", "randes.inspect.report.pictures"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.delattr(report, "pictures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

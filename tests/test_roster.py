@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from models import TRANSFORMS, alone, counted, finetune, net, stored, superposed
 from torch import Tensor, nn
 
 import randes
-from randes.leases import Rows, put
-from randes.pools import DeltaPool
+from randes.serving.layers.delta_pool import DeltaPool
+from randes.serving.slots import Rows, put
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 CONFIGS = {name: TRANSFORMS[name] for name in ("both", "everything")} | {
@@ -277,7 +278,7 @@ def test_threads_get_their_own_models_answers_while_others_come_and_go() -> None
                 (model.add_adapter if comes else model.delete_adapter)(name, tuned[name])
                 made_changes += 1
             except randes.CapacityError:
-                continue  # a call that began before the last change has not ended
+                time.sleep(0.001)  # a call that began before the last change has not ended
     finally:
         done.set()
         for thread in threads:
@@ -402,9 +403,9 @@ def test_no_row_is_written_before_its_last_holder_s_work_is_done(config: str, mo
         put(table, rows, values)
 
     monkeypatch.setattr(Rows, "take", taking)
-    monkeypatch.setattr("randes.roster._wait", waiting)
-    for module in ("kept", "linear", "layer_kinds", "pools"):
-        monkeypatch.setattr(f"randes.{module}.put", writing)
+    monkeypatch.setattr("randes.serving.served_models._wait", waiting)
+    for module in ("per_model", "linear", "superposed", "other_layers", "delta_pool"):
+        monkeypatch.setattr(f"randes.serving.layers.{module}.put", writing)
     model.add_adapter("m3", tuned["m3"])
     model.delete_adapter("m0", tuned["m0"])
     assert written

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from randes import UnknownModelError
-from randes.routing import Batch, Router
+from randes.serving.batch import Batch
+from randes.serving.routing import Router
 
 
 def test_names_become_their_numbers_and_the_base_minus_one() -> None:

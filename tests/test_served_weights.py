@@ -13,7 +13,7 @@ from test_model import CLOSE, tokens
 from torch import Tensor, nn
 
 import randes
-from randes.served_weights import ServedWeight
+from randes.serving.layers.served_weights import ServedWeight
 
 MIX = ["m1", "__base__", "m0", "m1"]
 

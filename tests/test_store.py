@@ -16,7 +16,8 @@ from safetensors.torch import save as serialized
 from torch import nn
 
 import randes
-from randes import StoreError, checkpoint
+from randes import StoreError
+from randes.checkpoints import sources
 
 NAMES = ("plain", "ünïcode/日本", "../up", "a b\n", ".", "-", "x" * 300)
 
@@ -173,7 +174,7 @@ def test_a_file_whose_header_length_looks_like_a_pickle_is_read(length: int, tmp
         if int.from_bytes((file := serialized({"w" * width: torch.ones(1)}))[:8], "little") == length
     )
     (tmp_path / "w.safetensors").write_bytes(file)
-    assert len(checkpoint.read(tmp_path / "w.safetensors")) == 1
+    assert len(sources.read(tmp_path / "w.safetensors")) == 1
 
 
 def test_a_store_of_another_base_is_never_overwritten(store: Path) -> None:

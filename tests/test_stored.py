@@ -12,11 +12,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import randes
-from randes.checkpoint import write_file
+from randes.checkpoints.lazy_tensors import digests
+from randes.checkpoints.on_disk import open_file
+from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.stored import open_file
-from randes.streams import digests
-from randes.summary import verify
+from randes.inspect.summary import verify
 
 FLIPS = 5
 """Bits of each file, one at a time: some in the header of it, the others anywhere."""

@@ -18,17 +18,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import randes
-from randes import checkpoint, files, streams
-from randes.basis import PASSES
-from randes.streams import ahead, digests, one_thread, parts
-from randes.summary import verify
+from randes.checkpoints import lazy_tensors, safetensors, sources
+from randes.checkpoints.lazy_tensors import ahead, digests, one_thread, parts
+from randes.inspect.summary import verify
+from randes.superposition import update
+from randes.superposition.basis.shared_basis import PASSES
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts and slices of a few rows, so that small tensors have many of them."""
-    monkeypatch.setattr(streams, "PART_ELEMENTS", 300)
-    monkeypatch.setattr(streams, "SMALL", 0)
+    monkeypatch.setattr(lazy_tensors, "PART_ELEMENTS", 300)
+    monkeypatch.setattr(lazy_tensors, "SMALL", 0)
 
 
 def on_disk(folder: Path, models: dict[str, torch.nn.Module]) -> dict[str, Path]:
@@ -53,7 +54,7 @@ def test_values_come_in_order_and_a_few_ahead_only() -> None:
     with ahead(hundred(made)) as numbers:
         assert next(numbers) == 0
         time.sleep(0.05)
-        assert len(made) <= 1 + streams.AHEAD + 1
+        assert len(made) <= 1 + lazy_tensors.AHEAD + 1
         assert list(numbers) == list(range(1, 100))
         assert list(numbers) == []
 
@@ -112,7 +113,7 @@ def test_one_thread_is_one_and_the_others_stay_as_they_were() -> None:
 
 
 def test_memory_is_used_again_once_nobody_holds_a_view_of_it() -> None:
-    blocks = streams.Blocks()
+    blocks = lazy_tensors.Blocks()
     shape, dtype = (512, 256), torch.bfloat16
     part = blocks.empty(shape, dtype)
     assert (part.shape, part.dtype) == (shape, dtype)
@@ -125,10 +126,10 @@ def test_memory_is_used_again_once_nobody_holds_a_view_of_it() -> None:
     del view
     assert blocks.empty((300, 256), dtype).data_ptr() == address  # a shorter one fits
     assert blocks.empty((8, 256), dtype).data_ptr() != address
-    held = [blocks.empty(shape, dtype) for _ in range(3 * streams.KEPT)]
+    held = [blocks.empty(shape, dtype) for _ in range(3 * lazy_tensors.KEPT)]
     assert len({part.data_ptr() for part in held}) == len(held)
     held.clear()
-    assert len(blocks._free) == streams.KEPT
+    assert len(blocks._free) == lazy_tensors.KEPT
 
 
 @pytest.mark.usefixtures("short")
@@ -137,17 +138,17 @@ def test_memory_is_used_again_once_nobody_holds_a_view_of_it() -> None:
 )
 def test_parts_make_the_tensor_and_its_digest(shape: tuple[int, ...], tmp_path: Path) -> None:
     value = torch.randn(shape)
-    checkpoint.write_file(tmp_path / "t.safetensors", {"t": value, "u": torch.zeros(3)})
-    stored_there = checkpoint.read(tmp_path / "t.safetensors")
+    sources.write_file(tmp_path / "t.safetensors", {"t": value, "u": torch.zeros(3)})
+    stored_there = sources.read(tmp_path / "t.safetensors")
     assert torch.equal(stored_there["t"], value)
     assert stored_there["t"].shape == shape
     assert torch.cat([part.flatten() for part in parts(stored_there, "t")]).tolist() == value.flatten().tolist()
-    assert digests(stored_there) == {"t": checkpoint.digest(value), "u": checkpoint.digest(torch.zeros(3))}
+    assert digests(stored_there) == {"t": sources.digest(value), "u": sources.digest(torch.zeros(3))}
 
 
 def test_a_tensor_is_the_same_object_while_somebody_holds_it(tmp_path: Path) -> None:
     paths = on_disk(tmp_path, {"m": net()})
-    tensors = checkpoint.read(paths["m"])
+    tensors = sources.read(paths["m"])
     first = tensors["head.weight"]
     assert tensors["head.weight"] is first
     place = first.data_ptr()
@@ -199,13 +200,13 @@ def test_to_compress_a_checkpoint_is_read_once_and_a_few_times_for_a_basis_and_i
     base = net()
     paths = on_disk(tmp_path, {"base": base, **{f"m{number}": finetune(base, number) for number in range(3)}})
     read: dict[str, int] = {}
-    fill = files.File._fill
+    fill = safetensors.File._fill
 
-    def counted(self: files.File, memory: memoryview, offset: int) -> None:
+    def counted(self: safetensors.File, memory: memoryview, offset: int) -> None:
         read[self.path.stem] = read.get(self.path.stem, 0) + len(memory)
         fill(self, memory, offset)
 
-    monkeypatch.setattr(files.File, "_fill", counted)
+    monkeypatch.setattr(safetensors.File, "_fill", counted)
     stages: dict[str, list[int]] = {}
 
     def progress(stage: str, nbytes: int) -> Callable[[int], None]:
@@ -213,7 +214,7 @@ def test_to_compress_a_checkpoint_is_read_once_and_a_few_times_for_a_basis_and_i
         return stages[stage].append
 
     sup = randes.compress(paths.pop("base"), paths, config, progress=progress)
-    matrices = sum(streams.headers(sup.base)[name].nbytes for name in sup.superposed)
+    matrices = sum(lazy_tensors.headers(sup.base)[name].nbytes for name in sup.superposed)
     kept = sum(value.nbytes for value in sup.members["m0"].kept.values())
     for name, path in paths.items():
         assert read[name] <= path.stat().st_size + passes * matrices + kept  # and what is kept, once more
@@ -235,7 +236,7 @@ def test_a_base_file_that_changes_underneath_is_noticed(replaced: bool, tmp_path
     sup.add("m0", tuned)
     same = path.read_bytes()
     if replaced:
-        checkpoint.write_file(path, tuned.state_dict())
+        sources.write_file(path, tuned.state_dict())
     else:
         save_file(tuned.state_dict(), path)
     for use in (
@@ -256,7 +257,7 @@ def test_a_base_file_that_changes_underneath_is_noticed(replaced: bool, tmp_path
 
 def test_a_base_that_is_shortened_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = on_disk(tmp_path, {"base": net()})["base"]
-    tensors = checkpoint.read(path)
+    tensors = sources.read(path)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(randes.CheckpointError, match="was changed"):
         tensors["head.weight"]
@@ -286,7 +287,7 @@ def test_what_fails_at_any_reading_is_undone(loaded: bool, others: randes.config
         sup = randes.Superposition.load(tmp_path / "store")
     before = stored(sup, tmp_path / "before")
     own = Unreadable(finetune(base, 1).state_dict())
-    monkeypatch.setattr(checkpoint, "read", lambda source, _=None: source)
+    monkeypatch.setattr(sources, "read", lambda source, _=None: source)
     failures = 0
     for action in (sup.add, sup.remove):
         for left in range(1, 1000):
@@ -310,7 +311,7 @@ def test_what_cannot_be_undone_is_used_no_more(monkeypatch: pytest.MonkeyPatch) 
     base = net()
     sup = randes.Superposition.create(base)
     sup.add("m1", finetune(base, 1))
-    works, left = randes.superposing._superpose, 3
+    works, left = update._superpose, 3
 
     def fails(*arguments: Any, **options: Any) -> None:
         nonlocal left
@@ -319,7 +320,7 @@ def test_what_cannot_be_undone_is_used_no_more(monkeypatch: pytest.MonkeyPatch) 
             raise OSError("the disk has gone")
         works(*arguments, **options)
 
-    monkeypatch.setattr(randes.superposing, "_superpose", fails)
+    monkeypatch.setattr(randes.superposition.update, "_superpose", fails)
     with pytest.raises(randes.RandesError, match="must be loaded again: 'm2' is in part of it"):
         sup.add("m2", finetune(base, 2))
     monkeypatch.undo()
@@ -334,8 +335,8 @@ import sys
 from pathlib import Path
 import torch
 import randes
-from randes.files import write_file
-from randes.summary import verify
+from randes.checkpoints.safetensors import write_file
+from randes.inspect.summary import verify
 
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
@@ -386,7 +387,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
             names = [f"layers.{3 * shard + place}.weight" for place in range(3)]
             tensors = {name: (noise * (1 + number / 50)).view(2048, 2048) for name in names}
             tensors[f"layers.{3 * shard}.norm.bias"] = torch.full((2048,), float(number))
-            checkpoint.write_file(paths[model] / f"model-{shard}.safetensors", tensors)
+            sources.write_file(paths[model] / f"model-{shard}.safetensors", tensors)
     randes.compress(paths.pop("base"), paths).save(folder / "store")
     return folder
 

@@ -10,7 +10,7 @@ from models import TRANSFORMS, finetune, linear, net, stored, superposed
 from safetensors.torch import save_file
 
 import randes
-from randes.integers import STEP
+from randes.superposition.integers import STEP
 
 ROUNDING = STEP / math.sqrt(12)
 """Root mean square of the error of rounding to STEP, in units of a delta's own: 0.056 %."""

@@ -12,7 +12,7 @@ from test_model import CLOSE
 from torch import Tensor, nn
 
 import randes
-from randes.weight_reads import weights_read
+from randes.checkpoints.weight_reads import weights_read
 
 transformers = pytest.importorskip("transformers")
 

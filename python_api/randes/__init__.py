@@ -6,8 +6,6 @@ model = randes.SuperposedModel(base, sup)
 model(x, adapter_names=["german", "__base__"])
 """
 
-from randes.calibration import calibrate
-from randes.compress import compress
 from randes.config import Config
 from randes.errors import (
     BaseMismatchError,
@@ -18,12 +16,15 @@ from randes.errors import (
     UnknownModelError,
     WeightReadError,
 )
-from randes.factors import merge_adapter, superpose_adapters
-from randes.linear import SuperposedLinear
-from randes.model import SuperposedModel
-from randes.plan import plan
-from randes.pretrained import from_pretrained
-from randes.superposition import Superposition
+from randes.inspect.plan import plan
+from randes.serving.layers.linear import SuperposedLinear
+from randes.serving.model import SuperposedModel
+from randes.superposition.basis.calibration import calibrate
+from randes.superposition.compress import compress
+from randes.superposition.lora_factors import merge_adapter, superpose_adapters
+from randes.superposition.superposition import Superposition
+
+from_pretrained = SuperposedModel.from_pretrained
 
 __version__ = "0.1.0"
 

@@ -18,29 +18,21 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import register_quantization_config, register_quantizer
 
-from randes.checkpoint import Checkpoint
-from randes.companions import METHOD
-from randes.model import SuperposedModel
-from randes.pretrained import check_version
-from randes.routing import Batch
-from randes.superposition import Superposition
+from randes.checkpoints.huggingface import METHOD, check_version
+from randes.checkpoints.quantization import RandesConfig, Served
+from randes.checkpoints.sources import Checkpoint
+from randes.serving.batch import Batch
+from randes.serving.model import SuperposedModel
+from randes.superposition.superposition import Superposition
 
 check_version(transformers)
-
-
-@register_quantization_config(METHOD)
-class RandesConfig(QuantizationConfigMixin):
-    """What a store's config.json says of its weights. base: the file of the base's, beside it."""
-
-    def __init__(self, base: str, **_: Any) -> None:
-        self.quant_method, self.base = METHOD, base
+register_quantization_config(METHOD)(RandesConfig)
 
 
 @register_quantizer(METHOD)
-class RandesQuantizer(HfQuantizer):
+class RandesQuantizer(Served):
     """Has Transformers load a store's base, and puts the fine-tunes into it."""
 
     store: Path
@@ -57,15 +49,6 @@ class RandesQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         give_adapters(model, SuperposedModel(model, Superposition.load(self.store)))
         return model
-
-    def is_serializable(self) -> bool:
-        """Not by Transformers: ``Superposition.save`` and ``SuperposedModel.save_pretrained`` write stores."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        """A superposition is not trained."""
-        return False
 
 
 class Adapters:

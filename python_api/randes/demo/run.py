@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from randes.checkpoint import write_file
+from randes.checkpoints.sources import write_file
 from randes.config import Config
 from randes.demo import baselines
 from randes.demo.digits import TASKS, DigitEncoder, Images, Task, accuracy, load, train
-from randes.model import SuperposedModel
-from randes.superposition import Superposition
+from randes.serving.model import SuperposedModel
+from randes.superposition.superposition import Superposition
 
 PRETRAINING_EPOCHS, PRETRAINING_RATE = 20, 2e-3
 FINETUNING_EPOCHS, FINETUNING_RATE = 10, 5e-4

@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from randes.checkpoints.lazy_tensors import headers
 from randes.config import Config, Others
 from randes.errors import RandesError
-from randes.streams import headers
-from randes.superposition import Superposition
+from randes.superposition.superposition import Superposition
 from randes_kernels import slices
 
 Algorithm = Literal["superposed_model_soup", "superposed_task_arithmetic", "superposed_task_arithmetic_lora"]
@@ -182,7 +182,7 @@ def _notes(method: str, given: Mapping[str, Any], absorber: str, ms_mode: object
                 f"scaling_factor: goes with 'randes merge-adapter --scaling {given.get('scaling_factor', 1.0)}'"
             )
     if given.get("debug") or given.get("verbose"):
-        notes.append("debug, verbose: see 'randes report' and randes.analysis")
+        notes.append("debug, verbose: see 'randes report' and randes.inspect.analysis")
     if given.get("model_path"):
         notes.append("model_path: nothing is pickled; the store goes where --out says")
     return notes

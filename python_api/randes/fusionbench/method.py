@@ -15,11 +15,11 @@ from fusion_bench import BaseAlgorithm, BaseModelPool
 from omegaconf import OmegaConf
 from torch import nn
 
-from randes import analysis
-from randes.compress import compress
 from randes.config import Config
 from randes.fusionbench import Algorithm, Options, options
-from randes.superposition import Superposition
+from randes.inspect import analysis
+from randes.superposition.compress import compress
+from randes.superposition.superposition import Superposition
 
 
 class RetrievedModels(dict[str, nn.Module]):

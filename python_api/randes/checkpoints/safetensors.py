@@ -1,0 +1,189 @@
+"""safetensors files, read a part at a time and written so that a crash leaves the old file or the new one.
+
+Files are read rather than mapped: what is in memory is counted and bounded, and a file that is cut short meanwhile is
+an error instead of a killed process. A file that was replaced or deleted is still read as it was when it was opened.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from weakref import finalize
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from randes.checkpoints.lazy_tensors import ahead, blocks, headers, parts, raw, runs
+from randes.errors import CheckpointError
+
+DTYPES = {
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32,
+    "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16,
+    "I16": torch.int16, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""By the format's names, in the order in which its own writer puts them in a file."""
+_ORDER = {dtype: (place, name) for place, (name, dtype) in enumerate(DTYPES.items())}
+QUIET = 100_000_000
+"""Nanoseconds that a file must have been left alone before its time of change is trusted to show the next one."""
+
+
+class ChangedError(Exception):
+    """A file was written to since it was found right."""
+
+
+class File:
+    """One open safetensors file: where its tensors are, and whether it is as it was."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ``CheckpointError`` for anything but a whole safetensors file of dtypes that torch has."""
+        self.path = path
+        _check_whole(path)
+        self._handle = os.open(path, os.O_RDONLY)
+        finalize(self, os.close, self._handle)
+        length = int.from_bytes(self._read(8, 0), "little")
+        described = json.loads(bytes(self._read(length, 8)))
+        described.pop("__metadata__", None)
+        self.headers: dict[str, Tensor] = {}
+        self.offsets: dict[str, int] = {}
+        for name, entry in described.items():
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path} must hold dtypes that torch has, got {entry['dtype']} of {name}")
+            self.headers[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            self.offsets[name] = 8 + length + entry["data_offsets"][0]
+        self.trust()
+
+    def trust(self) -> None:
+        """Take the file as it is now for what ``unchanged`` compares with: it was just read and found right."""
+        self._state, self._since = self._now(), time.time_ns()
+
+    def unchanged(self) -> bool:
+        """Whether nobody wrote to the file since it was trusted. A write that its time cannot show counts as one."""
+        return self._now() == self._state and self._since - self._state[1] > QUIET
+
+    def replaced(self) -> bool:
+        """Whether its path names another file by now. A file that was deleted is read on."""
+        try:
+            found, own = os.stat(self.path), os.fstat(self._handle)
+        except FileNotFoundError:
+            return False
+        return (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """One tensor, a run of its first dimension after the other. Raises ``ChangedError``."""
+        for start, end in runs(self.headers[name]):
+            yield self.rows(name, start, end)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """A run of a tensor's first dimension; (0, 1) of a scalar. Raises ``ChangedError``."""
+        if self._now() != self._state:
+            raise ChangedError
+        header = self.headers[name]
+        shape = (end - start, *header.shape[1:]) if header.dim() else ()
+        part = blocks.empty(shape, header.dtype)
+        if part.numel():
+            self._fill(raw(part), self.offsets[name] + start * (part.nbytes // (end - start)))
+        return part
+
+    def _now(self) -> tuple[int, int]:
+        found = os.fstat(self._handle)
+        return found.st_size, found.st_mtime_ns
+
+    def _read(self, count: int, offset: int) -> bytearray:
+        read = bytearray(count)
+        self._fill(memoryview(read), offset)
+        return read
+
+    def _fill(self, memory: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(memory):
+            count = os.preadv(self._handle, [memory[done:]], offset + done)
+            if count == 0:
+                raise ChangedError
+            done += count
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int], None] = lambda _: None) -> None:
+    """Write a safetensors file beside ``path``, flush it to disk, and rename it: all of it, or nothing.
+
+    Tensors that share memory are written once for each name. Lazy ones are read or made while others are written.
+    step: called with the bytes of each part. Raises ``OSError`` where the disk does not take it.
+    """
+    described = headers(tensors)
+    for name, header in described.items():
+        if header.dtype not in _ORDER:
+            raise CheckpointError(f"{name} must be of a dtype that safetensors has, got {header.dtype}")
+    names = sorted(described, key=lambda name: (_ORDER[described[name].dtype][0], name))
+
+    def chunks() -> Iterator[memoryview]:
+        yield memoryview(_header(described, names))
+        with ahead(part for name in names for part in parts(tensors, name)) as made:
+            for part in made:
+                yield raw(part)
+                step(part.nbytes)
+
+    write_whole(path, chunks())
+
+
+def write_whole(path: Path, chunks: Iterable[memoryview]) -> None:
+    """Write a file beside ``path``, flush it to disk, and rename it. Raises ``OSError`` where the disk is full."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for data in chunks:
+                while len(data):
+                    data = data[os.write(handle, data) :]
+        finally:
+            os.close(handle)
+        replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not be written: {error.strerror or error}", str(path)) from error
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def replace(beside: Path, path: Path) -> None:
+    """Rename ``beside`` to ``path`` so that a crash at any moment leaves the old file or the new one."""
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _header(described: Mapping[str, Tensor], names: Iterable[str]) -> bytes:
+    entries, end = {}, 0
+    for name in names:
+        header = described[name]
+        start, end = end, end + header.nbytes
+        entries[name] = {
+            "dtype": _ORDER[header.dtype][1], "shape": list(header.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _check_whole(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except SafetensorError as error:
+        # Only now: a safetensors file may begin with a pickle's first bytes, a pickle is never a safetensors file.
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] == b"\x80" or start == b"PK":
+            raise CheckpointError(
+                f"{path} is a pickle, which can run code when it is opened; save it as safetensors"
+                " (safetensors.torch.save_file(model.state_dict(), path))"
+            ) from error
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error

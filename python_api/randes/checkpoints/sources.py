@@ -1,0 +1,157 @@
+"""Where one model's tensors come from, and whether they fit the base. Nothing here unpickles."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Set
+from hashlib import blake2b
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from randes.checkpoints.lazy_tensors import LazyTensors, digests, headers
+from randes.checkpoints.lora import ADAPTER_CONFIG, read_adapter
+from randes.checkpoints.on_disk import StoredTensors, open_file
+from randes.checkpoints.safetensors import File, write_file
+from randes.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Tensors", "digest", "read", "read_file", "write_file"]
+
+Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+"""A model, a state dict, or a path: a safetensors file, a folder of shards, their index, or a LoRA adapter's folder."""
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+INDEX = ".safetensors.index.json"
+"""What the name of an index ends with: ``model…`` from Transformers, ``diffusion_pytorch_model…`` from Diffusers."""
+
+
+def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensors:
+    """The tensors of a checkpoint by name, detached, on the CPU; not copied where they are there already.
+
+    Those of a path are read when they are asked for (``StoredTensors``), their names, shapes and dtypes at once.
+    base: what a LoRA adapter's update is of; without it an adapter is no checkpoint.
+    Raises ``CheckpointError`` for a pickle, a file that is not whole, or no tensors at all.
+    """
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        return read_adapter(path, base) if (path / ADAPTER_CONFIG).exists() else _open_path(path)
+    if isinstance(source, LazyTensors):
+        return source
+    if isinstance(source, nn.Module):
+        tensors = dict(source.state_dict(keep_vars=True))
+    elif isinstance(source, Mapping):
+        tensors = dict(source)
+    else:
+        raise CheckpointError(f"a checkpoint must be an nn.Module, a state dict or a path, got {type(source).__name__}")
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not tensors:
+        raise CheckpointError("a checkpoint must hold tensors, got none")
+    # Tied tensors stay so, wherever they come from.
+    moved = {id(value): value.detach().cpu() for value in tensors.values()}
+    return {name: moved[id(value)] for name, value in tensors.items()}
+
+
+def _open_path(path: Path) -> StoredTensors:
+    if path.name.endswith(INDEX):
+        return _indexed(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist")
+        return _some_tensors(path, open_file(path))
+    indexes = sorted(path.glob(f"*{INDEX}"))
+    if len(indexes) > 1:
+        names = ", ".join(index.name for index in indexes)
+        raise CheckpointError(f"{path} must hold one index, got {names}; give the path of the one that is meant")
+    if indexes:
+        return _indexed(indexes[0])
+    where: dict[str, tuple[File, str]] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no *.safetensors file")
+    for file in map(File, files):
+        if twice := sorted(where.keys() & file.headers.keys()):
+            raise CheckpointError(f"{path} must hold each tensor once, got {twice[0]} in {file.path.name} and before")
+        where |= {name: (file, name) for name in file.headers}
+    return _some_tensors(path, StoredTensors(where))
+
+
+def _indexed(index: Path) -> StoredTensors:
+    """The shards that an index names, as Transformers and Diffusers write it."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        by_file: dict[str, set[str]] = {}
+        for name, file in shards.items():
+            by_file.setdefault(file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} must be an index with a weight_map, got {error!r}") from error
+    where: dict[str, tuple[File, str]] = {}
+    for file_name, names in sorted(by_file.items()):
+        path = index.parent / file_name
+        if Path(file_name).name != file_name or not path.is_file():
+            raise CheckpointError(f"{index} names {file_name}, which is not a file beside it")
+        file = File(path)
+        if absent := names - file.headers.keys():
+            raise CheckpointError(f"{index} names {_some(absent)} in {file_name}, which does not hold that")
+        if extra := file.headers.keys() - names:
+            raise CheckpointError(f"{index} must name every tensor of its shards, got {_some(extra)} in {file_name}")
+        where |= {name: (file, name) for name in sorted(names)}
+    return _some_tensors(index, StoredTensors(where))
+
+
+def _some_tensors(path: Path, tensors: StoredTensors) -> StoredTensors:
+    if not tensors:
+        raise CheckpointError(f"{path} must hold tensors, got none")
+    return tensors
+
+
+def read_file(path: Path) -> Tensors:
+    """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else."""
+    return dict(open_file(path))
+
+
+def digest(tensor: Tensor) -> str:
+    """32 hexadecimal digits of BLAKE2b over a tensor's dtype, shape and bytes."""
+    return digests({"": tensor})[""]
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """One digest of many named ones, whatever their order."""
+    lines = "".join(f"{name}\0{value}\n" for name, value in sorted(digests.items()))
+    return blake2b(lines.encode(), digest_size=16).hexdigest()
+
+
+def check_fits(tensors: Tensors, base: Tensors, free: Set[str] = frozenset()) -> None:
+    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes. Reads no values.
+
+    free: names of tensors whose shapes may differ.
+    """
+    found, expected = headers(tensors), headers(base)
+    if not found.keys() & expected.keys():
+        raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
+    if missing := expected.keys() - found.keys():
+        raise CheckpointError(f"{len(missing)} tensors of the base are missing from the checkpoint: {_some(missing)}")
+    if extra := found.keys() - expected.keys():
+        raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
+    for name, own in expected.items():
+        value = found[name]
+        if (value.shape != own.shape and name not in free) or value.dtype != own.dtype:
+            raise CheckpointError(
+                f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)} {value.dtype}"
+            )
+
+
+def check_finite(name: str, part: Tensor) -> None:
+    """Raise ``CheckpointError`` for NaN or infinity in a part of the tensor of this name."""
+    if not part.is_floating_point() or (part.itemsize > 1 and math.isfinite(part.sum())):
+        return  # forty times as fast as looking at each: a sum is finite only of what is
+    if not torch.isfinite(part).all():
+        raise CheckpointError(f"{name} must be finite, got NaN or infinity")
+
+
+def _some(names: Mapping[str, object] | set[str]) -> str:
+    few = sorted(names)[:5]
+    return ", ".join(few) + (", …" if len(names) > len(few) else "")

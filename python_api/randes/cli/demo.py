@@ -1,0 +1,37 @@
+"""The command that shows all of it on digits."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from randes.cli.terminal import console, errors, say, steps
+
+
+def demo(
+    models: Annotated[int, typer.Option(help="Fine-tunes, 2 to 16.")] = 8,
+    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of data split, training, signs and permutations.")] = 0,
+    matrices_only: Annotated[bool, typer.Option(help="Fine-tune only what is superposed; share the rest.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where checkpoints, store and picture go.")] = Path(
+        "randes-demo"
+    ),
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")] = None,
+) -> None:
+    """Fine-tune a small transformer on tasks made of digits, superpose all of it, and compare with merging."""
+    try:
+        from randes.demo import report, run
+    except ModuleNotFoundError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error.name} is missing: python -m pip install 'randes[demo]'")
+        raise typer.Exit(2) from error
+    with errors(), steps() as begin:
+        finetunes = run.finetune(models, seed=seed, matrices_only=matrices_only, progress=begin)
+        outcome = run.evaluate(finetunes, group_size=group_size, progress=begin)
+        run.save_checkpoints(out, finetunes, outcome)
+        report.draw(outcome, out / "demo.png")
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.as_json(outcome), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    report.print_table(outcome, console)
+    say(f"Checkpoints, store and picture (demo.png) are in {out}.")

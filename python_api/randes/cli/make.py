@@ -1,0 +1,176 @@
+"""Commands that make a store, and the one that tells beforehand what it will take."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from randes import fusionbench
+from randes.cli.terminal import Rank, console, errors, gigabytes, named, print_sizes, progress, rank_of
+from randes.config import Config
+from randes.fusionbench import Options
+from randes.inspect.plan import plan as plan_of
+from randes.superposition.basis.shared_basis import MOST
+from randes.superposition.compress import compress as make
+from randes.superposition.lora_factors import superpose_adapters as make_of_adapters
+from randes.superposition.store.manifest import MANIFEST
+from randes.superposition.store.write import check_new
+
+
+def compress(
+    context: typer.Context,
+    base: Annotated[
+        Path, typer.Option(help="The base model's checkpoint: safetensors, a folder of shards or their index.")
+    ],
+    model: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=PATH", help="A fine-tune, or a LoRA adapter's folder; may be given many times."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
+    signs: Annotated[str, typer.Option(help="both, columns or none.")] = "both",
+    permute: Annotated[int, typer.Option(help="Granule of the column permutation; 0 for none.")] = 0,
+    shuffle_layers: Annotated[
+        int, typer.Option(help="-1 to shuffle same-named layers, s > 0 to move the i-th model's by i · s.")
+    ] = 0,
+    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of all signs and permutations.")] = 0,
+    others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
+    include: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors to superpose; replaces the default.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors not to superpose; replaces the default.")
+    ] = None,
+    min_width: Annotated[int, typer.Option(help="Narrower matrices are not superposed.")] = Config.min_width,
+    centre: Annotated[
+        bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
+    ] = False,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|INTEGER",
+            help="Directions of each matrix in which every model keeps its own delta; 0 for none. By default auto, and"
+            " 0 with a dense matrix or an origin of zero.",
+        ),
+    ] = None,
+    matrix: Annotated[
+        str, typer.Option(help="What turns columns: signs, or in their place rotation, diagonal or dense.")
+    ] = "signs",
+    gains: Annotated[str, typer.Option(help="own: all deltas in one size; shared: summed as they are.")] = "own",
+    origin: Annotated[str, typer.Option(help="base, or zero to superpose the weights themselves.")] = "base",
+    every: Annotated[int, typer.Option(help="Superpose only every n-th of the tensors that are selected.")] = 1,
+    per_layer: Annotated[bool, typer.Option(help="A transform for each tensor, or one for all of a model.")] = True,
+    vectors: Annotated[bool, typer.Option(help="Superpose selected biases, norms and other vectors too.")] = False,
+    alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by when they are used.")] = 1.0,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
+    ] = None,
+) -> None:
+    """Superpose fine-tunes of one base into a new store."""
+    with errors(), progress() as begin:
+        if (out / MANIFEST).exists():
+            raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
+        patterns = {"include": include, "exclude": exclude}
+        options: dict[str, Any] = {name: tuple(given) for name, given in patterns.items() if given is not None}
+        # A basis is what the first cannot have, and the second has no deltas for.
+        by_default = "0" if matrix == "dense" or origin == "zero" else "auto"
+        options |= {
+            "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
+            "seed": seed, "others": others, "centre": centre,
+            "rank": rank_of(rank or by_default), "min_width": min_width,
+            "matrix": matrix, "gains": gains, "origin": origin, "every": every, "per_layer": per_layer,
+            "vectors": vectors,
+        }  # fmt: skip
+        models = named(model)
+        chosen = Options(Config(**options), alpha, False, ())
+        if config_file is not None:
+            chosen = _overridden(fusionbench.options(fusionbench.read(config_file), len(models)), context, options)
+        check_new(out)
+        if chosen.lora:
+            if alpha != 1.0:
+                raise ValueError(f"alpha must be left out for adapters: merge-adapter --scaling takes it; got {alpha}")
+            superposition = make_of_adapters(base, models, chosen.config, progress=begin)
+        else:
+            superposition = make(base, models, chosen.config, alpha=chosen.alpha, progress=begin)
+        superposition.save(out, progress=begin)
+    print_sizes(superposition)
+
+
+def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
+    """FusionBench's configuration, with the flags that were given in its place; its notes go to standard error."""
+    for note in found.notes:
+        Console(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    config = replace(found.config, **{name: value for name, value in flags.items() if name in given})
+    return found._replace(config=config, alpha=context.params["alpha"] if "alpha" in given else found.alpha)
+
+
+def superpose_adapters(
+    base: Annotated[Path, typer.Option(help="The model that the adapters were trained on; its shapes are read.")],
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH", help="A LoRA adapter's folder; may be given many times.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
+    signs: Annotated[str, typer.Option(help="As for compress.")] = "both",
+    matrix: Annotated[str, typer.Option(help="As for compress.")] = "signs",
+    gains: Annotated[str, typer.Option(help="As for compress.")] = "own",
+    shuffle_layers: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    group_size: Annotated[int, typer.Option(help="As for compress.")] = 8,
+    seed: Annotated[int, typer.Option(help="As for compress.")] = 0,
+    per_layer: Annotated[bool, typer.Option(help="As for compress.")] = True,
+) -> None:
+    """Superpose the factors of LoRA adapters, A and B, which merge-adapter multiplies again."""
+    with errors(), progress() as begin:
+        check_new(out)
+        options: dict[str, Any] = {"matrix": matrix, "gains": gains, "per_layer": per_layer}
+        config = Config(signs, 0, shuffle_layers, group_size, seed, **options)  # type: ignore[arg-type]
+        superposition = make_of_adapters(base, named(adapter), config, progress=begin)
+        superposition.save(out, progress=begin)
+    print_sizes(superposition)
+
+
+def plan(
+    base: Annotated[Path, typer.Option(help="The base model's checkpoint; its shapes are read, not its values.")],
+    models: Annotated[int, typer.Option(help="How many fine-tunes there will be.")],
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="What servers have, in 10⁹ bytes.")] = None,
+    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
+    others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
+    centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
+    rank: Rank = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what a store will take and cost at each number of bits, before anything is compressed."""
+    with errors():
+        if memory is not None and not memory > 0:
+            raise ValueError(f"--memory must be above 0, got {memory}")
+        config = Config(group_size=group_size, others=others, centre=centre, rank=rank_of(rank))  # type: ignore[arg-type]
+        rows = plan_of(base, models, config)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    table = Table("bits", "store", "in memory", "decode, one group", "decode, all groups", "interference", "fits")
+    for row in rows:
+        fits = "" if memory is None else "yes" if row.serving <= memory * 1e9 else "no"
+        costs = f"{row.decode:.2f}x", f"{row.decode_all:.2f}x", f"{row.interference:.2f}"
+        table.add_row(str(row.bits), gigabytes(row.store), gigabytes(row.serving), *costs, fits)
+    console.print(table)
+    console.print(
+        f"As separate models {gigabytes(rows[0].separate)}. Of store and memory at most"
+        f" {gigabytes(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
+    )
+    if config.rank == "auto":
+        console.print(
+            f"rank auto: the models decide how many directions each matrix keeps, {MOST} at most; this counts all of"
+            " those. With --rank 0 there are none."
+        )
+    console.print(
+        "decode: weight bytes that a step reads, in units of one plain model's. interference: noise in a retrieved"
+        " delta's weights, in units of the delta; it is not the accuracy: evaluate the models for that."
+    )

@@ -1,0 +1,106 @@
+"""What a superposition will take and cost, from the base's shapes alone: to choose before compressing."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from randes.checkpoints.lazy_tensors import headers, size
+from randes.checkpoints.matrices import matrices_of
+from randes.checkpoints.sources import Checkpoint
+from randes.config import TOGETHER, Config, Rank
+from randes.superposition.basis.shared_basis import widest
+from randes.superposition.packed_tensors import ERROR
+from randes.superposition.packing import coordinates_for
+from randes_kernels.packing import BITS, packed_bytes
+
+INTEGERS = 2
+"""Bytes of an element of the integers; a model whose deltas have long tails may widen some matrices to four."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One choice of bits. Bytes, but for the last three.
+
+    bits: of an element of D where it is served; 16 is the base's own dtype, made of the integers at loading.
+    store: on the disk, of what servers load; at 16 bits that is what models are added to, too.
+    serving: weights in memory. kept: of ``store`` and of ``serving``, at most, what each model keeps of its own: all
+        that is not superposed, if every model changed all of it. separate: as that many whole models.
+    decode, decode_all: weight bytes that a decode step reads, in units of one plain model's, for rows of one group's
+        models, and for rows of all groups' models.
+    interference: predicted size of the noise in a retrieved delta, in units of the delta, under signs, permutations and
+        rotations; with a shared basis it is less, by what of the delta lies in there. It is not the accuracy.
+    """
+
+    bits: int
+    store: int
+    serving: int
+    kept: int
+    separate: int
+    decode: float
+    decode_all: float
+    interference: float
+
+
+def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Row]:
+    """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
+
+    config: as for ``randes.compress``. How many directions rank "auto" keeps only the models say: all sizes and costs
+        are then the most that there can be, with ``basis.MOST`` a matrix, or half of its narrower side.
+    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that nothing can be
+    superposed over. (Design, sections 2 and 4.)
+    """
+    config = config or TOGETHER
+    if models < 1:
+        raise ValueError(f"models must be at least 1, got {models}")
+    split, _, names, _ = matrices_of(base, config)
+    tensors = headers(split)
+    matrices = {name: tensors[name] for name in names}
+    superposed = models + config.centre
+    sharing = min(superposed, config.group_size + config.centre)
+    groups = -(-models // config.group_size)
+    others = size(tensors) - size(matrices)
+    copies = {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
+    inverses = superposed * _sum(matrices, lambda value: 4 * value.shape[1] ** 2) if config.matrix == "dense" else 0
+    rows = []
+    for bits in (16, *BITS):
+        held = _sum(matrices, lambda value, bits=bits: _delta_bytes(value, bits))  # type: ignore[misc]
+        stored = held if bits < 16 else _sum(matrices, lambda value: value.numel() * INTEGERS)
+        basis, corrections = _basis_bytes(matrices, config.rank, superposed, bits)
+        rounding = sharing * ERROR[bits] ** 2 if bits < 16 else 0.0
+        plain = size(matrices)
+        rows.append(
+            Row(
+                bits=bits,
+                store=size(tensors) + groups * stored + basis + copies * others,
+                serving=size(tensors) + groups * held + corrections + copies * others + inverses,
+                kept=copies * others,
+                separate=models * size(tensors),
+                decode=(plain + held + corrections / superposed) / plain,
+                decode_all=(plain + groups * held + corrections) / plain,
+                interference=math.sqrt(sharing - 1 + rounding),
+            )
+        )
+    return rows
+
+
+def _delta_bytes(value: Tensor, bits: int) -> int:
+    """Of one group's D of a matrix, as it is served."""
+    rows, columns = value.shape
+    return value.nbytes if bits == 16 else packed_bytes(rows, columns, bits)
+
+
+def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: int) -> tuple[int, int]:
+    """Of all shared bases, and all models' parts in them: on the disk, and in memory. bits: of an element of D."""
+    stored = served = 0
+    for value in matrices.values():
+        n, k = value.shape
+        r = widest(rank, n, k)
+        stored += 2 * k * r + models * (2 * r * n if bits == 16 else packed_bytes(r, n, coordinates_for(bits)))
+        served += (k * r + models * n * r) * value.itemsize
+    return stored, served
+
+
+def _sum(matrices: Mapping[str, Tensor], nbytes: Callable[[Tensor], int]) -> int:
+    return sum(map(nbytes, matrices.values()))

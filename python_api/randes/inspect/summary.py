@@ -1,0 +1,174 @@
+"""What a superposition holds, and how near a retrieved model is to its original."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from randes.checkpoints.lazy_tensors import Progress, ahead, digests, headers, parts, silent, size
+from randes.checkpoints.sources import Checkpoint
+from randes.superposition.packed_tensors import ERROR, coordinates_of, values_of
+from randes.superposition.retrieve import matrices
+from randes.superposition.superposition import Superposition
+from randes_kernels.mixing import amplification, growth
+from randes_kernels.slices import squares as row_squares
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How near a retrieved model is to its original, in weights.
+
+    relative_error: ‖Ŵ − W‖ / ‖W − W0‖ over all superposed tensors together, as measured.
+    predicted_error: the same as J models that share a buffer should have it: √(J−1) under signs, permutations and
+        rotations for α = 1 and deltas of one size. Less by what is in a shared basis; more by what packing adds, what α
+        takes from the delta, and the inverse of a diagonal or dense matrix.
+    Neither is the accuracy: transforms with the same weight error keep very different shares of it (design, section 2).
+    tensors: the relative error of each superposed tensor that the model changed.
+    kept_exact: whether every tensor that is kept per model came back bit for bit.
+    """
+
+    model: str
+    models_in_group: int
+    relative_error: float
+    predicted_error: float
+    kept_exact: bool
+    tensors: dict[str, float]
+
+
+def verify(
+    superposition: Superposition, name: str, finetuned: Checkpoint, *, progress: Progress = silent
+) -> Verification:
+    """Compare a model, as retrieved, with the checkpoint that was added under its name.
+
+    progress: told of each stage and its bytes, for a progress bar.
+    Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
+    """
+    member = superposition.member(name)
+    retrieved = matrices(superposition, name, progress=progress)
+    step = progress("verifying", 2 * size(superposition.base))
+    original = superposition.read_added(name, finetuned, step=step)
+    squares: dict[str, tuple[float, float]] = {}
+    for tensor in member.gains:
+        own = (parts(tensors, tensor) for tensors in (retrieved, original, superposition.base))
+        errors, sizes = [], []
+        with ahead(zip(*own, strict=True)) as values:
+            for found, tuned, base in values:
+                errors += row_squares(found, tuned)
+                sizes += row_squares(tuned, base)
+                step(tuned.nbytes)
+        squares[tensor] = math.fsum(errors), math.fsum(sizes)
+    error, total = (sum(part) for part in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
+    kept = digests(retrieved, headers(member.kept), step=step)
+    group = sum(other.group == member.group for other in superposition.members.values())
+    return Verification(
+        model=name,
+        models_in_group=group,
+        relative_error=math.sqrt(error / total),
+        predicted_error=_predicted_error(superposition, name),
+        kept_exact=all(found == member.digests[tensor] for tensor, found in kept.items()),
+        tensors={tensor: math.sqrt(error / size) for tensor, (error, size) in squares.items()},
+    )
+
+
+def _predicted_error(superposition: Superposition, name: str) -> float:
+    member = superposition.members[name]
+    group = {other: m for other, m in superposition.members.items() if m.group == member.group}
+    sharing = Counter(superposition.place(other, tensor) for other, m in group.items() for tensor in m.gains)
+    found = [predicted(superposition, name, t, sharing[superposition.place(name, t)]) for t in member.gains]
+    size, error = (sum(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0)
+    return math.sqrt(error / size) if size else 0.0
+
+
+def predicted(superposition: Superposition, name: str, tensor: str, sharing: int) -> tuple[float, float]:
+    """‖δ‖² of a model's delta of one tensor, and ‖Ŵ − W‖² of what comes back where so many models share the buffer.
+
+    Every neighbour comes as large as the delta itself, and packing adds a share of all of them; what turns columns back
+    may amplify that, and a shared basis takes its directions' part of it away. A delta scaled by α keeps an error of
+    1 − α of its own.
+    """
+    member, packing = superposition.members[name], superposition.packing
+    header = headers(superposition.base)[tensor]
+    size = energy(superposition, name, tensor, sharing)
+    columns, matrix = header.shape[1], superposition.config.transform.matrix
+    amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
+    noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size * amplified
+    if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
+        own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
+        noise *= 1 - _rank(superposition, tensor) / columns
+        if packing is not None and packing.coordinates < 16:
+            noise += own * ERROR[packing.coordinates] ** 2
+        size += own
+    alpha = member.alpha_of(tensor)
+    return size, (1 - alpha) ** 2 * size + alpha**2 * noise
+
+
+def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -> float:
+    """‖δ‖² of what is superposed of a model's delta of one tensor; where gains are shared, which say nothing of it, the
+    mean over the models in the buffer, from what is in there."""
+    member, config = superposition.members[name], superposition.config
+    header, gain = headers(superposition.base)[tensor], member.gains[tensor]
+    if config.gains == "own":
+        return gain**2 * header.numel()
+    numbers, unit = values_of(superposition.held[member.group][superposition.place(name, tensor)])
+    return (
+        (gain * unit) ** 2
+        * _squared_norm(numbers.double())
+        / (sharing * growth(header.shape[1], config.transform.matrix))
+    )
+
+
+def summary(superposition: Superposition) -> dict[str, Any]:
+    """Models, transform, sizes in bytes, and which tensors are superposed, kept or shared: ready for JSON."""
+    sizes = superposition.sizes
+    kept = set(superposition.others)
+    shared = superposition.base.keys() - kept - set(superposition.superposed)
+    return {
+        "models": {
+            name: {
+                "group": member.group,
+                "alpha": member.alpha,
+                "tuned_tensors": len(member.alphas),
+                "superposed_tensors": len(member.gains),
+                "kept_tensors": len(member.kept),
+                "kept_bytes": size(member.kept),
+            }
+            for name, member in ((name, superposition.members[name]) for name in superposition.served)
+        },
+        "config": superposition.config.to_dict(),
+        "packed": None if superposition.packing is None else asdict(superposition.packing),
+        "bytes": {**asdict(sizes), "total": sizes.total},
+        "coverage": {
+            "superposed": {
+                name: f"{text}, rank {rank}" if (rank := _rank(superposition, name)) else text
+                for name, text in _described(superposition, superposition.superposed).items()
+            },
+            {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
+                superposition, sorted(kept)
+            ),
+            "shared_with_base": _described(superposition, sorted(shared)),
+        },
+    }
+
+
+def ranks(superposition: Superposition) -> str:
+    """How many directions the matrices' shared bases have, in words; empty where there are none by choice."""
+    if superposition.config.rank != "auto":
+        return f"rank {superposition.config.rank}" if superposition.config.rank else ""
+    found = [_rank(superposition, tensor) for tensor in superposition.superposed]
+    return f"rank {min(found)} to {max(found)}, {sum(found) / len(found):.1f} in the mean (auto)"
+
+
+def _rank(superposition: Superposition, tensor: str) -> int:
+    return int(headers(superposition.bases)[tensor].shape[1]) if tensor in superposition.bases else 0
+
+
+def _described(superposition: Superposition, names: tuple[str, ...] | list[str]) -> dict[str, str]:
+    """Shape and dtype of each tensor."""
+    tensors = {name: headers(superposition.base)[name] for name in names}
+    return {name: f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
+
+
+def _squared_norm(value: Tensor) -> float:
+    return float(value.square().sum())

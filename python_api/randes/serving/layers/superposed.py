@@ -1,0 +1,164 @@
+"""What every superposed layer has: a pool with its matrix's deltas, and tables of what tells models apart."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randes.errors import BaseMismatchError
+from randes.serving.batch import Version
+from randes.serving.layers.delta_pool import DeltaPool, group_rows
+from randes.serving.slots import put
+from randes.superposition.basis import shared_basis
+from randes.superposition.basis.shared_basis import UNIT
+from randes.superposition.packed_tensors import Held, coordinates_of
+from randes.superposition.superposition import Superposition
+from randes_kernels import Basis, mixing, superposed_linear
+from randes_kernels.format import Matrix
+
+
+def first_versions(superposition: Superposition) -> list[Version]:
+    """The models of a superposition, as a layer by itself serves them."""
+    rows = group_rows(superposition)
+    return [
+        Version(name, number, rows[superposition.members[name].group])
+        for number, name in enumerate(superposition.served)
+    ]
+
+
+def tensor_of(layer: str, parameter: str) -> str:
+    """A parameter's name in a state dict; the layer's is empty for the model itself."""
+    return f"{layer}.{parameter}" if layer else parameter
+
+
+def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> None:
+    """Raise ``BaseMismatchError`` unless ``value`` is the base's tensor of that name, cast to its own dtype."""
+    base = superposition.base.get(tensor)
+    value = value.detach().cpu()
+    if value.dim() == 1 and tensor in superposition.layout.vectors:
+        if not superposition.has_base:
+            return  # each model has its own, measured from zero
+        value = value[None]
+    if base is None or value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
+        hint = (
+            " (deltas are centred: build it in the stored dtype, then cast it)" if superposition.config.centre else ""
+        )
+        raise BaseMismatchError(f"the model is not the superposition's base: {tensor} differs{hint}")
+
+
+class Superposed(nn.Module):
+    """Mixed into a layer, or beside it for one of its weights: the superposed deltas of a matrix (N, K).
+
+    What it holds is not in the layer's state dict. The weight itself stays the layer's, and comes with each product.
+    """
+
+    keys: Tensor
+    slots: Tensor
+    scale: Tensor
+    shared_basis: Tensor | None
+    corrections: Tensor | None
+    inverses: Tensor | None  # of dense matrices (Config.matrix), one a model
+
+    def _take_deltas(
+        self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
+    ) -> None:
+        """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K).
+
+        numbers: of models that there is room for; ``write`` says which those are.
+        """
+        self.pool, self.matrix = pool, tensor
+        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.config.transform
+        shared = corrections = inverses = None
+        if self.transform.matrix == Matrix.DENSE:
+            columns = weight.shape[1]
+            inverses = torch.zeros(numbers, columns, columns, dtype=torch.float32, device=weight.device)
+        if tensor in superposition.bases:  # U (K, r), and for each model what is added and taken off in it
+            shared = (superposition.bases[tensor].float() * UNIT).to(weight)
+            corrections = weight.new_zeros(numbers, shared.shape[1], weight.shape[0])
+        tables: dict[str, Tensor | None] = {
+            "keys": torch.zeros(numbers, dtype=torch.int64, device=weight.device),
+            "slots": torch.full((numbers,), -1, dtype=torch.int32, device=weight.device),
+            "scale": torch.zeros(numbers, dtype=torch.float32, device=weight.device),
+            "shared_basis": shared,
+            "corrections": corrections,
+            "inverses": inverses,
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    @torch.no_grad()
+    def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
+        """Fill these models' rows, which nobody reads yet; their groups' superpositions are there."""
+        if not versions:
+            return
+        tensor, numbers = self.matrix, [version.number for version in versions]
+        members = [superposition.members[version.name] for version in versions]
+        slots = [
+            self.pool.slots[version.group, superposition.place(version.name, tensor)] if tensor in member.gains else -1
+            for version, member in zip(versions, members, strict=True)
+        ]
+        keys = [superposition.key(version.name) for version in versions]
+        units = [self.pool.units.get(slot, 1.0) for slot in slots]
+        if self.inverses is not None:
+            inverses, factors = mixing.inverses_of(keys, self.tensor, self.inverses.shape[1])
+            put(self.inverses, numbers, inverses)
+            units = [unit * factor for unit, factor in zip(units, factors, strict=True)]
+        gains = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
+        scale = [gain * unit for gain, unit in zip(gains, units, strict=True)]
+        put(self.keys, numbers, torch.tensor(keys, dtype=torch.int64, device="cpu"))
+        put(self.slots, numbers, torch.tensor(slots, dtype=torch.int32, device="cpu"))
+        put(self.scale, numbers, torch.tensor(scale, dtype=torch.float32, device="cpu"))
+        if self.corrections is None:
+            return
+        shared = superposition.bases[tensor].float() * UNIT
+        held = torch.zeros(len(members), *self.corrections.shape[1:])
+        for place, member in enumerate(members):
+            if tensor in member.coordinates:
+                own = coordinates_of(member.coordinates[tensor])
+                held[place] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
+        tables = self.keys[numbers], self.scale[numbers], self.slots[numbers]
+        corrections = shared_basis.corrections(shared, held, self.pool.delta, *tables, self.tensor, self.transform)
+        put(self.corrections, numbers, corrections)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
+        scale, inverses = self.scale, self.inverses
+        super()._apply(fn, recurse)
+        # A gain of 1e-6 would not survive .half(): gains stay fp32 whatever the layer becomes. So do inverses.
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+            self.inverses = None if inverses is None else inverses.to(self.scale.device)
+        return self
+
+    def _product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, biases: Tensor | None = None
+    ) -> Tensor:
+        """``x Ŵ_jᵀ + b_j`` for x (..., K) and the model j of each of B equal runs of its rows."""
+        operands = x, weight, bias, self.pool.delta, biases, self.shared_basis, self.corrections
+        x, weight, bias, delta, biases, shared, corrections = _in_one_dtype(*operands)
+        return superposed_linear(
+            x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases,
+            basis=None if shared is None else Basis(shared, corrections), inverses=self.inverses,
+        )  # fmt: skip
+
+
+class SuperposedMatrix(Superposed):
+    """The superposed deltas of one weight, or a part of one, of a layer of another kind than ``nn.Linear``."""
+
+    def __init__(
+        self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
+    ) -> None:
+        super().__init__()
+        self._take_deltas(superposition, tensor, weight, pool, numbers)
+
+    def forward(self, x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., K) → (..., N). weight: (N, K), the base's. ids: (B,) int32, of B equal runs of the rows of x."""
+        return self._product(x, weight, bias, ids)
+
+
+def _in_one_dtype(x: Tensor, *others: Held | None) -> tuple[Any, ...]:
+    """Operands as they meet in the matmul: as they are, or cast by autocast, which leaves what is packed."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in (x, *others))

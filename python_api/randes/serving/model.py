@@ -1,0 +1,310 @@
+"""``SuperposedModel``: a whole model whose rows may belong to different fine-tunes."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randes.checkpoints.lazy_tensors import Progress, silent
+from randes.checkpoints.sources import Checkpoint
+from randes.serving.batch import Batch
+from randes.serving.pretrained import load_base
+from randes.serving.routing import Router, first_input
+from randes.serving.served_models import Roster
+from randes.serving.takeover import check_layers, take_centre
+from randes.serving.transformers_models import follow_calls, mark_served
+from randes.serving.unload import Unloaded, give, merged_tensors
+from randes.serving.warm_up import run_each_kind
+from randes.superposition import update
+from randes.superposition.members import BASE_NAME
+from randes.superposition.superposition import Superposition
+
+
+class SuperposedModel(nn.Module):
+    """A base model that answers as any of a superposition's fine-tunes.
+
+    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters, and other layers
+    with superposed weights what serves them (``layer_kinds.py``); the rest take each row's own norms, biases and heads
+    where those are kept per model.
+
+    capacity: for how many models there shall be room, so that they can be added and deleted while others are answered:
+    memory for the superpositions of so many groups and one more, and for what models keep (``roster.py``,
+    docs/serving.md). Without it the model serves those that the superposition holds now.
+
+    It keeps the superposition, which ``add_adapter`` and ``delete_adapter`` change, in memory alone: the store that it
+    was loaded from stays as it is, and ``save_pretrained`` writes another.
+
+    Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
+    stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
+    models. Where the fine-tuned weights themselves are superposed (``origin="zero"``), the superposed layers' weights
+    become zeros, whatever they were, and ``"__base__"`` is a name like any other that nobody added.
+
+    Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
+    dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called,
+    for a capacity below the number of models, and for one where the superposition is packed.
+    """
+
+    def __init__(self, base_module: nn.Module, superposition: Superposition, *, capacity: int | None = None) -> None:
+        super().__init__()
+        self.router = Router((), superposition.has_base)
+        self._roster = Roster(superposition, self.router, capacity)
+        layers = self._roster.layers(base_module)
+        check_layers(base_module, layers, superposition)
+        own = [(layer.module, dict(layer.module._parameters)) for layer in layers]
+        try:
+            if superposition.config.centre or not superposition.has_base:
+                take_centre(layers, superposition)
+            self._roster.take_over(base_module, layers)
+            self._roster.serve(base_module, superposition.served)
+        except BaseException:  # the module is changed whole or not at all
+            for original in reversed(self._roster.originals):
+                original.restore()
+            for module, parameters in own:
+                module._parameters.update(parameters)
+            raise
+        self.base_model = base_module
+        self._hooks = follow_calls(base_module, self.router)
+        mark_served(base_module)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None = None, *,
+        capacity: int | None = None, **kwargs: Any,
+    ) -> "SuperposedModel":  # fmt: skip
+        """A Transformers model over a store: the class that its configuration names, and every fine-tune in the store.
+
+        path_or_name: the base, as Transformers' ``from_pretrained`` takes it; or the store itself, where that was made
+            of a Transformers model.
+        store: the store's folder, or a superposition at hand; ``path_or_name`` where it is left out.
+        capacity: for how many models there shall be room (``SuperposedModel``).
+        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``...
+        Raises ``StoreError`` for a folder that is not such a store, ``BaseMismatchError`` for another base or a
+        configuration that names no class of Transformers, and ``ImportError`` where that is not installed, or too old.
+        """
+        module, superposition = load_base(path_or_name, store, **kwargs)
+        return cls(module, superposition, capacity=capacity)
+
+    @property
+    def names(self) -> list[str]:
+        """The models that can be asked for."""
+        return self._roster.names
+
+    @property
+    def superposition(self) -> Superposition:
+        """What the models come from; some of its models may not be served (``delete_adapter``)."""
+        return self._roster.superposition
+
+    def add_adapter(
+        self, name: str, checkpoint: Checkpoint | None = None, *, group: int | None = None, alpha: float = 1.0,
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        """Superpose one more fine-tune and serve it, while other threads are answered: calls that began before finish
+        with what they found.
+
+        checkpoint: a model, a state dict or a path, as ``Superposition.add`` takes it, which group, alpha and progress
+        are for too. None to serve a model that the superposition has already.
+        Raises what ``Superposition.add`` does, ``ValueError`` where there is no capacity at all or the superposition is
+        packed, ``UnknownModelError``, and ``CapacityError`` where there is no room, or where calls under way
+        still need what the last change replaced. Nothing is changed then.
+        """
+        roster, superposition = self._roster, self.superposition
+        with self.router.changing:
+            if checkpoint is None:
+                if superposition.member(name) and name in self.router.names:
+                    raise ValueError(f"a model called {name!r} is served already")
+                roster.check_capacity(1)
+                roster.serve(self.base_model, [*self.router.names, name])
+                return
+            superposition.check_master()
+            superposition.check_name(name)
+            roster.check_room(superposition.place_for(group), 1)
+            superposition.add(name, checkpoint, group=group, alpha=alpha, progress=progress)
+            try:
+                roster.serve(self.base_model, [*self.router.names, name])
+            except BaseException:
+                superposition.remove(name, checkpoint)
+                raise
+
+    def delete_adapter(self, name: str, checkpoint: Checkpoint | None = None, *, progress: Progress = silent) -> None:
+        """Serve a model no more, while other threads are answered: calls that began before finish with it.
+
+        checkpoint: what was added as this model, to subtract it from the superposition, exactly. Without it the model
+        stays superposed, in its neighbours' noise and in what is saved, and ``add_adapter(name)`` serves it again.
+        Raises ``UnknownModelError``, ``ValueError`` for the model that ``set_adapter`` chose and for the base; with a
+        checkpoint what ``Superposition.remove`` and ``add_adapter`` do. Nothing is changed then.
+        """
+        roster, superposition = self._roster, self.superposition
+        with self.router.changing:
+            if name == BASE_NAME:
+                raise ValueError(f"name must be a fine-tune's, got {name!r}")
+            if checkpoint is None:
+                self.router.of([name])
+            member = superposition.member(name)
+            if self.router.chosen is not None and name in _names_of(self.router.chosen):
+                raise ValueError(f"name must not be the model that set_adapter chose, {name!r}; choose another first")
+            names = [other for other in self.router.names if other != name]
+            if checkpoint is None:
+                roster.serve(self.base_model, names)
+                return
+            superposition.check_master()
+            roster.check_room(member.group)
+            superposition.remove(name, checkpoint, progress=progress)
+            try:
+                roster.serve(self.base_model, names)
+            except BaseException:
+                update.come_back(superposition, name, member, superposition.read(checkpoint))
+                raise
+
+    def set_adapter(self, name: str) -> None:
+        """Answer every row as this model (or ``"__base__"``) where a call does not say otherwise. All threads, from
+        their next call on."""
+        self.router.choose(name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """What answers this thread's calls that name no model: a scope's models, the one that was chosen, or none."""
+        batch = self.router.current()
+        return [] if batch is None else _names_of(batch)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The one such model; None where there is none, or several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else None
+
+    def merge_and_unload(self, name: str | None = None) -> nn.Module:
+        """The base module as a plain model again, of its own classes, with one model's retrieved weights.
+
+        name: of the model, ``"__base__"`` for the base's weights; by default the active one.
+        The weights are new tensors, in the module's dtype and on its devices, where they are not the base's: all of
+        them beside the old ones for a moment. This object answers no more. No call may be under way.
+        Raises ``UnknownModelError``, ``RuntimeError`` where no model is active, and ``ValueError`` where several are.
+        """
+        with self.router.changing:
+            batch = self.router.batch() if name is None else self.router.of([name])
+            if len(batch.named.versions) > 1:
+                raise ValueError(f"name must be given where several models are active, {_names_of(batch)}")
+            module = self.base_model
+            merged = merged_tensors(module, self.superposition, _names_of(batch)[0])
+            for hook in self._hooks:
+                hook.remove()
+            for original in reversed(self._roster.originals):
+                original.restore()
+            give(module, merged)
+            mark_served(module, False)
+            self.router.serve([])
+            self.base_model = Unloaded()
+            return module
+
+    def unload(self) -> nn.Module:
+        """The base module as a plain model again, with the base's weights: ``merge_and_unload("__base__")``."""
+        return self.merge_and_unload(BASE_NAME)
+
+    def batch(self, names: Sequence[str], *, refillable: bool = False) -> Batch:
+        """The models of a batch, once for many calls, and as tensors on the model's device: ``torch.compile`` does not
+        guard on names, and no call copies anything.
+
+        refillable: ``batch.fill(names)`` gives its rows to other models, in place, as a captured CUDA graph needs it;
+        layers that run once for each model refuse such a batch. Raises ``UnknownModelError``, and ``ValueError`` for no
+        names or a bare string.
+        """
+        device = next((value.device for value in self.base_model.parameters()), torch.device("cpu"))
+        return self.router.of(names).to(device, refillable)
+
+    def using(self, names: Sequence[str] | Batch) -> AbstractContextManager[None]:
+        """Answer as these models inside the ``with``: one name a row, or one for all rows.
+
+        For calls that take no ``adapter_names``, and for backward passes that run the forward again (activation
+        checkpointing). It holds for this thread, and inside a coroutine or a generator for that one alone: others that
+        run while it awaits or has yielded have scopes of their own.
+        """
+        return self.router.using(self.router.of(names))
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Answer as the base inside the ``with``; see ``using``."""
+        return self.using([BASE_NAME])
+
+    @torch.no_grad()
+    def warm_up(self, rows: Sequence[int] | None = None) -> None:
+        """Run every kind of superposed layer once for each kernel that it may need, for one model and for a mix.
+
+        A GPU kernel is compiled at its first use, in about a second; a server calls this first, so that no request
+        waits for it, and nothing is left to be made while a CUDA graph is captured. rows: how many rows to run with;
+        by default, on a GPU, a number for every path, tile and split that up to 8192 rows choose. Raises ``ValueError``
+        for a number below 1.
+        """
+        if rows is not None and any(count < 1 for count in rows):
+            raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
+        run_each_kind(self, self.router, self._roster.room.numbers, rows)
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        """The base model's forward. ``adapter_names``: one name a row of the batch, ``"__base__"`` for the base, or
+        what ``batch`` made of them. The batch is the first dimension of the first tensor.
+
+        Raises ``UnknownModelError``, ``ValueError`` for a wrong number of names, and ``RuntimeError`` where no
+        model was chosen at all.
+        """
+        if adapter_names is None:
+            with self.router.during(self.router.current()):  # what is chosen for all may change under way
+                return self.base_model(*args, **kwargs)
+        batch = self.router.of(adapter_names)
+        with self.router.during(batch.over(_check_rows(batch, first_input(args, kwargs)))):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
+        """The base model's ``generate`` (Transformers), with a model for each row: a row's beams and returned sequences
+        are its model's. Raises as ``forward`` does."""
+        with self.generating(adapter_names, args, kwargs):
+            base: Any = self.base_model
+            return base.generate(*args, **kwargs)
+
+    @contextmanager
+    def generating(
+        self, names: Sequence[str] | Batch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
+        """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
+        batch = self.router.current() if names is None else self.router.of(names)
+        if batch is None or (names is None and not batch.mixed):
+            with self.router.during(batch):
+                yield
+            return
+        _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
+        with self.router.during(replace(batch, spreads=_sequences(self.base_model, kwargs))):
+            yield
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the superposition as it is now to a store, also its models that are not served, with the base's
+        configuration and tokenizer where it has any."""
+        with self.router.changing:
+            self.superposition.save(path)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the base model has: its configuration, device, and what pipelines ask for."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+        return getattr(self.base_model, name)
+
+
+def _sequences(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many sequences ``generate`` makes of each row while it runs: beams, or those that it returns."""
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    asked = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(number or 1 for number in asked)
+
+
+def _names_of(batch: Batch) -> list[str]:
+    return [version.name for version in batch.named.versions]
+
+
+def _check_rows(batch: Batch, first: Tensor | None) -> Tensor:
+    if first is None or batch.rows != first.shape[0]:
+        rows = 0 if first is None else first.shape[0]
+        raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
+    return first

@@ -1,0 +1,35 @@
+"""A Transformers model and the store that goes with it, loaded by the names that Transformers uses."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from randes.checkpoints.huggingface import CONFIG, METHOD, check_version, library, model_class
+from randes.errors import StoreError
+from randes.superposition.store.manifest import MANIFEST
+from randes.superposition.superposition import Superposition
+
+
+def load_base(
+    path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None, **kwargs: Any
+) -> tuple[nn.Module, Superposition]:
+    """The base and the superposition for ``SuperposedModel.from_pretrained``, which says what is taken and raised."""
+    transformers = library()
+    check_version(transformers)
+    path = Path(path_or_name)
+    if store is None:
+        if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file():
+            raise StoreError(
+                f"store must be given: {path} is not a store with a {CONFIG} (one whose base was a Transformers model)"
+            )
+        store = path
+    superposition = store if isinstance(store, Superposition) else Superposition.load(store)
+    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name)
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+        config.transformers_weights = quantization["base"]
+        del config.quantization_config
+    model: nn.Module = model_class(config, path_or_name).from_pretrained(path_or_name, config=config, **kwargs)
+    return model, superposition

@@ -1,0 +1,172 @@
+"""Which model answers which row of a batch, and how the layers of a model are told."""
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randes.errors import UnknownModelError
+from randes.serving.batch import Batch, Named, Version
+from randes.serving.scopes import Scope, Scoped, SuspendableScope, innermost, suspendable_frame
+from randes.superposition.members import BASE_NAME
+
+INPUTS = (
+    "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values", "input_features",
+    "input_values", "hidden_states",
+)  # fmt: skip
+"""What Transformers calls a model's first input, by which it is known whatever comes before it."""
+
+
+OTHER_ROWS = (
+    "Bros", "Deberta", "FSMT", "Funnel", "LED", "Lfm3VlVision", "Longformer", "MiniMaxM3VLVision", "PaddleOCRVision",
+    "Pixtral", "RoFormer", "XLNet",
+)  # fmt: skip
+"""Transformers models that put positions before rows, run linear layers over relative positions, or lay the patches of
+all images into one row. A batch as large as its rows are long would look right there, and one row would stand for all,
+so mixed ones are refused whatever their size."""
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first dimension is the batch: the first of a call's."""
+    named = (kwargs.get(name) for name in INPUTS)
+    found = (value for value in (*args, *named, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+    return next(found, None)
+
+
+class Router:
+    """Tells layers the batch's models: those of the call under way in this thread, else those chosen for all calls.
+
+    Which models there are is replaced as a whole, so that no call waits: one that began goes on with what it found.
+    """
+
+    def __init__(self, names: Sequence[str], has_base: bool = True) -> None:
+        """has_base: whether the base can be asked for beside ``names``."""
+        self.has_base = has_base
+        self.chosen: Batch | None = None
+        self.changing = threading.RLock()  # held by who adds and deletes models
+        self._lock = threading.RLock()
+        self._scoped = Scoped()
+        self._suspendable: list[SuspendableScope] = []
+        self.versions: Mapping[str, Version] = self._with_base(
+            Version(name, number) for number, name in enumerate(names)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has calls of its own.
+        return Router, ((), self.has_base), {"chosen": self.chosen, "versions": self.versions}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that can be asked for, but for a base that is not superposed."""
+        return tuple(sorted(name for name, version in self.versions.items() if version.number >= 0))
+
+    def serve(self, versions: Sequence[Version]) -> None:
+        """Calls that begin from now on find these models."""
+        with self._lock:
+            self.versions = self._with_base(versions)
+            if self.chosen is not None:
+                name = self.chosen.named.versions[0].name
+                self.chosen = self.of([name]) if name in self.versions else None
+
+    def choose(self, name: str) -> None:
+        """Have all calls that name no model answer as this one. Raises ``UnknownModelError``."""
+        with self._lock:
+            self.chosen = self.of([name])
+
+    def current(self) -> Batch | None:
+        """The batch under way, if there is one."""
+        scope = self._scoped.scope
+        if self._suspendable:
+            scope = innermost(scope, self._suspendable)
+        return self.chosen if scope.batch is None else scope.batch
+
+    def batch(self) -> Batch:
+        """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
+        batch = self.current()
+        if batch is None:
+            raise RuntimeError(
+                "no model is chosen: call set_adapter(name), pass adapter_names=[...],"
+                " or use disable_adapter() for the base"
+            )
+        return batch
+
+    def of(self, names: "Sequence[str] | Batch") -> Batch:
+        """The batch of these names. Raises ``UnknownModelError``, or ``ValueError`` for none or for a bare string."""
+        if isinstance(names, Batch):
+            if names.named.router is not self:
+                others = names.named.router.names
+                raise ValueError(f"adapter_names must be a batch of this model, of {self.names}, got one of {others}")
+            return names
+        if isinstance(names, str) or not names:
+            raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
+        versions = self.versions  # may be replaced meanwhile
+        if unknown := [name for name in names if not isinstance(name, str) or name not in versions]:
+            known = ", ".join(self.names) or "no models"
+            del versions  # an error may be kept long, with this frame, and they would be
+            raise UnknownModelError(
+                f"no model is called {', '.join(sorted({*map(repr, unknown)}))}; there are: {known}"
+            )
+        ids = [versions[name].number for name in names]
+        of_rows = torch.tensor(ids, dtype=torch.int32, device="cpu")
+        alike = len(set(ids)) == 1
+        named = Named(self, tuple(versions[name] for name in dict.fromkeys(names)), tuple(ids))
+        return Batch(of_rows[:1] if alike else of_rows, alike and ids[0] == -1, named, of_rows)
+
+    def of_base(self) -> Batch:
+        """The batch that runs every layer as the base's own: to look at layers with."""
+        base = torch.tensor([-1], dtype=torch.int32, device="cpu")
+        return Batch(base, True, Named(self, (Version(BASE_NAME, -1),), (-1,)), base)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
+        scoped = self._scoped
+        scoped.before.append(scoped.scope)
+        if kwargs.get("adapter_names") is not None:
+            return  # the call will choose, and come again
+        batch = self.batch()
+        first = first_input(args, kwargs)
+        if first is None:
+            return
+        over = batch.over(first)
+        if over.mixed and type(module).__name__.startswith(OTHER_ROWS):
+            raise ValueError(
+                f"adapter_names must be one model's for a {type(module).__name__}: inside, it has other rows than its"
+                " batch, so that whose they are cannot be told"
+            )
+        if over.mixed and over.rows != first.shape[0]:
+            raise ValueError(
+                f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
+                f" got {batch.rows}; parts with other numbers of rows are called one by one, each within using(names)"
+            )
+        scoped.scope = Scope(over)
+
+    def leave(self, *_: Any) -> None:
+        """After a call that was entered, whether it failed or not."""
+        self._scoped.scope = self._scoped.before.pop()
+
+    @contextmanager
+    def during(self, batch: Batch | None) -> Iterator[None]:
+        """Choose a batch for the calls that this thread makes inside, which waits for nobody there."""
+        before = self._scoped.scope
+        self._scoped.scope = Scope(batch)
+        try:
+            yield
+        finally:
+            self._scoped.scope = before
+
+    def using(self, batch: Batch) -> AbstractContextManager[None]:
+        """The same, also inside what may be suspended meanwhile: a task that awaits, a generator that yields. The batch
+        is for the calls of that task or generator, and for nobody else's that run while it waits."""
+        owner = suspendable_frame(sys._getframe(1))
+        if owner is None:
+            return self.during(batch)
+        return SuspendableScope(batch, owner, self._scoped.scope, self._suspendable)
+
+    def _with_base(self, versions: Iterable[Version]) -> dict[str, Version]:
+        # Where deltas are centred the base is superposed too, and has a number of its own.
+        base = {BASE_NAME: Version(BASE_NAME, -1)} if self.has_base else {}
+        return base | {version.name: version for version in versions}

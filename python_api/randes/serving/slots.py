@@ -1,0 +1,69 @@
+"""Rows of tables of a fixed size, each taken for as long as somebody holds its lease."""
+
+import gc
+import time
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from randes.errors import CapacityError
+
+
+BETWEEN_COLLECTIONS = 1.0
+"""Seconds."""
+
+
+class Lease:
+    """One row. It is free for another when nobody refers to this any more."""
+
+    __slots__ = ("__weakref__", "row")
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+
+
+class Rows:
+    """Which of ``count`` rows are taken. One thread takes rows; leases may end in any."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._collected = count, float("-inf")
+        self._taken: WeakValueDictionary[int, Lease] = WeakValueDictionary()
+
+    def take(self, what: str) -> Lease:
+        """The first free row. what: it is for, in the ``CapacityError`` that is raised where there is none."""
+        row = self._free()
+        # A compiler, or an error's traceback, may have left a batch in a cycle. Whoever tries again and again does not
+        # collect each time: every thread waits for that, and those that hold rows would never end.
+        if row is None and time.monotonic() - self._collected > BETWEEN_COLLECTIONS:
+            gc.collect()
+            self._collected = time.monotonic()
+            row = self._free()
+        if row is None:
+            raise CapacityError(
+                f"there is no free {what} among {self.count}: they are in use, some maybe by calls or batches that"
+                " began before a change; try again when those have ended, or make the model with a larger capacity"
+            )
+        lease = self._taken[row] = Lease(row)
+        return lease
+
+    def _free(self) -> int | None:
+        return next((row for row in range(self.count) if row not in self._taken), None)
+
+    @property
+    def taken(self) -> list[int]:
+        """The rows that somebody holds."""
+        return sorted(self._taken.keys())
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy's leases are its own
+        return {"count": self.count, "taken": dict(self._taken)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.count, self._collected = state["count"], float("-inf")
+        self._taken = WeakValueDictionary(state["taken"])
+
+
+def put(table: Tensor, rows: int | list[int], values: Tensor) -> None:
+    """Write rows of a table that nobody reads. Past autograd's version counter, which is the whole table's: a backward
+    pass that saved it needs other rows."""
+    table.data[rows] = values.to(table.device, table.dtype)

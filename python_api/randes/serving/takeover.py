@@ -1,0 +1,278 @@
+"""A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from randes.checkpoints.configurations import check_configuration
+from randes.checkpoints.layout import tied_in
+from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.module_parameters import plain_state
+from randes.checkpoints.sources import digest
+from randes.checkpoints.tensor_views import View
+from randes.checkpoints.weight_reads import weights_read
+from randes.errors import BaseMismatchError, CheckpointError
+from randes.serving.layers.delta_pool import DeltaPool
+from randes.serving.layers.linear import SuperposedLinear
+from randes.serving.layers.other_layers import SuperposedLayer, kind_of
+from randes.serving.layers.per_model import KeptTable, Routed
+from randes.serving.layers.per_row import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
+from randes.serving.layers.superposed import Superposed, SuperposedMatrix, check_is_base
+from randes.serving.routing import Router
+from randes.superposition.members import BASE_NAME
+from randes.superposition.superposition import Superposition
+
+
+@dataclass
+class Layer:
+    """One layer of a base module that models have tensors of their own in.
+
+    path: its name in the module, the first where it has several.
+    views: of its parameters that are superposed, the matrices. kept: of the others the tensors' names.
+    tensors: the base's name of each of its parameters and buffers; tied ones have that of the first.
+    """
+
+    path: str
+    module: nn.Module
+    views: dict[str, View] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Room:
+    """For how much a model's tables have rows.
+
+    numbers: of models. groups, kept: of superpositions of groups, and of tensors of each name that models keep; None
+    for what there is at first.
+    """
+
+    numbers: int
+    groups: int | None = None
+    kept: int | None = None
+
+
+def layers_of(module: nn.Module, superposition: Superposition, wanted: Collection[str] | None = None) -> list[Layer]:
+    """The layers with superposed or kept tensors.
+
+    wanted: of which layers all tensors that are not superposed may come to be kept, beside those that take each row's
+    own in one pass: those that hold one of these. By default only what some model has of its own is kept.
+    Raises ``BaseMismatchError`` where the module has other tensors than the base, and ``ValueError`` where one layer
+    is to be two.
+    """
+    views = {name: view for name, view in _views(superposition).items() if not view.vector}
+    names = base_names(module, superposition)
+    others = {*superposition.others, *superposition.layout.vectors}
+    layers: dict[int, Layer] = {}
+    for name, tensor in names.items():
+        path, _, last = name.rpartition(".")
+        owner = module.get_submodule(path)
+        layer = layers.setdefault(id(owner), Layer(path, owner))
+        if layer.tensors.setdefault(last, tensor) != tensor:
+            raise ValueError(f"{path} is shared with {layer.path}, and cannot have other tensors than that")
+        if tensor in views:
+            layer.views[last] = views[tensor]
+        elif tensor in others or wanted is not None:
+            layer.kept[last] = tensor
+    if wanted is not None:
+        for layer in layers.values():
+            own = others.union(wanted).intersection(layer.tensors.values())
+            if not layer.views and not own and routing_of(layer.module, layer.kept) is RoutedByModel:
+                layer.kept = {}
+    return [layer for layer in layers.values() if layer.views or layer.kept]
+
+
+def _views(superposition: Superposition) -> dict[str, View]:
+    """Of every superposed tensor of a checkpoint its matrices."""
+    parts = {part for view in superposition.layout.views.values() for part in view.parts}
+    plain = [name for name in superposition.superposed if name not in parts]
+    shapes = {name: tuple(headers(superposition.base)[name].shape) for name in plain}
+    return {**superposition.layout.views, **{name: View(shapes[name], {name: shapes[name][0]}) for name in plain}}
+
+
+def base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
+    """Of every tensor of the module its name in the base: its own, or that of one it is tied to."""
+    held = {superposition.layout.parts.get(name, name) for name in superposition.base}
+    own = plain_state(module)
+    ties = tied_in(own)
+    known = {ties.get(name, name): name for name in reversed(own) if name in held}
+    names = {name: name if name in held else known.get(ties.get(name, name), "") for name in own}
+    odd = sorted({name for name, tensor in names.items() if not tensor} | (held - own.keys()))
+    if odd:
+        raise BaseMismatchError(
+            f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
+            " (where a model's files have other names than its modules, superpose the loaded models)"
+        )
+    return names
+
+
+def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Superposition) -> None:
+    """Raise ``BaseMismatchError`` unless the module holds the base, and ``ValueError`` for a layer that would not call
+    what serves it."""
+    superposition.check_base()
+    _check_values(module, superposition)
+    try:
+        check_configuration(superposition.companions, module)
+    except CheckpointError as error:
+        raise BaseMismatchError(f"the model is not the superposition's base: {error}") from None
+    for layer in layers:
+        if isinstance(layer.module, Superposed | Routed):
+            raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
+    check_calls(module, layers)
+    read = weights_read(module, seen_alone=True)
+    for layer in layers:
+        if found := [name for name in layer.views if f"{layer.path}.{name}".lstrip(".") in read]:
+            raise ValueError(
+                f"{layer.tensors[found[0]]} is superposed, but the model's code reads its values past its layer, where"
+                " they are another model's for each row: superpose the model itself, not its tensors alone, and it is"
+                " kept per model; or exclude it when the superposition is created"
+            )
+
+
+def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise ``ValueError`` for a layer that would not call what serves it."""
+    for path, layer in module.named_modules():
+        # These read the weights of the layers inside them without calling those.
+        if isinstance(layer, nn.TransformerEncoderLayer) or (
+            isinstance(layer, nn.MultiheadAttention) and not _runs_by_model(layer, path, layers)
+        ):
+            raise ValueError(
+                f"{path or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
+                " instead, and would silently answer as the base"
+            )
+    for layer in layers:
+        if "forward" in vars(layer.module):
+            raise ValueError(
+                f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
+            )
+        if layer.views and not _is_plain(layer) and (_is_relative(layer) or not kind_of(layer.module, layer.views)):
+            tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
+            raise ValueError(
+                f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
+                " it is stored (docs/transformers.md lists what can); exclude it when the superposition is created"
+            )
+
+
+def _runs_by_model(attention: nn.MultiheadAttention, path: str, layers: Sequence[Layer]) -> bool:
+    """Whether attention that reads the weights inside it can be run for each model: none of them is superposed."""
+    inside = [layer for layer in layers if layer.path == path or layer.path.startswith(f"{path}.")]
+    return not any(layer.views for layer in inside) and (attention.batch_first or not inside)
+
+
+def _check_values(module: nn.Module, superposition: Superposition) -> None:
+    held = plain_state(module)
+    own = {tensor: held[name] for name, tensor in base_names(module, superposition).items()}
+    own = {name: value.detach().cpu() for name, value in own.items()}
+    added = superposition.members.get(BASE_NAME)
+    for name, value in superposition.layout.split(own).items():
+        if added is not None and digest(value) == added.digests[name]:
+            continue  # as it was before deltas were centred on their mean
+        if not superposition.has_base and name in superposition.superposed:
+            continue  # it will be zero
+        check_is_base(superposition, name, value)
+
+
+def take_centre(layers: Sequence[Layer], superposition: Superposition) -> None:
+    """The mean of the fine-tunes, or zeros, in place of the base: what deltas are measured from.
+
+    As parameters of their own: the base's tensors may be tied to others that are not superposed, and are the caller's.
+    """
+    centres: dict[str, nn.Parameter] = {}
+    for layer in layers:
+        for name, view in layer.views.items():
+            tensor, weight = layer.tensors[name], getattr(layer.module, name)
+            if tensor not in centres:
+                centre = view.tensor({part: superposition.base[part] for part in view.parts})
+                centres[tensor] = nn.Parameter(centre.to(weight).clone(), requires_grad=weight.requires_grad)
+            layer.module.register_parameter(name, centres[tensor])
+
+
+def take_over(
+    layer: Layer, superposition: Superposition, router: Router, pools: Mapping[str, DeltaPool],
+    tables: Mapping[str, KeptTable], room: Room,
+) -> None:  # fmt: skip
+    """Turn a layer, in place, into what serves it: its hooks and all references to it stay."""
+    module = layer.module
+    if _is_plain(layer):
+        assert isinstance(module, nn.Linear)
+        weight, bias = layer.tensors["weight"], layer.tensors.get("bias", "")
+        keeps_bias = "bias" in layer.kept
+        SuperposedLinear.take_over(
+            module, superposition, weight, bias, router, pools[weight], room.numbers, keeps_bias
+        )  # fmt: skip
+        return
+    kind: type[Routed] | None = kind_of(module, layer.views) if layer.views else None
+    if _is_relative(layer):
+        kind = Routed  # read for one model at a time: see RoutedBias
+    weights = {
+        name: [
+            SuperposedMatrix(superposition, part, own, pools[part], room.numbers)
+            for part, own in view.matrices(getattr(module, name).detach()).items()
+        ]
+        for name, view in layer.views.items()
+    }
+    if kind is None and routing_of(module, layer.kept) is RoutedEmbedding:
+        module.of_positions = "position" in layer.path  # type: ignore[assignment]
+    route_layer(module, {name: tables[tensor] for name, tensor in layer.kept.items()}, router, kind, layer.views)
+    if isinstance(module, SuperposedLayer):
+        module.take_weights(weights, layer.views)
+
+
+def make_pools(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, DeltaPool]:
+    """The superpositions of each matrix; layers that are shuffled or tied share one."""
+    by_family: dict[str, DeltaPool] = {}
+    pools = {}
+    for layer in layers:
+        for name, view in layer.views.items():
+            for matrix, weight in view.matrices(getattr(layer.module, name).detach()).items():
+                first = superposition.family(matrix)[0]
+                if first not in by_family:
+                    by_family[first] = DeltaPool(superposition, matrix, weight, room.groups)
+                pools[matrix] = by_family[first]
+    return pools
+
+
+def make_tables(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, KeptTable]:
+    """Of every tensor that some model may have its own of, what each has: one for all layers that are tied."""
+    tables: dict[str, KeptTable] = {}
+    for layer in layers:
+        for name, tensor in layer.kept.items():
+            if tensor not in tables and not (_is_plain(layer) and name == "bias"):
+                like = getattr(layer.module, name)
+                tables[tensor] = KeptTable(superposition, tensor, like, room.numbers, room.kept)
+    return tables
+
+
+def _is_relative(layer: Layer) -> bool:
+    """Whether a layer is looked up for pairs of positions, and not for rows."""
+    return isinstance(layer.module, nn.Embedding) and "relative" in layer.path
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Whether a layer is an ``nn.Linear`` whose weight is one matrix."""
+    return type(layer.module) is nn.Linear and layer.views.keys() == {"weight"} and (
+        set(layer.views["weight"].parts) == {layer.tensors["weight"]} and not layer.views["weight"].transposed
+    )  # fmt: skip
+
+
+def route_containers(module: nn.Module, router: Router) -> None:
+    """What is around layers that do not get the batch: attention's relative positions, experts that are layers of their
+    own and get the tokens that chose them, attention that reads weights without calling layers. It runs once for each
+    model of a mixed batch."""
+    for layer in _with(module, "experts", nn.ModuleList, nn.ModuleDict):
+        if not isinstance(layer, Routed):
+            route_layer(layer, {}, router, RoutedByModel)
+    for layer in list(module.modules()):
+        inside = isinstance(layer, nn.MultiheadAttention) and any(isinstance(part, Routed) for part in layer.modules())
+        if inside and not isinstance(layer, Routed):
+            route_layer(layer, {}, router, RoutedByModel)
+    for layer in _with(module, "relative_attention_bias", nn.Embedding):
+        if hasattr(layer, "compute_bias") and not isinstance(layer, Routed):
+            route_layer(layer, {}, router, RoutedBias)
+
+
+def _with(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Iterator[nn.Module]:
+    for parent in list(module.modules()):
+        if isinstance(getattr(parent, name, None), kinds):
+            yield parent

@@ -1,0 +1,121 @@
+"""A base and all of its fine-tunes, made into one superposition."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from randes.checkpoints import sources
+from randes.checkpoints.configurations import check_configuration
+from randes.checkpoints.lazy_tensors import Progress, headers, parts, runs, silent, size
+from randes.checkpoints.sources import Checkpoint, Tensors
+from randes.checkpoints.tensor_views import replaced
+from randes.config import TOGETHER, Config
+from randes.superposition import update
+from randes.superposition.basis.calibration import calibrated, matched
+from randes.superposition.basis.shared_basis import PASSES, loudest
+from randes.superposition.members import BASE_NAME, Joining, check_alpha
+from randes.superposition.superposition import Superposition
+
+
+def compress(
+    base: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    config: Config | None = None,
+    *,
+    alpha: float = 1.0,
+    calibration: Mapping[str, Tensor] | None = None,
+    progress: Progress = silent,
+) -> Superposition:
+    """Superpose all of ``models``, fine-tunes of ``base`` by name; by default with ``Config(rank="auto")``.
+
+    A config of your own has no shared basis unless it says so: ``Config(rank="auto", group_size=4)``.
+
+    Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
+    there are. A base that is a path stays on the disk.
+
+    With ``config.centre`` the stored base is ``W0 + mean δ``, the mean of the fine-tunes, in the superposed matrices.
+    Deltas measured from it are smaller by what they have in common, and so is the interference. ``W0`` itself
+    is then one more superposed model, ``"__base__"``, in the first group: it carries interference like any other. A
+    model added later is measured from the same centre.
+
+    With ``config.rank`` each superposed matrix gets a shared basis of that many directions, the loudest of the deltas
+    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model. With
+    "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
+    added later keep their own delta in the same directions. (``basis.py``; design, section 2.)
+
+    alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
+        or 1 / J for the average of a model soup (``origin="zero"``).
+    calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
+    progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
+    of bytes each time that some were read.
+    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite in fp32 and for a calibration that does not
+    fit, and whatever ``Superposition.create`` and ``add`` raise.
+    """
+    config = config or TOGETHER
+    if not models:
+        raise ValueError("models must hold at least one fine-tune, got none")
+    check_alpha(alpha)
+    if calibration is not None and not config.rank:
+        raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
+    superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
+    for name in models:
+        superposition.check_name(name)
+        check_configuration(superposition.companions, models[name])
+    original, superposed = superposition.base, superposition.superposed
+    moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
+    sources = {name: superposition.read(model) for name, model in models.items()}
+    matrices = sum(headers(original)[tensor].nbytes for tensor in superposed)
+    stored = original
+    if config.centre:
+        stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
+    bases: dict[str, Tensor] = {}
+    if config.rank:
+        matrices_alone = [name for name in superposed if name not in superposition.layout.vectors]
+        passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in matrices_alone}
+        read = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
+        step = progress("shared bases", read * len(sources))
+        unseen = [name for name in matrices_alone if name not in moments]
+        bases = loudest(sources, stored, unseen, config.rank, config.seed, step)
+        for name, seen in moments.items():
+            found = calibrated(name, *seen, sources, stored, config.rank, step)
+            bases |= {name: found} if found.shape[1] else {}
+    if config.centre or config.rank:
+        companions, layout = superposition.companions, superposition.layout
+        config = replace(config, include=superposition.config.include)
+        superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
+        superposition.companions = companions
+    shifts = config.shuffle_layers > 0
+    joining = [Joining(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
+    for number, (name, tensors) in enumerate(sources.items()):
+        joining.append(Joining(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
+    step = progress("superposing", size(original) * len(joining))
+    update.join_all(superposition, joining, step)
+    return superposition
+
+
+def _centred(
+    base: Tensors, models: Mapping[str, Tensors], superposed: tuple[str, ...], step: Callable[[int], None]
+) -> Tensors:
+    """The base with the mean of the models in place of each superposed matrix.
+
+    Summed in fp64, in the order of the models' names, so that the order in which they come does not matter.
+    """
+    means = {tensor: _mean(tensor, base, [models[name] for name in sorted(models)], step) for tensor in superposed}
+    return replaced(base, means)
+
+
+def _mean(tensor: str, base: Tensors, models: list[Tensors], step: Callable[[int], None]) -> Tensor:
+    header = headers(base)[tensor]
+    mean = torch.empty(header.shape, dtype=header.dtype, device="cpu")
+    own = zip(runs(header), parts(base, tensor), *(parts(model, tensor) for model in models), strict=True)
+    for (start, end), original, *tuned in own:
+        exact = original.double()
+        total = torch.zeros_like(exact)
+        for part in tuned:
+            sources.check_finite(tensor, part)
+            total += part.double() - exact
+            step(part.nbytes)
+        mean[start:end] = (exact + total / len(models)).to(header.dtype)
+    return mean

@@ -1,0 +1,119 @@
+"""How tensors of models that join are read: a thread each to read, to hash and to compute, one ahead of the next."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from threading import Semaphore
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from randes.checkpoints.lazy_tensors import Digest, ahead, headers, one_thread, parts, runs
+from randes.checkpoints.lora import AdapterTensors
+from randes.checkpoints.tensor_views import source_of
+from randes.superposition.members import Joining
+from randes.superposition.state import State
+
+Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
+"""One tensor of a model and of the base, part by part."""
+
+
+class Part(NamedTuple):
+    """A run of rows of one model's tensor and of the base's, and the digest of the model's so far."""
+
+    tuned: Tensor
+    base: Tensor
+    digest: str
+
+
+class Reading:
+    """Tensor after tensor: the base's, held for all models, and then each model's by parts, read and hashed ahead.
+
+    As many parts are in memory as two of the largest tensors have: while one is superposed, the next is read.
+
+    computing: the thread for arithmetic, which takes turns on the processors with one that reads and one that hashes.
+    """
+
+    def __init__(self, sup: State, models: list[Joining], step: Callable[[int], None]) -> None:
+        self._sup, self._models, self._step = sup, models, step
+        self.computing = one_thread()
+        sources = [headers(tensors) for tensors in (sup.base, *(model.tensors for model in models))]
+        largest = max((len(runs(header)) for source in sources for header in source.values()), default=0)
+        self._room = Semaphore(2 * largest)
+        self._readers = {name: [model for model in models if _differs(sup, model, name)] for name in headers(sup.base)}
+        self._values = ahead(self._hashed(), self._room)
+        self._taken = 0  # of the parts of the tensor at hand
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._values.close()
+        self.computing.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[str]:
+        for tensor in headers(self._sup.base):
+            self._tensor = tensor
+            yield tensor
+
+    def models(self) -> Iterator[tuple[Joining, Iterator[Part]]]:
+        """The models that have to be read, each with its parts."""
+        readers = self._readers[self._tensor]
+        bases = [next(self._values) for _ in runs(headers(self._sup.base)[self._tensor])] if readers else []
+        for model in self._models:
+            if model in readers:
+                yield model, self._parts(model)
+                self._make_room(self._taken)
+            else:
+                model.digests[self._tensor] = self._sup.base_digests[self._tensor]
+        self._taken = len(bases)
+        bases.clear()  # before there is room for as many
+        self._make_room(self._taken)
+
+    def spent(self, pairs: Pairs) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same pairs, each of which makes room for another part when it was used."""
+        while pairs:
+            yield pairs.pop(0)
+            self._make_room(1)
+
+    def _parts(self, model: Joining) -> Iterator[Part]:
+        for _ in runs(headers(model.tensors)[self._tensor]):
+            self._taken += 1
+            yield next(self._values)
+
+    def _make_room(self, count: int) -> None:
+        self._taken -= count
+        for _ in range(count):
+            self._room.release()
+
+    def _hashed(self) -> Iterator[Part]:
+        """The parts of each tensor that is read, the base's first."""
+        bases: list[Tensor] = []
+        with ahead(self._read()) as read:
+            for tensor in headers(self._sup.base):
+                readers = self._readers[tensor]
+                bases.clear()  # before the next ones come
+                for part in islice(read, len(runs(headers(self._sup.base)[tensor])) if readers else 0):
+                    bases.append(part)
+                    yield Part(part, part, "")
+                for model in readers:
+                    header = headers(model.tensors)[tensor]
+                    digest, count = Digest(header), len(runs(header))
+                    # A kept tensor may have another shape than the base's, which nobody compares it with.
+                    for base in bases if tensor in self._sup.superposed else bases[:1] * count:
+                        part = next(read)
+                        digest.update(part)
+                        yield Part(part, base, digest.hexdigest())
+                        self._step(part.nbytes)
+
+    def _read(self) -> Iterator[Tensor]:
+        for tensor in headers(self._sup.base):
+            if readers := self._readers[tensor]:
+                for tensors in (self._sup.base, *(model.tensors for model in readers)):
+                    yield from parts(tensors, tensor)
+
+
+def _differs(sup: State, model: Joining, tensor: str) -> bool:
+    """Whether a model's tensor may be another than the base's, and has to be read."""
+    adapter, name = source_of(model.tensors, tensor)
+    base, _ = source_of(sup.base, tensor)
+    return not (isinstance(adapter, AdapterTensors) and adapter.base is base and name not in adapter.touched)

@@ -1,0 +1,274 @@
+"""What a superposition holds and can be asked: all but the verbs that change it, which stand in files beside it."""
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+
+from randes.checkpoints import sources
+from randes.checkpoints.layout import Layout, tied
+from randes.checkpoints.lazy_tensors import Progress, digests, headers, parts, silent, size
+from randes.checkpoints.on_disk import Layers, check, in_files, unchecked
+from randes.checkpoints.sources import Checkpoint, Tensors
+from randes.config import Config
+from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
+from randes.superposition.integers import AVERAGE_STEP, shared_gain
+from randes.superposition.layer_families import families, shifted, shuffled
+from randes.superposition.members import BASE_NAME, Member, Sizes
+from randes.superposition.packed_tensors import Held, Packing
+from randes_kernels import Packed, model_key, slices, tensor_id
+
+
+class State:
+    """One base and the superposed deltas of its fine-tunes, as integers.
+
+    device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
+    """
+
+    def __init__(
+        self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None,
+        bases: Tensors | None = None, layout: Layout | None = None,
+    ) -> None:  # fmt: skip
+        """For ``create`` and ``load``."""
+        self.config = config
+        self.base = base
+        self.superposed = tuple(sorted(superposed))
+        self.layout = layout or Layout()  # how base and fine-tunes, as they come, are these tensors (layout.py)
+        self.base_digests = dict(base_digests or digests(base))
+        self.members: dict[str, Member] = {}
+        # Of each group: the integers by tensor, int16 where they fit.
+        self.deltas: dict[int, MutableMapping[str, Tensor]] = {}
+        self.packing: Packing | None = None
+        self.few_bits: dict[int, Mapping[str, Packed]] = {}  # in their place, where this is packed for serving
+        self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
+        self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
+        self.device = torch.device("cpu")
+        self.companions: dict[str, bytes] = {}  # files that go with a Transformers base, by name
+        self.torn = ""  # why it can be used no more
+        self.stored: object = None  # what store.py knows of the store that this came from or went to
+        self._families = families(headers(base), self.superposed)
+        self._family_of = {name: family for family, names in self._families.items() for name in names}
+        self._shared_gains: dict[str, float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The fine-tunes, in alphabetical order: what they are called does not depend on when they were added."""
+        return [name for name in self.served if name != BASE_NAME]
+
+    @property
+    def served(self) -> list[str]:
+        """All that is superposed: the fine-tunes, and ``"__base__"`` where deltas are centred on their mean."""
+        return sorted(self.members)
+
+    def member(self, name: str) -> Member:
+        """One model's record. Raises ``UnknownModelError`` for a name that was never added."""
+        if name not in self.members:
+            known = ", ".join(self.names) or "no models"
+            raise UnknownModelError(f"no model is called {name!r}; there are: {known}")
+        return self.members[name]
+
+    @property
+    def held(self) -> Mapping[int, Mapping[str, Held]]:
+        """Of each group, its superpositions by tensor: integers, or what they were packed to."""
+        return self.deltas if self.packing is None else self.few_bits
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base can be asked for: not where the models' weights themselves are superposed."""
+        return self.config.origin == "base"
+
+    def key(self, name: str) -> int:
+        """A model's Philox key."""
+        return model_key(self.config.seed, name)
+
+    def tensor_id(self, tensor: str) -> int:
+        """What a tensor's transforms are made of beside the key: one number for all where they share a transform."""
+        return tensor_id(tensor if self.config.per_layer else "")
+
+    def shared_gain(self, tensor: str) -> float | None:
+        """The gain that all models have of a tensor; None where each has its own.
+
+        Where layers change places, the largest of theirs: what lies in one place has one gain.
+        """
+        if self.config.gains == "own":
+            return None
+        family = self.family(tensor)
+        if family[0] not in self._shared_gains:
+            described = headers(self.base)
+            found = [
+                shared_gain(
+                    (
+                        total
+                        for part in parts(self.base, name)
+                        for total in slices.squares(part, torch.zeros_like(part))
+                    ),
+                    described[name].numel(),
+                )
+                for name in family
+            ]
+            self._shared_gains[family[0]] = max(found)
+        return self._shared_gains[family[0]]
+
+    def family(self, tensor: str) -> list[str]:
+        """The tensors whose superpositions a model's ``tensor`` may be in: itself, or its shuffled layers."""
+        return self._families[self._family_of[tensor]] if self.config.shuffle_layers else [tensor]
+
+    def place(self, name: str, tensor: str, index: int | None = None) -> str:
+        """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled.
+
+        index: the model's, where it is not a member yet.
+        """
+        if not self.config.shuffle_layers:
+            return tensor
+        if self.config.shuffle_layers > 0:
+            index = self.members[name].index if index is None else index
+            return shifted(index * self.config.shuffle_layers, self.family(tensor))[tensor]
+        return shuffled(self.key(name), self._family_of[tensor], self.family(tensor))[tensor]
+
+    def averaged(self, name: str, tensor: str) -> Tensor:
+        """What a model has of a tensor that it does not keep: the average or sum, or the base's."""
+        base = self.base[tensor]
+        if name == BASE_NAME or not self.is_averaged(tensor):
+            return base
+        if self.config.others == "average":
+            return (self.averages[tensor].double() * (AVERAGE_STEP / len(self.names))).to(base.dtype)
+        total, alpha = self.averages[tensor].double() * AVERAGE_STEP, self.members[name].alpha
+        if not self.has_base:
+            return (alpha * total).to(base.dtype)
+        return (base.double() + alpha * (total - len(self.names) * base.double())).to(base.dtype)
+
+    def is_averaged(self, tensor: str) -> bool:
+        """Whether all models have the average or the sum of a tensor, which is not the base's: any of them changed it,
+        or it is summed from zero."""
+        if tensor not in self.averages:
+            return False
+        if self.config.others == "sum" and not self.has_base:
+            return True
+        return any(member.digests[tensor] != self.base_digests[tensor] for member in self.members.values())
+
+    def has_own(self, tensor: str) -> bool:
+        """Whether each model may have its own of a tensor that the others decide about as well: a superposed vector,
+        or α times a sum."""
+        return tensor in self.layout.vectors or (self.config.others == "sum" and self.is_averaged(tensor))
+
+    def read(self, finetuned: Checkpoint) -> Tensors:
+        """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
+
+        Raises ``CheckpointError`` for one that does not fit. Kept tensors (``others="keep"``) may have other shapes.
+        """
+        # An adapter is of the base itself, which is not here where deltas are measured from something else.
+        measured = self.config.centre or not self.has_base
+        base = None if measured else self.layout.joined(self.base, ties=False)
+        tensors = self.layout.split(sources.read(finetuned, base))
+        # A head that this checkpoint ties and the base's omits.
+        extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
+        if extra:
+            tensors = {name: value for name, value in tensors.items() if name not in extra}
+        free = self.base.keys() - set(self.superposed) if self.config.others == "keep" else set()
+        sources.check_fits(tensors, self.base, free)
+        return tensors
+
+    def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
+        """The tensors of the checkpoint that was added as ``name``. step: called with the bytes read.
+
+        Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
+        """
+        member = self.member(name)
+        tensors = self.read(finetuned)
+        found = digests(tensors, look=sources.check_finite, step=step)
+        other = [tensor for tensor in tensors if found[tensor] != member.digests[tensor]]
+        if other:
+            raise CheckpointError(
+                f"this is not the checkpoint that was added as {name!r}: {len(other)} of {len(tensors)} tensors differ,"
+                f" {other[0]} the first"
+            )
+        return tensors
+
+    @property
+    def others(self) -> list[str]:
+        """The tensors that some model has its own of, or that are averaged or summed."""
+        names = {tensor for tensor in self.averages if self.is_averaged(tensor)}
+        for member in self.members.values():
+            names |= member.kept.keys()
+        return sorted(names)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Bytes by what they are for."""
+        base = size(self.base)
+        return Sizes(
+            base=base,
+            superposed=sum(map(size, self.held.values())),
+            kept=sum(size(member.kept) for member in self.members.values()) + size(self.averages),
+            basis=size(self.bases) + sum(size(member.coordinates) for member in self.members.values()),
+            separate_models=base * len(self.names),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: base, superposed deltas, and what is kept per model."""
+        return self.sizes.total
+
+    def check_base(self, *, step: Callable[[int], None] = lambda _: None) -> None:
+        """Raise ``BaseMismatchError`` where the base was changed since this superposition was made of it.
+
+        What lies in files is read again only if those were written to; what is in memory is hashed each time.
+        """
+        if self.torn:
+            raise RandesError(f"the superposition must be loaded again: {self.torn}")
+        check(self.base, step)
+        held = self.base.held if isinstance(self.base, Layers) else self.base
+        if in_files(held):
+            return
+        for name, found in digests(held, step=step).items():
+            if found != self.base_digests[name]:
+                raise BaseMismatchError(f"{name} of the base was changed after the superposition was created of it")
+
+    def check(self, group: int, name: str | None = None, *, progress: Progress = silent) -> None:
+        """Raise where the base, a group's integers or a model's own tensors are not what they were."""
+        used: list[Mapping[str, Held]] = [self.held.get(group, {}), self.averages, self.bases]
+        if name is not None:
+            used += [self.members[name].kept, self.members[name].coordinates]
+        nbytes = sum(map(unchecked, [self.base, *used]))
+        step = (progress if nbytes else silent)("checking", nbytes)
+        self.check_base(step=step)
+        for tensors in used:
+            check(tensors, step)
+
+    def check_master(self) -> None:
+        """Raise ``ValueError`` for what is packed for serving: the integers it was made of are what can be changed."""
+        if self.packing is not None:
+            raise ValueError(
+                "a packed superposition is for serving: nothing can be added or removed;"
+                " change the one that it was made of, and pack that again"
+            )
+
+    def check_name(self, name: str) -> None:
+        """Raise ``ValueError`` for a name that a new model cannot have."""
+        if not isinstance(name, str) or not name or name == BASE_NAME:
+            raise ValueError(f"name must be a non-empty string other than {BASE_NAME!r}, got {name!r}")
+        if name in self.members:
+            raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
+
+    def next_index(self, wanted: int | None = None) -> int:
+        """A new model's place among those that are there, the first that is free; 0 where no layers are shifted."""
+        if self.config.shuffle_layers <= 0:
+            return 0
+        taken = {member.index for member in self.members.values()}
+        if wanted is None:
+            return next(index for index in range(len(taken) + 1) if index not in taken)
+        if not isinstance(wanted, int) or wanted < 0 or wanted in taken:
+            raise ValueError(f"index must be an integer of at least 0 that no model has, got {wanted!r}")
+        return wanted
+
+    def place_for(self, group: int | None) -> int:
+        """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
+        taken = [self.members[name].group for name in self.names]
+        if group is None:
+            return next(g for g in range(len(taken) + 1) if taken.count(g) < self.config.group_size)
+        limit = max(taken, default=-1) + 1
+        if not isinstance(group, int) or not 0 <= group <= limit:
+            raise ValueError(f"group must be an integer from 0 to {limit}, got {group!r}")
+        if taken.count(group) >= self.config.group_size:
+            raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
+        return group

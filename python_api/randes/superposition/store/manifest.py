@@ -1,0 +1,151 @@
+"""A store's manifest: what it says of files, models and tensors, and how it is checked."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from randes.checkpoints import sources
+from randes.checkpoints.huggingface import for_store
+from randes.checkpoints.layout import Layout
+from randes.checkpoints.on_disk import Layers, StoredTensors, known_digests
+from randes.checkpoints.sources import Tensors
+from randes.config import Config
+from randes.errors import StoreError
+from randes.superposition.integers import AVERAGE_STEP, STEP
+from randes.superposition.members import Member, check_scales
+from randes.superposition.packed_tensors import Packing, flattened
+from randes.superposition.state import State
+from randes_kernels import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+COORDINATES = "@basis"
+"""Follows a tensor's name in a model's file, for its delta's coordinates in the shared basis."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone, checked against its own checksum. Raises ``StoreError``."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except FileNotFoundError as error:
+        raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from error
+    except OSError as error:
+        raise StoreError(f"{folder} is not a store: {error}") from error
+    except ValueError as error:
+        raise StoreError(f"{folder / MANIFEST} is torn: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != "randes":
+        raise StoreError(f"{folder / MANIFEST} is not a manifest of randes")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise StoreError(f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('version')}")
+    if manifest.get("checksum") != _checksum(manifest) or text != text_of(manifest):
+        raise StoreError(f"{folder / MANIFEST} was altered: its checksum does not match its content")
+    if (manifest["step"], manifest["average_step"]) != (STEP, AVERAGE_STEP):
+        raise StoreError(f"{folder} must have steps {STEP} and {AVERAGE_STEP}, got {manifest['step']}")
+    return manifest
+
+
+def described(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Layout, Packing | None, dict[str, Member]]:
+    """What a manifest says of all tensors and of each model, without these. Raises ``StoreError`` for other values."""
+    try:
+        config = Config.from_dict(manifest["config"])
+        layout = Layout.from_dict(manifest["layout"]) if "layout" in manifest else Layout()
+        packing = Packing(**manifest["packed"]) if "packed" in manifest else None
+        members = {name: Member(**record) for name, record in manifest["models"].items()}
+        for name, member in members.items():
+            check_scales(name, member)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
+    return config, layout, packing, members
+
+
+def contents_of(superposition: State) -> dict[str, Tensors]:
+    """What each file holds, by the part of its name before the digest."""
+    base = superposition.layout.joined(superposition.base, ties=False)
+    contents: dict[str, Tensors] = {"base": base, "basis": superposition.bases}
+    contents |= {f"group-{group}": flattened(held) for group, held in sorted(superposition.held.items())}
+    for name in superposition.served:
+        member = superposition.members[name]
+        own, coordinates = member.kept, member.coordinates
+        if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors):
+            own = Layers({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
+        else:
+            own = {**own, **flattened({f"{tensor}{COORDINATES}": value for tensor, value in coordinates.items()})}
+        contents[model_file(superposition, name)] = own
+    contents["average"] = superposition.averages
+    return {stem: tensors for stem, tensors in contents.items() if tensors}
+
+
+def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str, Any]:
+    files = {}
+    for stem, tensors in sorted(contents.items()):
+        # The base's have just been checked against its bytes.
+        digests = superposition.base_digests if tensors is superposition.base else known_digests(tensors)
+        files[f"{stem}-{sources.combined_digest(digests)}.safetensors"] = dict(sorted(digests.items()))
+    manifest = {
+        "format": "randes",
+        "version": FORMAT_VERSION,
+        "config": superposition.config.to_dict(),
+        "step": STEP,
+        "average_step": AVERAGE_STEP,
+        "base": sources.combined_digest(superposition.base_digests),
+        "superposed": list(superposition.superposed),
+        "models": {name: record_of(superposition.members[name]) for name in superposition.served},
+        "files": files,
+    }
+    if layout := superposition.layout:
+        split = sorted(part for view in layout.views.values() for part in view.parts)
+        own = {part: superposition.base_digests[part] for part in split}
+        manifest["layout"] = layout.to_dict() | {"digests": own}
+    if superposition.companions:
+        manifest["companions"] = {name: digest_of(text) for name, text in companions_in(superposition, files).items()}
+    if superposition.packing is not None:
+        manifest["packed"] = asdict(superposition.packing)
+    manifest["checksum"] = _checksum(manifest)
+    return manifest
+
+
+def companions_in(superposition: State, files: Iterable[str]) -> dict[str, bytes]:
+    """The files beside the tensors, as they stand in a store that has these ``files``."""
+    base_file = next(name for name in files if name.startswith("base-"))
+    return for_store(superposition.companions, base_file)
+
+
+def digest_of(text: bytes) -> str:
+    return blake2b(text, digest_size=16).hexdigest()
+
+
+def checksum_of(superposition: State) -> str:
+    """What the manifest of a store of this superposition says of itself."""
+    checksum: str = manifest_of(superposition, contents_of(superposition))["checksum"]
+    return checksum
+
+
+def model_file(superposition: State, name: str) -> str:
+    # A model's name may hold what a file's name may not; its key is as unique.
+    return f"model-{superposition.key(name) & (1 << 64) - 1:016x}"
+
+
+def record_of(member: Member) -> dict[str, Any]:
+    record = {
+        "group": member.group,
+        "alpha": member.alpha,
+        "gains": dict(sorted(member.gains.items())),
+        "digests": dict(sorted(member.digests.items())),
+    }
+    later = {
+        "units": dict(sorted(member.units.items())), "alphas": dict(sorted(member.alphas.items())),
+        "index": member.index,
+    }  # fmt: skip
+    return record | {name: value for name, value in later.items() if value}
+
+
+def text_of(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,73 @@
+"""Opening a store."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from randes.checkpoints.huggingface import companions
+from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
+from randes.checkpoints.on_disk import Layers, StoredTensors
+from randes.errors import StoreError
+from randes.superposition.packed_tensors import STEPS, Held, PackedTensors
+from randes.superposition.state import State
+from randes.superposition.store.files import open_tensors, stored_now
+from randes.superposition.store.manifest import COORDINATES, described, digest_of, model_file, read_manifest
+
+S = TypeVar("S", bound=State)
+
+
+def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> S:
+    """Open a store as a ``kind``, checking every tensor against the manifest and the manifest against itself.
+
+    check: False to check each file's tensors when they are first used. progress: told of each stage and its bytes.
+    Raises ``StoreError`` for anything missing, torn, truncated, altered, or of another version.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    config, layout, packing, members = described(folder, manifest)
+    contents: dict[str, StoredTensors] = {
+        name.rsplit("-", 1)[0]: open_tensors(folder, name, digests) for name, digests in manifest["files"].items()
+    }
+    if check:
+        step = progress("checking", sum(map(size, contents.values())))
+        for tensors in contents.values():
+            tensors.check(step)
+    stored = contents.pop("base")
+    assert stored.known is not None
+    base = layout.split(stored)
+    known = {**stored.known, **manifest.get("layout", {}).get("digests", {})}
+    superposition = kind(
+        config, base, manifest["superposed"], {name: known[name] for name in base},
+        contents.pop("basis", {}), layout,
+    )  # fmt: skip
+    superposition.packing = packing
+    for name, member in members.items():
+        own = contents.pop(model_file(superposition, name), StoredTensors({}))
+        held = {tensor: f"{tensor}{COORDINATES}" for tensor in member.units}
+        coordinates: Mapping[str, Held] = own.renamed(held)
+        if packing is not None and packing.coordinates < 16:
+            held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
+            rows = {tensor: headers(base)[tensor].shape[0] for tensor in member.units}
+            coordinates = PackedTensors(own.renamed(held), packing.coordinates, 64, rows)
+        kept = {tensor: tensor for tensor in own if tensor not in held.values()}
+        superposition.members[name] = replace(member, kept=own.renamed(kept), coordinates=coordinates)
+    superposition.averages = Layers({}, contents.pop("average")) if "average" in contents else {}
+    groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    if packing is None:
+        superposition.deltas = {number: Layers({}, tensors) for number, tensors in groups.items()}
+    else:
+        columns = {tensor: headers(base)[tensor].shape[1] for tensor in superposition.superposed}
+        superposition.few_bits = {
+            number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
+        }
+    superposition.companions = companions(folder)
+    for name, known_text in manifest.get("companions", {}).items():
+        if name not in superposition.companions or digest_of(superposition.companions[name]) != known_text:
+            raise StoreError(
+                f"{folder / name} was altered or is missing: its checksum does not match the manifest. Models answer by"
+                " what it says; to change it, change it beside the base and make the store anew"
+            )
+    superposition.stored = stored_now(folder, manifest)
+    return superposition

@@ -1,0 +1,120 @@
+"""Saving a superposition: new files beside the old, the manifest renamed last, and only then the old ones removed."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from randes.checkpoints import sources
+from randes.checkpoints.huggingface import is_companion
+from randes.checkpoints.lazy_tensors import Progress, silent, size
+from randes.checkpoints.on_disk import Layers
+from randes.checkpoints.safetensors import write_file, write_whole
+from randes.errors import StoreError
+from randes.superposition.state import State
+from randes.superposition.store.files import OURS, Stored, open_tensors, state_of, stored_now
+from randes.superposition.store.manifest import (
+    MANIFEST,
+    companions_in,
+    contents_of,
+    manifest_of,
+    read_manifest,
+    text_of,
+)  # fmt: skip
+
+
+def save(superposition: State, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
+    """Write the store at ``path``: a folder that is new, empty, or the store that this came from or went to last.
+
+    progress: told of each stage and its bytes. Raises ``StoreError`` for any other folder, and for a store that was
+    changed since; ``OSError`` where the disk does not take it. The store is the old one then.
+    """
+    folder = Path(path)
+    superposition.check_base()
+    contents = contents_of(superposition)
+    manifest = manifest_of(superposition, contents)
+    check_destination(superposition, folder, manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        check_destination(superposition, folder, manifest)
+        known = superposition.stored.files if isinstance(superposition.stored, Stored) else {}
+        files = zip(manifest["files"], sorted(contents), strict=True)
+        changed = {
+            name: contents[stem]
+            for name, stem in files
+            if (state := state_of(folder / name)) is None or known.get(folder / name) != state
+        }
+        beside = companions_in(superposition, manifest["files"])
+        new = [folder / name for name in (*changed, *beside) if state_of(folder / name) is None]
+        step = progress("writing", sum(map(size, changed.values())))
+        try:
+            for name, tensors in changed.items():
+                write_file(folder / name, tensors, step=step)
+            for name, text in beside.items():
+                write_whole(folder / name, [memoryview(text)])
+        except OSError:
+            for file in new:  # a full disk is full enough, and no manifest names them
+                file.unlink(missing_ok=True)
+            raise
+        write_whole(folder / MANIFEST, [memoryview(text_of(manifest).encode())])
+        superposition.stored = stored_now(folder, manifest)
+        _reopen(superposition, folder, manifest)
+        for file in folder.iterdir():
+            if OURS.fullmatch(file.name) and file.name not in manifest["files"]:
+                file.unlink()
+
+
+def _reopen(superposition: State, folder: Path, manifest: dict[str, Any]) -> None:
+    """Read what came from a store from its new files, so that the old ones' space and what was held come free."""
+    for name, digests in manifest["files"].items():
+        stem = name.rsplit("-", 1)[0]
+        if stem.startswith("group-"):
+            group = int(stem.split("-")[1])
+            if isinstance(held := superposition.deltas.get(group), Layers) and held.held:
+                superposition.deltas[group] = Layers({}, open_tensors(folder, name, digests))
+        elif stem == "average" and isinstance(superposition.averages, Layers):
+            superposition.averages = Layers({}, open_tensors(folder, name, digests))
+
+
+def check_destination(superposition: State, folder: Path, manifest: dict[str, Any] | None = None) -> None:
+    """Raise ``StoreError`` unless ``folder`` is new, empty, or the store that this came from or went to last.
+
+    A store that somebody else has written to meanwhile holds models that would be lost. ``manifest``: what is to be
+    written; where it stands there already, a save that was cut short is done again.
+    """
+    if (folder / MANIFEST).exists():
+        found, stored = read_manifest(folder), superposition.stored
+        if found["base"] != sources.combined_digest(superposition.base_digests):
+            raise StoreError(f"{folder} holds a store of another base; save to another folder")
+        ours = isinstance(stored, Stored) and (stored.folder, stored.checksum) == (folder.resolve(), found["checksum"])
+        if not ours and found != manifest:
+            raise StoreError(f"{folder} holds a store that was written since, or is another's; load it and change that")
+    else:
+        check_new(folder)
+
+
+def check_new(folder: Path) -> None:
+    """Raise ``StoreError`` unless ``folder`` can take a new store: it is not there, or empty but for what a save that
+    was cut short has left."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StoreError(f"{folder} must be a folder, got a file")
+    names = [file.name for file in folder.iterdir()]
+    # A save writes what stands beside the tensors after these: without one it is somebody else's.
+    begun = any(OURS.fullmatch(name) and name.startswith("base-") for name in names)
+    if strangers := [n for n in names if not OURS.fullmatch(n) and not (begun and is_companion(n))]:
+        raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from saving to ``folder`` meanwhile."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

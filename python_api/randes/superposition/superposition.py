@@ -1,0 +1,175 @@
+"""Many fine-tunes of one base, superposed: added, taken away again to the byte, retrieved."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from randes.checkpoints import sources
+from randes.checkpoints.configurations import check_configuration
+from randes.checkpoints.huggingface import companions
+from randes.checkpoints.lazy_tensors import LazyTensors, Progress, digests, headers, silent, size
+from randes.checkpoints.matrices import matrices_of
+from randes.checkpoints.on_disk import StoredTensors
+from randes.checkpoints.sources import Checkpoint, Tensors
+from randes.checkpoints.tensor_views import SplitTensors, replaced
+from randes.config import Config
+from randes.errors import BaseMismatchError
+from randes.superposition import update
+from randes.superposition.members import BASE_NAME, Joining, check_alpha
+from randes.superposition.packing import packed
+from randes.superposition.retrieve import matrices
+from randes.superposition.state import State
+from randes.superposition.store.read import load
+from randes.superposition.store.write import save
+from randes.superposition.tune import Tuned, tune
+
+
+class Superposition(State):
+    """One base and the superposed deltas of its fine-tunes, as integers. Make one with ``create`` or ``load``.
+
+    The base's tensors are shared with what it was created from, not copied: a path's stay on the disk and are read when
+    they are needed. Training them on in place, or writing to the files, is noticed at the next use, and refused with
+    ``BaseMismatchError``.
+
+    device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
+    """
+
+    @classmethod
+    def create(cls, base: Checkpoint, config: Config | None = None, *, progress: Progress = silent) -> "Superposition":
+        """An empty superposition over ``base``: an nn.Module, a state dict, or a path to safetensors.
+
+        progress: told of each stage and its bytes, for a progress bar.
+
+        Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
+        whose columns ``config.segments`` does not divide; ``ValueError`` for
+        ``config.centre`` and ``config.rank``.
+        """
+        config = config or Config()
+        for option in ("centre", "rank"):
+            if getattr(config, option):
+                raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
+        tensors, layout, superposed, config = matrices_of(base, config)
+        step = progress("reading base", size(tensors))
+        found = digests(tensors, look=sources.check_finite, step=step)
+        if isinstance(tensors, StoredTensors | SplitTensors):
+            tensors.expect(found, _changed)
+        if config.origin == "zero":
+            zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
+            tensors, found = replaced(tensors, zeros), found | digests(zeros)
+        superposition = cls(config, tensors, superposed, found, layout=layout)
+        superposition.companions = companions(base)
+        return superposition
+
+    # ---------------------------------------------------------------- models
+
+    def add(
+        self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0,
+        index: int | None = None, progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding, but
+        where layers shift by a model's place, which it takes when it is added (``shuffle_layers`` above 0).
+
+        finetuned: a model, a state dict, or a path, which is read tensor by tensor: safetensors, or a LoRA adapter.
+        group: the superposition it joins; by default the first that has room.
+        alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
+        index: its place, where layers shift; by default the first that is free.
+        progress: told of each stage and its bytes, for a progress bar.
+        Raises ``ValueError`` for a name that is taken or not allowed, a group that is full, an index that is taken, or
+        an alpha that is not finite in fp32, alone or times the delta; and ``CheckpointError`` for a checkpoint that
+        does not fit the base, or whose configuration is another (``configurations.py``). Nothing is changed then.
+        """
+        self.check_master()
+        self.check_name(name)
+        check_alpha(alpha)
+        check_configuration(self.companions, finetuned)
+        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
+        self.check(model.group, progress=progress)
+        step = progress("adding", 2 * size(self.base))
+        update.join(self, model, step)
+
+    def remove(self, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> None:
+        """Take a model away again, exactly: the bytes are those from before it was added.
+
+        finetuned: the checkpoint that was added (its delta has to be known to be subtracted).
+        Raises ``UnknownModelError`` for an unknown name and ``CheckpointError`` for any other checkpoint.
+        Nothing is changed then.
+        """
+        self.check_master()
+        member = self.member(name)
+        if name == BASE_NAME:
+            raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
+        self.check(member.group, progress=progress)
+        step = progress("removing", 2 * size(self.base))
+        update.leave(self, name, self.read_added(name, finetuned, step=step), step)
+
+    def pack(
+        self, bits: int = 4, *, group: int = 64, coordinates: int | None = None,
+        step: Callable[[int], None] = lambda _: None,
+    ) -> "Superposition":  # fmt: skip
+        """The same models with D in 8, 4 or 2 bits, for serving: nothing can be added to it or taken away.
+
+        group: columns of a matrix that share a scale, at 4 and 2 bits; a multiple of 64. At 8 bits a row has one.
+        coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4; by default as many
+            as D, but no less than 4.
+        step: called with the bytes of integers that were packed, for a progress bar.
+        Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
+        """
+        return packed(self, bits, group, coordinates, step)
+
+    def tune(
+        self, module: nn.Module, batches: Mapping[str, Sequence[Any]], loss: Callable[[nn.Module, Any], Tensor],
+        *, steps: int = 40, rate: float = 0.02, held_out: float = 0.25, step: Callable[[], None] = lambda: None,
+    ) -> dict[str, Tuned]:  # fmt: skip
+        """Fit α of each superposed matrix of each model in ``batches`` on a loss, by Adam; its deltas stay as they are.
+
+        module: the base's module, whose tensors are replaced for each call and not changed.
+        batches: for each model, batches of its own data; the last ``held_out`` share of them checks the fit, which is
+            kept only where their mean loss falls. loss: called with the module and a batch; a scalar.
+        steps: updates a model. rate: of α at each. step: called after each update, for a progress bar.
+        Returns each model's loss on its held-out batches before and after. One model in memory at a time, whole.
+        Raises ``UnknownModelError`` for a name, and ``ValueError`` for too few batches. (Design, section 2.)
+        """
+        return tune(self, module, batches, loss, steps=steps, rate=rate, held_out=held_out, step=step)
+
+    def retrieve(self, name: str) -> dict[str, Tensor]:
+        """A model's tensors again, as a state dict: the one place where a whole retrieved weight exists.
+
+        Kept tensors are exact; superposed ones carry the other models of the group as noise.
+        Raises ``UnknownModelError``.
+        """
+        joined = self.layout.joined(matrices(self, name), ties=False)
+        assert isinstance(joined, LazyTensors)
+        whole = {tensor: joined.read(tensor) for tensor in joined}
+        return whole | {alias: whole[tensor] for alias, tensor in self.layout.ties.items()}
+
+    def retrieved(self, name: str, *, progress: Progress = silent) -> Tensors:
+        """The same as a mapping that makes each tensor when it is asked for, for models larger than memory.
+
+        ``randes.checkpoints.sources.write_file`` writes it without holding more than a part of a tensor.
+        """
+        return self.layout.joined(matrices(self, name, progress=progress))
+
+    def save(self, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
+        """Write a store: a folder of safetensors and one manifest. See ``randes.superposition.store``."""
+        save(self, path, progress=progress)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> "Superposition":
+        """Open a store and check every byte of it. Its tensors stay on the disk until they are needed.
+
+        check: False to check only what is used, when it is. Raises ``StoreError``.
+        """
+        return load(cls, path, check=check, progress=progress)
+
+
+def _zeros(header: Tensor) -> Tensor:
+    """Of a tensor's shape and dtype, in the memory of one number."""
+    return torch.zeros((), dtype=header.dtype, device="cpu").expand(header.shape)
+
+
+def _changed(path: Path, tensor: str) -> BaseMismatchError:
+    return BaseMismatchError(f"{tensor} of the base was changed after the superposition was created of it, in {path}")
