@@ -31,7 +31,7 @@ _column_permutation = lru_cache(maxsize=2**11)(column_permutation)
 KEPT_ELEMENTS = 1 << 16
 """Of a batch's signs that are kept as they are used: 8 rows of a layer 8192 wide; 128 MiB of them in fp32 at most."""
 SLICE_BYTES = 4 << 20
-"""Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/crossover.py)."""
+"""Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/speed/crossover.py)."""
 
 
 FEW_ROWS = {8: 16, 4: 32, 2: 32}
@@ -93,7 +93,7 @@ def _superposed(
 
 
 def weight_side_rows(dtype: torch.dtype, transform: Transform) -> float:
-    """From how many rows of one model on rebuilding its weight beats a second matmul (bench/crossover.py)."""
+    """From how many rows of one model on rebuilding its weight beats a second matmul (bench/speed/crossover.py)."""
     slow_to_rebuild = dtype == torch.bfloat16
     if transform.granule:  # its columns are gathered, which never pays in bf16
         return float("inf") if slow_to_rebuild else 128

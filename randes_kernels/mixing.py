@@ -10,8 +10,8 @@
 
 A rotation's blocks are powers of 4, as many of the largest as fit: H of side 4^k is h ⊗ h with h of side 2^k, so that
 its scale 2^-k is exact, and K columns cost K · 2^(k+2) operations in place of K². It is orthogonal to the last bit. It
-is not of Haar's distribution, and decorrelates as well (tests/test_mixing.py). Sums of whole numbers times powers of
-two are exact in fp64 in any order, and rounding is symmetric: what one machine adds another takes away.
+is not of Haar's distribution, and decorrelates as well (test_mixing.py). Sums of whole numbers times powers of two
+are exact in fp64 in any order, and rounding is symmetric: what one machine adds another takes away.
 
 Activations are turned before the product with D, so that no retrieved weight exists here either: O(K · 2^(k+2)) for a
 rotation, O(K²) for each model of a dense matrix, whose inverse is in memory for each model. It is computed in fp32 at

@@ -1,7 +1,7 @@
 """Which path and which tile a launch uses: a pure function of shape, mix and device, never tuned at run time.
 
-The numbers are data: ``tables/<device>.json``, one file a device that was measured (``bench/tune.py`` writes them),
-else one for its architecture, else ``default.json``.
+The numbers are data: ``tables/<device>.json``, one file a device that was measured
+(``bench/speed/tune.py`` writes them), else one for its architecture, else ``default.json``.
 """
 
 import json

@@ -2,12 +2,16 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import architecture_sweep
+import claim_tables
+import claims
+import language
+import plots
 import pytest
+import quality
 import torch
 from torch import nn
 
@@ -20,12 +24,6 @@ DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
 FULL = "full fine-tunes"
 AUTO = "shared basis of rank auto"
 
-sys.path.insert(0, str(ROOT / "bench"))
-import claim_tables  # noqa: E402
-import claims  # noqa: E402
-import language  # noqa: E402
-import plots  # noqa: E402
-import quality  # noqa: E402
 
 KERNEL_ROWS = json.loads((ROOT / "bench" / "results" / "cpu" / "kernels.json").read_text(encoding="utf-8"))["rows"]
 
@@ -137,7 +135,7 @@ def test_the_tables_of_the_papers_claims_are_those_of_the_rows() -> None:
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     rows = claim_tables.read(claims.RESULTS)
     for name, table in claim_tables.TABLES.items():
-        command = f"python bench/claims.py --table {name}"
+        command = f"python bench/quality/claims.py --table {name}"
         found = re.search(rf"<!-- claims {name}: {command} -->\n(.*?)\n<!-- /claims {name} -->", text, re.DOTALL)
         assert found is not None
         assert found[1] == table(rows)

@@ -17,7 +17,7 @@ TRITON = "3.6.0"
 
 def main() -> int:
     """Runs pytest; returns its exit status."""
-    paths = [Path(__file__).parent.resolve(), ROOT, ROOT / "python_api", ROOT / "tests"]
+    paths = [Path(__file__).parent.resolve(), ROOT, ROOT / "python_api", ROOT / "tests", ROOT / "tests" / "kernels"]
     if importlib.metadata.version("triton") != TRITON:
         own = ROOT / ".cache" / f"triton-{TRITON}"
         if not own.exists():

@@ -26,17 +26,17 @@ PATTERNS = (
 )  # fmt: skip
 
 
-def companions(base: object) -> dict[str, bytes]:
+def model_files(base: object) -> dict[str, bytes]:
     """The files by name: those of a Transformers folder, or what a Transformers module says of itself; else none."""
     if isinstance(base, nn.Module):
         return _of_module(base)
     if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
         return {}
     files = (file for file in sorted(Path(base).iterdir()) if file.is_file())
-    return {file.name: file.read_bytes() for file in files if is_companion(file.name)}
+    return {file.name: file.read_bytes() for file in files if is_model_file(file.name)}
 
 
-def is_companion(name: str) -> bool:
+def is_model_file(name: str) -> bool:
     """Whether a file of that name goes with a model's weights."""
     return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
 

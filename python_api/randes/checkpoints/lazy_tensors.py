@@ -1,6 +1,6 @@
 """Tensors that are read or made a part at a time, so that models larger than memory pass through it.
 
-A tensor's part is a run of its first dimension, ``PART_ELEMENTS`` or so: the same runs for every tensor of one shape,
+A tensor's part is a run of its first dimension, ``CHUNK_ELEMENTS`` or so: the same runs for every tensor of one shape,
 whatever its dtype. Threads read, and hash, the next parts while one is computed with.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from randes_kernels import Packed
 from randes_kernels.slices import spans
 
-PART_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 19
 """1 MiB in bf16. Half as long, threads wait for each other more often: a seventh more time; a dozen are in memory."""
 AHEAD = 2
 """Parts that are read while another is computed with."""
@@ -65,7 +65,7 @@ class LazyTensors(Mapping[str, Tensor]):
         """Shape and dtype of each, as tensors without data."""
         return self._headers
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         """One tensor, a run of its first dimension after the other."""
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class LazyTensors(Mapping[str, Tensor]):
         """One tensor, the caller's own."""
         header = self.headers[name]
         whole = torch.empty(header.shape, dtype=header.dtype, device="cpu")
-        for (start, end), part in zip(runs(header), self.parts(name), strict=True):
+        for (start, end), part in zip(chunk_bounds(header), self.chunks(name), strict=True):
             (whole[start:end] if whole.dim() else whole).copy_(part)
         return whole
 
@@ -115,20 +115,20 @@ def size(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> int:
     return sum(value.nbytes for value in described(tensors).values())
 
 
-def runs(header: Tensor) -> list[tuple[int, int]]:
+def chunk_bounds(header: Tensor) -> list[tuple[int, int]]:
     """The runs of the first dimension that a tensor comes in; one for a scalar."""
     if header.dim() == 0 or header.numel() == 0:
         return [(0, len(header) if header.dim() else 1)]
-    return spans(len(header), header.numel() // len(header), PART_ELEMENTS)
+    return spans(len(header), header.numel() // len(header), CHUNK_ELEMENTS)
 
 
-def parts(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+def chunks(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     """One tensor, a run of its first dimension after the other; views of it where it is in memory."""
     if isinstance(tensors, LazyTensors):
-        yield from tensors.parts(name)
+        yield from tensors.chunks(name)
         return
     value = tensors[name]
-    for start, end in runs(value):
+    for start, end in chunk_bounds(value):
         yield value[start:end] if value.dim() else value
 
 
@@ -270,7 +270,7 @@ def digests(
 
     def one(name: str) -> str:
         digest = Digest(headers(tensors)[name])
-        for part in parts(tensors, name):
+        for part in chunks(tensors, name):
             look(name, part)
             digest.update(part)
             step(part.nbytes)

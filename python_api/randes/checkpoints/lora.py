@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import LazyTensors, headers, parts, rows, runs
+from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, chunks, headers, rows
 from randes.checkpoints.on_disk import open_file
 from randes.errors import CheckpointError
 from randes_kernels.slices import SLICE_ELEMENTS, spans
@@ -54,13 +54,13 @@ class AdapterTensors(LazyTensors):
         """The tensors that may differ from the base's."""
         return {*self.updates, *self._whole}
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         if name in self._whole:
-            yield from parts(self._whole, name)
+            yield from chunks(self._whole, name)
         elif name not in self.updates:
-            yield from parts(self.base, name)
+            yield from chunks(self.base, name)
         else:
-            for (start, end), part in zip(runs(self.headers[name]), parts(self.base, name), strict=True):
+            for (start, end), part in zip(chunk_bounds(self.headers[name]), chunks(self.base, name), strict=True):
                 yield _updated(part, self.updates[name], self.updates[name].rows[start:end])
 
     def rows(self, name: str, start: int, end: int) -> Tensor:

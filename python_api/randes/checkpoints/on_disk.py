@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import LazyTensors, digests, headers, parts, rows
+from randes.checkpoints.lazy_tensors import LazyTensors, chunks, digests, headers, rows
 from randes.checkpoints.safetensors import ChangedError, File
 from randes.errors import CheckpointError
 from randes_kernels import Packed
@@ -34,11 +34,11 @@ class StoredTensors(LazyTensors):
     def files(self) -> list[File]:
         return list({id(file): file for file, _ in self.where.values()}.values())
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         self._check_first_use(name)
         file, own = self.where[name]
         try:
-            yield from file.parts(own)
+            yield from file.chunks(own)
         except ChangedError:
             raise self._altered(file.path, name) from None
 
@@ -118,7 +118,7 @@ def open_file(path: Path) -> StoredTensors:
     return StoredTensors({name: (file, name) for name in file.headers})
 
 
-class Layers(LazyTensors, MutableMapping[str, Tensor]):
+class Overlay(LazyTensors, MutableMapping[str, Tensor]):
     """What is held in memory, over what lies in files. What is set is held; files are never changed."""
 
     below: list[StoredTensors]
@@ -131,8 +131,8 @@ class Layers(LazyTensors, MutableMapping[str, Tensor]):
     def headers(self) -> Mapping[str, Tensor]:
         return {name: value for layer in (*self.below, self.held) for name, value in headers(layer).items()}
 
-    def parts(self, name: str) -> Iterator[Tensor]:
-        return parts(self._layer(name), name)
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        return chunks(self._layer(name), name)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         return rows(self._layer(name), name, start, end)
@@ -160,7 +160,7 @@ class Layers(LazyTensors, MutableMapping[str, Tensor]):
 
 def own(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """A tensor that nobody else has: read anew, or a copy."""
-    if isinstance(tensors, Layers):
+    if isinstance(tensors, Overlay):
         return own(tensors._layer(name), name)
     return tensors.read(name) if isinstance(tensors, LazyTensors) else tensors[name].clone()
 
@@ -194,7 +194,7 @@ def _stored(tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Packed]) -> It
 def known_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The digest of each tensor; of what lies in files those that it was just found to have."""
     check(tensors)
-    if isinstance(tensors, Layers):
+    if isinstance(tensors, Overlay):
         found = {name: value for layer in tensors.below for name, value in known_digests(layer).items()}
         return found | digests(tensors.held)
     if isinstance(tensors, StoredTensors) and tensors.known is not None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import ahead, blocks, headers, parts, raw, runs
+from randes.checkpoints.lazy_tensors import ahead, blocks, chunk_bounds, chunks, headers, raw
 from randes.errors import CheckpointError
 
 DTYPES = {
@@ -73,9 +73,9 @@ class File:
             return False
         return (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         """One tensor, a run of its first dimension after the other. Raises ``ChangedError``."""
-        for start, end in runs(self.headers[name]):
+        for start, end in chunk_bounds(self.headers[name]):
             yield self.rows(name, start, end)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
@@ -119,23 +119,23 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int
             raise CheckpointError(f"{name} must be of a dtype that safetensors has, got {header.dtype}")
     names = sorted(described, key=lambda name: (_ORDER[described[name].dtype][0], name))
 
-    def chunks() -> Iterator[memoryview]:
+    def pieces() -> Iterator[memoryview]:
         yield memoryview(_header(described, names))
-        with ahead(part for name in names for part in parts(tensors, name)) as made:
+        with ahead(part for name in names for part in chunks(tensors, name)) as made:
             for part in made:
                 yield raw(part)
                 step(part.nbytes)
 
-    write_whole(path, chunks())
+    write_whole(path, pieces())
 
 
-def write_whole(path: Path, chunks: Iterable[memoryview]) -> None:
+def write_whole(path: Path, pieces: Iterable[memoryview]) -> None:
     """Write a file beside ``path``, flush it to disk, and rename it. Raises ``OSError`` where the disk is full."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            for data in chunks:
+            for data in pieces:
                 while len(data):
                     data = data[os.write(handle, data) :]
         finally:

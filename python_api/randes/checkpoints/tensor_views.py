@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import LazyTensors, digests, headers, parts, rows, runs
-from randes.checkpoints.on_disk import Layers, StoredTensors, in_files
+from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, chunks, digests, headers, rows
+from randes.checkpoints.on_disk import Overlay, StoredTensors, in_files
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class SplitTensors(LazyTensors):
         self.source = source
         self.below = [source]
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         own, view = self.where[name]
         if view is None:
-            yield from parts(self.source, own)
+            yield from chunks(self.source, own)
             return
         if view.vector:
             yield self.source[own][None]
             return
         first = 0 if view.stacked else view.first_row(name)
         if not view.stacked and not view.transposed:
-            for start, end in runs(self.headers[name]):
+            for start, end in chunk_bounds(self.headers[name]):
                 yield rows(self.source, own, first + start, first + end).flatten(1)
             return
         if view.stacked:
@@ -88,7 +88,7 @@ class SplitTensors(LazyTensors):
         else:
             whole = self.source[own]
         whole = whole.mT if view.transposed else whole
-        for start, end in runs(self.headers[name]):
+        for start, end in chunk_bounds(self.headers[name]):
             yield whole[first + start : first + end].contiguous()
 
     def renamed(self, names: Mapping[str, str]) -> StoredTensors:
@@ -119,21 +119,21 @@ class JoinedTensors(LazyTensors):
         super().__init__(found | {alias: found[name] for alias, name in ties.items()})
         self._matrices, self._views, self._ties = matrices, views, ties
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         name = self._ties.get(name, name)
         view, header = self._views.get(name), self.headers[name]
         if view is None:
-            yield from parts(self._matrices, name)
+            yield from chunks(self._matrices, name)
         elif view.stacked:
             names = list(view.parts)
-            for start, end in runs(header):
+            for start, end in chunk_bounds(header):
                 some = torch.stack([self._matrices[part] for part in names[start:end]])
                 yield some.mT if view.transposed else some
         elif view.transposed or view.vector:
             whole = view.tensor(self._matrices)
-            yield from (whole[start:end] for start, end in runs(header))
+            yield from (whole[start:end] for start, end in chunk_bounds(header))
         else:
-            yield from _in_runs((value for part in view.parts for value in parts(self._matrices, part)), header)
+            yield from _in_runs((value for part in view.parts for value in chunks(self._matrices, part)), header)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         name = self._ties.get(name, name)
@@ -154,7 +154,7 @@ def replaced(base: Mapping[str, Tensor], held: dict[str, Tensor]) -> Mapping[str
     """A base's tensors with some others in their place, which are held in memory."""
     if in_files(base):
         assert isinstance(base, StoredTensors | SplitTensors)
-        return Layers(held, base.renamed({name: name for name in base if name not in held}))
+        return Overlay(held, base.renamed({name: name for name in base if name not in held}))
     return {**base, **held}
 
 
@@ -170,7 +170,7 @@ def _like(header: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _in_runs(values: Iterator[Tensor], header: Tensor) -> Iterator[Tensor]:
     """Rows that come in runs of other lengths, in those of a tensor."""
     held: list[Tensor] = []
-    for start, end in runs(header):
+    for start, end in chunk_bounds(header):
         while sum(map(len, held)) < end - start:
             held.append(next(values))
         some = held[0] if len(held) == 1 else torch.cat(held)

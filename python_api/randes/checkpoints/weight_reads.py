@@ -52,7 +52,7 @@ class _Watched(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.linear and func not in _DESCRIBING:  # F.linear is answered (served_weights.py)
+        if func is not F.linear and func not in _DESCRIBING:  # F.linear is answered (serving/layers/served_weights.py)
             for value in (*args, *(kwargs or {}).values()):
                 for leaf in value if isinstance(value, list | tuple) else (value,):
                     if isinstance(leaf, cls):

@@ -1,8 +1,8 @@
 """FusionBench's RanDeS methods in our terms: their configuration, unchanged, as a ``Config``.
 
-What each key means was read from the original, and ``tests/test_fusionbench_beside.py`` runs both on the same models
-with the same matrices; docs/paper.md lists where the original is at fault. ``randes.fusionbench.method`` is the other
-direction: our method inside FusionBench's own command line.
+What each key means was read from the original, and ``tests/integrations/test_fusionbench_beside.py`` runs both on the
+same models with the same matrices; docs/paper.md lists where the original is at fault. ``randes.fusionbench.method`` is
+the other direction: our method inside FusionBench's own command line.
 """
 
 from collections.abc import Mapping

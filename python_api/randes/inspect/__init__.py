@@ -1,0 +1,1 @@
+"""What can be said of a store, and of one that is to be made."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import Progress, ahead, digests, headers, parts, silent, size
+from randes.checkpoints.lazy_tensors import Progress, ahead, chunks, digests, headers, silent, size
 from randes.checkpoints.sources import Checkpoint
 from randes.superposition.packed_tensors import ERROR, coordinates_of, values_of
 from randes.superposition.retrieve import matrices
@@ -51,7 +51,7 @@ def verify(
     original = superposition.read_added(name, finetuned, step=step)
     squares: dict[str, tuple[float, float]] = {}
     for tensor in member.gains:
-        own = (parts(tensors, tensor) for tensors in (retrieved, original, superposition.base))
+        own = (chunks(tensors, tensor) for tensors in (retrieved, original, superposition.base))
         errors, sizes = [], []
         with ahead(zip(*own, strict=True)) as values:
             for found, tuned, base in values:

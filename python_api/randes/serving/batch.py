@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from randes.serving.slots import Lease
+from randes.serving.table_rows import Row
 from randes.superposition.members import Member
 
 
@@ -27,19 +27,19 @@ class Version:
 
     number: its row of the tables by model, −1 for the base. group: the row of its superposition in every ``DeltaPool``.
     kept: of each table of tensors that it has its own of, the row. member: what the superposition recorded of it.
-    leases: keep these rows its own for as long as a call or a batch has this version.
+    rows: of tables, which stay its own for as long as a call or a batch has this version.
     """
 
     name: str
     number: int
     group: int = -1
-    kept: Mapping[str, Lease] = field(default_factory=dict)
+    kept: Mapping[str, Row] = field(default_factory=dict)
     member: Member | None = None
-    leases: tuple[Lease, ...] = ()
+    rows: tuple[Row, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Version":
-        own = copy.deepcopy((self.kept, self.leases), memo)
-        return replace(self, kept=own[0], leases=own[1])
+        own = copy.deepcopy((self.kept, self.rows), memo)
+        return replace(self, kept=own[0], rows=own[1])
 
 
 class Named:
@@ -64,7 +64,7 @@ class Batch:
     named: the versions that these numbers stand for.
     of_rows: (rows,) int32, the same with a number for every row that was named.
     length: how many positions a row has, which a layer's input may have flattened into its first dimension.
-    by_row: a layer under way reads its kept tensors with a row for each row of the batch (``kept.py``).
+    by_row: a layer under way reads its kept tensors with a row for each row of the batch (``layers/per_model.py``).
     spreads: how many rows a call may have for each one named, one after the other, as the beams of a search are.
     refillable: other models may take these rows (``fill``), so that nothing may depend on which they are now.
     """

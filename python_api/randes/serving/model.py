@@ -14,7 +14,7 @@ from randes.checkpoints.sources import Checkpoint
 from randes.serving.batch import Batch
 from randes.serving.pretrained import load_base
 from randes.serving.routing import Router, first_input
-from randes.serving.served_models import Roster
+from randes.serving.served_models import ServedModels
 from randes.serving.takeover import check_layers, take_centre
 from randes.serving.transformers_models import follow_calls, mark_served
 from randes.serving.unload import Unloaded, give, merged_tensors
@@ -28,11 +28,11 @@ class SuperposedModel(nn.Module):
     """A base model that answers as any of a superposition's fine-tunes.
 
     Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters, and other layers
-    with superposed weights what serves them (``layer_kinds.py``); the rest take each row's own norms, biases and heads
-    where those are kept per model.
+    with superposed weights what serves them (``layers/other_layers.py``); the rest take each row's own norms, biases
+    and heads where those are kept per model.
 
     capacity: for how many models there shall be room, so that they can be added and deleted while others are answered:
-    memory for the superpositions of so many groups and one more, and for what models keep (``roster.py``,
+    memory for the superpositions of so many groups and one more, and for what models keep (``served_models.py``,
     docs/serving.md). Without it the model serves those that the superposition holds now.
 
     It keeps the superposition, which ``add_adapter`` and ``delete_adapter`` change, in memory alone: the store that it
@@ -51,17 +51,17 @@ class SuperposedModel(nn.Module):
     def __init__(self, base_module: nn.Module, superposition: Superposition, *, capacity: int | None = None) -> None:
         super().__init__()
         self.router = Router((), superposition.has_base)
-        self._roster = Roster(superposition, self.router, capacity)
-        layers = self._roster.layers(base_module)
+        self._served = ServedModels(superposition, self.router, capacity)
+        layers = self._served.layers(base_module)
         check_layers(base_module, layers, superposition)
         own = [(layer.module, dict(layer.module._parameters)) for layer in layers]
         try:
             if superposition.config.centre or not superposition.has_base:
                 take_centre(layers, superposition)
-            self._roster.take_over(base_module, layers)
-            self._roster.serve(base_module, superposition.served)
+            self._served.take_over(base_module, layers)
+            self._served.serve(base_module, superposition.served)
         except BaseException:  # the module is changed whole or not at all
-            for original in reversed(self._roster.originals):
+            for original in reversed(self._served.originals):
                 original.restore()
             for module, parameters in own:
                 module._parameters.update(parameters)
@@ -91,12 +91,12 @@ class SuperposedModel(nn.Module):
     @property
     def names(self) -> list[str]:
         """The models that can be asked for."""
-        return self._roster.names
+        return self._served.names
 
     @property
     def superposition(self) -> Superposition:
         """What the models come from; some of its models may not be served (``delete_adapter``)."""
-        return self._roster.superposition
+        return self._served.superposition
 
     def add_adapter(
         self, name: str, checkpoint: Checkpoint | None = None, *, group: int | None = None, alpha: float = 1.0,
@@ -111,20 +111,20 @@ class SuperposedModel(nn.Module):
         packed, ``UnknownModelError``, and ``CapacityError`` where there is no room, or where calls under way
         still need what the last change replaced. Nothing is changed then.
         """
-        roster, superposition = self._roster, self.superposition
+        served, superposition = self._served, self.superposition
         with self.router.changing:
             if checkpoint is None:
                 if superposition.member(name) and name in self.router.names:
                     raise ValueError(f"a model called {name!r} is served already")
-                roster.check_capacity(1)
-                roster.serve(self.base_model, [*self.router.names, name])
+                served.check_capacity(1)
+                served.serve(self.base_model, [*self.router.names, name])
                 return
             superposition.check_master()
             superposition.check_name(name)
-            roster.check_room(superposition.place_for(group), 1)
+            served.check_room(superposition.place_for(group), 1)
             superposition.add(name, checkpoint, group=group, alpha=alpha, progress=progress)
             try:
-                roster.serve(self.base_model, [*self.router.names, name])
+                served.serve(self.base_model, [*self.router.names, name])
             except BaseException:
                 superposition.remove(name, checkpoint)
                 raise
@@ -137,7 +137,7 @@ class SuperposedModel(nn.Module):
         Raises ``UnknownModelError``, ``ValueError`` for the model that ``set_adapter`` chose and for the base; with a
         checkpoint what ``Superposition.remove`` and ``add_adapter`` do. Nothing is changed then.
         """
-        roster, superposition = self._roster, self.superposition
+        served, superposition = self._served, self.superposition
         with self.router.changing:
             if name == BASE_NAME:
                 raise ValueError(f"name must be a fine-tune's, got {name!r}")
@@ -148,15 +148,15 @@ class SuperposedModel(nn.Module):
                 raise ValueError(f"name must not be the model that set_adapter chose, {name!r}; choose another first")
             names = [other for other in self.router.names if other != name]
             if checkpoint is None:
-                roster.serve(self.base_model, names)
+                served.serve(self.base_model, names)
                 return
             superposition.check_master()
-            roster.check_room(member.group)
+            served.check_room(member.group)
             superposition.remove(name, checkpoint, progress=progress)
             try:
-                roster.serve(self.base_model, names)
+                served.serve(self.base_model, names)
             except BaseException:
-                update.come_back(superposition, name, member, superposition.read(checkpoint))
+                update.restore_model(superposition, name, member, superposition.read(checkpoint))
                 raise
 
     def set_adapter(self, name: str) -> None:
@@ -192,7 +192,7 @@ class SuperposedModel(nn.Module):
             merged = merged_tensors(module, self.superposition, _names_of(batch)[0])
             for hook in self._hooks:
                 hook.remove()
-            for original in reversed(self._roster.originals):
+            for original in reversed(self._served.originals):
                 original.restore()
             give(module, merged)
             mark_served(module, False)
@@ -239,7 +239,7 @@ class SuperposedModel(nn.Module):
         """
         if rows is not None and any(count < 1 for count in rows):
             raise ValueError(f"rows must be numbers of at least 1, got {list(rows)}")
-        run_each_kind(self, self.router, self._roster.room.numbers, rows)
+        run_each_kind(self, self.router, self._served.room.numbers, rows)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
         """The base model's forward. ``adapter_names``: one name a row of the batch, ``"__base__"`` for the base, or

@@ -8,9 +8,10 @@ compiled anew.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,10 +21,10 @@ from randes.serving.batch import Version
 from randes.serving.layers.delta_pool import DeltaPool, group_rows
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedEmbedding
-from randes.serving.layers.per_model import KeptTable, Routed
+from randes.serving.layers.per_model import PerModelTensor, Routed
 from randes.serving.layers.superposed import Superposed
 from randes.serving.routing import Router
-from randes.serving.slots import Lease, Rows
+from randes.serving.table_rows import Row, Rows
 from randes.serving.takeover import (
     Layer,
     Room,
@@ -35,11 +36,13 @@ from randes.serving.takeover import (
     take_over,
 )
 from randes.serving.unload import Original
-from randes.superposition.members import BASE_NAME
+from randes.superposition.members import BASE_NAME, Member
 from randes.superposition.superposition import Superposition
 
+M = TypeVar("M", bound=nn.Module)
 
-class Roster:
+
+class ServedModels:
     """The models that a module serves, of those that a superposition has, and the rows of each.
 
     capacity: for how many models there is room; None for those that there are. Raises ``ValueError`` for too small a
@@ -51,13 +54,13 @@ class Roster:
         self.room = _room(superposition, capacity)
         self._numbers = Rows(self.room.numbers)
         self._groups = Rows(len(group_rows(superposition)) if self.room.groups is None else self.room.groups)
-        self._rows: dict[int, Lease] = {}  # of the groups that are served
+        self._rows: dict[int, Row] = {}  # of the groups that are served
         self._made_of: dict[int, list[object]] = {}  # what was in them when their rows were filled
         self._averaged: list[object] = []  # the same of averages and sums, of all models
         self.originals: list[Original] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Roster":
-        copied = memo[id(self)] = object.__new__(Roster)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ServedModels":
+        copied = memo[id(self)] = object.__new__(ServedModels)
         # Copies of a model serve one superposition, whose parts are known by their identity.
         shared = {name: vars(self)[name] for name in ("superposition", "_made_of", "_averaged")}
         vars(copied).update(shared | {n: copy.deepcopy(v, memo) for n, v in vars(self).items() if n not in shared})
@@ -90,56 +93,71 @@ class Roster:
         Raises ``CapacityError`` where there are no free rows, ``ValueError`` for a superposition that does not fit the
         module's dtype, and ``CheckpointError`` for a kept tensor that cannot be served. Nothing is changed then.
         """
-        superposition, before = self.superposition, self.router.versions
+        superposition = self.superposition
         members = {name: superposition.members[name] for name in names}
         self._route(module, {tensor for name in members for tensor in self._kept(name)})
-        rows, made_of, fresh = dict(self._rows), dict(self._made_of), set()
-        for group in sorted({member.group for member in members.values()}):
-            now: list[object] = [member.gains for member in superposition.members.values() if member.group == group]
-            if group not in rows or not _same(made_of[group], now):
-                if group in rows:
-                    self.check_room(group)
-                rows[group] = self._groups.take(f"superposition for group {group}")
-                made_of[group] = now
-                fresh.add(group)
+        groups = self._groups_with(members)
         _wait(module)  # for what is still under way in rows that are free
-        parts = list(module.modules())
-        for pool in [part for part in parts if isinstance(part, DeltaPool)]:
-            for group in fresh:
-                pool.write(superposition, group, rows[group].row)
-        tables = [part for part in parts if isinstance(part, KeptTable)]
+        for pool in _parts(module, DeltaPool):
+            for group in groups.fresh:
+                pool.write(superposition, group, groups.rows[group].index)
         averaged: list[object] = [m.digests for m in superposition.members.values()] if superposition.averages else []
-        stays = _same(self._averaged, averaged)
-        shared = {tensor for tensor in superposition.averages if not superposition.has_own(tensor)} if stays else set()
-        averages = {t: lease for version in before.values() for t, lease in version.kept.items() if t in shared}
-        versions, new = [], []
-        for name, member in members.items():
-            old = before.get(name)
-            if old and old.member is member and member.group not in fresh and stays:
-                versions.append(old)
-                continue
-            kept: dict[str, Lease] = {}
-            for table in tables:
-                held = old.kept.get(table.tensor) if old and old.member is member else None
-                changed = table.tensor in superposition.averages and table.tensor not in shared
-                if held is None or changed or superposition.has_own(table.tensor):
-                    held = table.hold(superposition, name, averages, partial(_wait, module))
-                if held is not None:
-                    kept[table.tensor] = held
-            number = self._numbers.take(f"number for {name!r}")
-            leases = number, rows[member.group]
-            new.append(Version(name, number.row, rows[member.group].row, kept, member, leases))
+        stay, new = self._versions(module, members, groups, averages_stay=_same(self._averaged, averaged))
         _wait(module)  # again: a call may have ended meanwhile whose numbers were taken
-        for part in parts:
-            if isinstance(part, Superposed | SuperposedEmbedding):
-                part.write(superposition, new)
-        for table in tables:
+        for matrix in _parts(module, Superposed):
+            matrix.write(superposition, new)
+        for embedding in _parts(module, SuperposedEmbedding):
+            embedding.write(superposition, new)
+        for table in _parts(module, PerModelTensor):
             table.write(new)
         _wait(module)  # until what was written is there, whatever stream a call runs on
-        self.router.serve([*versions, *new])
+        self.router.serve([*stay, *new])
+        rows = groups.rows
         if self.capacity is not None:
             rows = {group: row for group, row in rows.items() if group in {m.group for m in members.values()}}
-        self._rows, self._made_of, self._averaged = rows, made_of, averaged
+        self._rows, self._made_of, self._averaged = rows, groups.made_of, averaged
+
+    def _groups_with(self, members: Mapping[str, Member]) -> "_Groups":
+        """A row of the pools for each group of these models: its own, or a new one where it has changed."""
+        groups = _Groups(dict(self._rows), dict(self._made_of))
+        for group in sorted({member.group for member in members.values()}):
+            everyone = self.superposition.members.values()
+            now: list[object] = [member.gains for member in everyone if member.group == group]
+            if group not in groups.rows or not _same(groups.made_of[group], now):
+                if group in groups.rows:
+                    self.check_room(group)
+                groups.rows[group] = self._groups.take(f"superposition for group {group}")
+                groups.made_of[group] = now
+                groups.fresh.add(group)
+        return groups
+
+    def _versions(
+        self, module: nn.Module, members: Mapping[str, Member], groups: "_Groups", *, averages_stay: bool
+    ) -> tuple[list[Version], list[Version]]:
+        """The versions of models that stay as they are, and new ones, with rows that nobody reads."""
+        superposition, before = self.superposition, self.router.versions
+        shared: set[str] = set()
+        if averages_stay:
+            shared = {tensor for tensor in superposition.averages if not superposition.has_own(tensor)}
+        averages = {t: row for version in before.values() for t, row in version.kept.items() if t in shared}
+        stay, new = [], []
+        for name, member in members.items():
+            old = before.get(name)
+            same = old is not None and old.member is member
+            if old is not None and same and member.group not in groups.fresh and averages_stay:
+                stay.append(old)
+                continue
+            kept: dict[str, Row] = {}
+            for table in _parts(module, PerModelTensor):
+                row = old.kept.get(table.tensor) if old is not None and same else None
+                changed = table.tensor in superposition.averages and table.tensor not in shared
+                if row is None or changed or superposition.has_own(table.tensor):
+                    row = table.hold(superposition, name, averages, partial(_wait, module))
+                if row is not None:
+                    kept[table.tensor] = row
+            number, group = self._numbers.take(f"number for {name!r}"), groups.rows[member.group]
+            new.append(Version(name, number.index, group.index, kept, member, (number, group)))
+        return stay, new
 
     def check_room(self, group: int, models: int = 0) -> None:
         """Raise ``ValueError`` unless there is room for changes at all, and ``CapacityError`` unless there is some for
@@ -168,7 +186,7 @@ class Roster:
 
         def missing() -> set[str]:
             parts = list(module.modules())
-            tables = {part.tensor for part in parts if isinstance(part, KeptTable)}
+            tables = {part.tensor for part in parts if isinstance(part, PerModelTensor)}
             return tensors - tables - {
                 part.bias_tensor for part in parts if isinstance(part, SuperposedLinear) and part.biases is not None
             }  # fmt: skip
@@ -201,6 +219,20 @@ def _room(superposition: Superposition, capacity: int | None) -> Room:
     # What a group's change alters of all its models' own needs as many rows again.
     changes = superposition.config.others == "sum" or superposition.layout.vectors
     return Room(numbers, groups + 1, numbers if changes else capacity + 1)
+
+
+@dataclass
+class _Groups:
+    """Of each group its row of the pools, and what was in it when that was filled. fresh: those to be filled."""
+
+    rows: dict[int, Row]
+    made_of: dict[int, list[object]]
+    fresh: set[int] = field(default_factory=set)
+
+
+def _parts(module: nn.Module, kind: type[M]) -> list[M]:
+    """The layers, pools or tables of a kind inside a module."""
+    return [part for part in module.modules() if isinstance(part, kind)]
 
 
 def _same(these: list[object], those: list[object]) -> bool:

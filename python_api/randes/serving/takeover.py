@@ -16,7 +16,7 @@ from randes.errors import BaseMismatchError, CheckpointError
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedLayer, kind_of
-from randes.serving.layers.per_model import KeptTable, Routed
+from randes.serving.layers.per_model import PerModelTensor, Routed
 from randes.serving.layers.per_row import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
 from randes.serving.layers.superposed import Superposed, SuperposedMatrix, check_is_base
 from randes.serving.routing import Router
@@ -113,7 +113,7 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
     superposition.check_base()
     _check_values(module, superposition)
     try:
-        check_configuration(superposition.companions, module)
+        check_configuration(superposition.model_files, module)
     except CheckpointError as error:
         raise BaseMismatchError(f"the model is not the superposition's base: {error}") from None
     for layer in layers:
@@ -190,7 +190,7 @@ def take_centre(layers: Sequence[Layer], superposition: Superposition) -> None:
 
 def take_over(
     layer: Layer, superposition: Superposition, router: Router, pools: Mapping[str, DeltaPool],
-    tables: Mapping[str, KeptTable], room: Room,
+    tables: Mapping[str, PerModelTensor], room: Room,
 ) -> None:  # fmt: skip
     """Turn a layer, in place, into what serves it: its hooks and all references to it stay."""
     module = layer.module
@@ -233,14 +233,14 @@ def make_pools(layers: Sequence[Layer], superposition: Superposition, room: Room
     return pools
 
 
-def make_tables(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, KeptTable]:
+def make_tables(layers: Sequence[Layer], superposition: Superposition, room: Room) -> dict[str, PerModelTensor]:
     """Of every tensor that some model may have its own of, what each has: one for all layers that are tied."""
-    tables: dict[str, KeptTable] = {}
+    tables: dict[str, PerModelTensor] = {}
     for layer in layers:
         for name, tensor in layer.kept.items():
             if tensor not in tables and not (_is_plain(layer) and name == "bias"):
                 like = getattr(layer.module, name)
-                tables[tensor] = KeptTable(superposition, tensor, like, room.numbers, room.kept)
+                tables[tensor] = PerModelTensor(superposition, tensor, like, room.numbers, room.kept)
     return tables
 
 

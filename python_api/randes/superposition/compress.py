@@ -8,14 +8,14 @@ from torch import Tensor
 
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
-from randes.checkpoints.lazy_tensors import Progress, headers, parts, runs, silent, size
+from randes.checkpoints.lazy_tensors import Progress, chunk_bounds, chunks, headers, silent, size
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import replaced
 from randes.config import TOGETHER, Config
 from randes.superposition import update
 from randes.superposition.basis.calibration import calibrated, matched
 from randes.superposition.basis.shared_basis import PASSES, loudest
-from randes.superposition.members import BASE_NAME, Joining, check_alpha
+from randes.superposition.members import BASE_NAME, NewModel, check_alpha
 from randes.superposition.superposition import Superposition
 
 
@@ -43,7 +43,7 @@ def compress(
     With ``config.rank`` each superposed matrix gets a shared basis of that many directions, the loudest of the deltas
     at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model. With
     "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
-    added later keep their own delta in the same directions. (``basis.py``; design, section 2.)
+    added later keep their own delta in the same directions. (``basis/shared_basis.py``; design, section 2.)
 
     alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
         or 1 / J for the average of a model soup (``origin="zero"``).
@@ -62,7 +62,7 @@ def compress(
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     for name in models:
         superposition.check_name(name)
-        check_configuration(superposition.companions, models[name])
+        check_configuration(superposition.model_files, models[name])
     original, superposed = superposition.base, superposition.superposed
     moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
     sources = {name: superposition.read(model) for name, model in models.items()}
@@ -82,16 +82,16 @@ def compress(
             found = calibrated(name, *seen, sources, stored, config.rank, step)
             bases |= {name: found} if found.shape[1] else {}
     if config.centre or config.rank:
-        companions, layout = superposition.companions, superposition.layout
+        model_files, layout = superposition.model_files, superposition.layout
         config = replace(config, include=superposition.config.include)
         superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
-        superposition.companions = companions
+        superposition.model_files = model_files
     shifts = config.shuffle_layers > 0
-    joining = [Joining(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
+    joining = [NewModel(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):
-        joining.append(Joining(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
+        joining.append(NewModel(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
     step = progress("superposing", size(original) * len(joining))
-    update.join_all(superposition, joining, step)
+    update.add_models(superposition, joining, step)
     return superposition
 
 
@@ -109,7 +109,7 @@ def _centred(
 def _mean(tensor: str, base: Tensors, models: list[Tensors], step: Callable[[int], None]) -> Tensor:
     header = headers(base)[tensor]
     mean = torch.empty(header.shape, dtype=header.dtype, device="cpu")
-    own = zip(runs(header), parts(base, tensor), *(parts(model, tensor) for model in models), strict=True)
+    own = zip(chunk_bounds(header), chunks(base, tensor), *(chunks(model, tensor) for model in models), strict=True)
     for (start, end), original, *tuned in own:
         exact = original.double()
         total = torch.zeros_like(exact)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
-from randes.checkpoints.huggingface import companions
+from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import Progress, silent
 from randes.checkpoints.lora import AdapterTensors, Update, read_adapter
 from randes.checkpoints.sources import Checkpoint, Tensors
@@ -48,7 +48,7 @@ def superpose_adapters(
     if not adapters:
         raise ValueError("adapters must hold at least one adapter, got none")
     for folder in adapters.values():
-        check_configuration(companions(base), folder)
+        check_configuration(model_files(base), folder)
     tensors = sources.read(base)
     factors = {name: _factors(Path(folder), tensors) for name, folder in adapters.items()}
     first = next(iter(factors.values()))

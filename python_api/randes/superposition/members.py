@@ -44,7 +44,7 @@ class Member:
 
 
 @dataclass(eq=False)
-class Joining:
+class NewModel:
     """A model on its way in: where its tensors come from, and what was found of them so far (as in ``Member``)."""
 
     name: str

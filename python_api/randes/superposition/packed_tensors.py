@@ -16,7 +16,7 @@ STEPS = "@steps"
 """Follows a packed tensor's name in a file, for its steps."""
 ERROR = {8: 0.009, 4: 0.094, 2: 0.337}
 """What packing adds to normal values, relative to their size, in groups of 64."""
-Held: TypeAlias = Tensor | Packed
+SuperposedDelta: TypeAlias = Tensor | Packed
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Packing:
         check(self.bits, self.group)
 
 
-def values_of(delta: Held) -> tuple[Tensor, float]:
+def values_of(delta: SuperposedDelta) -> tuple[Tensor, float]:
     """A superposition's numbers, (N, K), and what one of them is worth, in units of a gain."""
     return (unpack(delta), 1.0) if isinstance(delta, Packed) else (delta, STEP)
 
 
-def coordinates_of(held: Held) -> Tensor:
+def coordinates_of(held: SuperposedDelta) -> Tensor:
     """A model's coordinates in a shared basis, (N, r), in steps of its unit."""
     return unpack(held).mT if isinstance(held, Packed) else held
 
@@ -81,7 +81,7 @@ class PackedTensors(Mapping[str, Packed]):
         return dict, (dict(self),)  # as of LazyTensors
 
 
-def flattened(tensors: Mapping[str, Held]) -> Mapping[str, Tensor]:
+def flattened(tensors: Mapping[str, SuperposedDelta]) -> Mapping[str, Tensor]:
     """As a file holds them: words by name, and steps beside them. What lies in a file stays there."""
     if isinstance(tensors, LazyTensors):
         return tensors

@@ -29,7 +29,7 @@ def packed(superposition: S, bits: int, group: int, coordinates: int | None, ste
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,
     )  # fmt: skip
-    made.companions = superposition.companions
+    made.model_files = superposition.model_files
     made.packing = replace(packing, master=checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for number, deltas in superposition.deltas.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import LazyTensors, Progress, headers, parts, runs, silent
+from randes.checkpoints.lazy_tensors import LazyTensors, Progress, chunk_bounds, chunks, headers, silent
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
 from randes.superposition.packed_tensors import coordinates_of, values_of
@@ -21,24 +21,24 @@ class Retrieved(LazyTensors):
         super().__init__({**headers(superposition.base), **headers(superposition.members[name].kept)})
         self._superposition, self._name = superposition, name
 
-    def parts(self, name: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         sup, member = self._superposition, self._superposition.member(self._name)
         if name not in member.gains:
             if name in member.kept:
-                yield from parts(member.kept, name)
+                yield from chunks(member.kept, name)
             elif name in sup.averages:
-                yield from parts({name: sup.averaged(self._name, name)}, name)
+                yield from chunks({name: sup.averaged(self._name, name)}, name)
             else:
-                yield from parts(sup.base, name)
+                yield from chunks(sup.base, name)
         elif sup.device.type != "cpu":
             whole = self._whole(name)
-            yield from (whole[start:end] for start, end in runs(whole))
+            yield from (whole[start:end] for start, end in chunk_bounds(whole))
         else:
             shape = self.headers[name].shape
             turn = slices.turn(sup.key(self._name), sup.tensor_id(name), shape, sup.config.transform)
             deltas, unit = self._deltas(name)
             scale, first = member.gains[name] * unit, 0
-            for base, delta in zip(parts(sup.base, name), deltas, strict=True):
+            for base, delta in zip(chunks(sup.base, name), deltas, strict=True):
                 if name in sup.bases:
                     nothing = torch.zeros_like(base, dtype=torch.float32)
                     turned_back = slices.retrieve_rows(nothing, delta, scale, turn, first=first)
@@ -85,9 +85,9 @@ class Retrieved(LazyTensors):
         sup, place = self._superposition, self._superposition.place(self._name, name)
         group = sup.members[self._name].group
         if sup.packing is None:
-            return parts(sup.deltas[group], place), STEP
+            return chunks(sup.deltas[group], place), STEP
         packed = sup.few_bits[group][place]
-        return (unpack(packed.rows(slice(*run))) for run in runs(self.headers[name])), 1.0
+        return (unpack(packed.rows(slice(*run))) for run in chunk_bounds(self.headers[name])), 1.0
 
 
 def matrices(superposition: State, name: str, *, progress: Progress = silent) -> Retrieved:

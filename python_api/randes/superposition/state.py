@@ -7,15 +7,15 @@ from torch import Tensor
 
 from randes.checkpoints import sources
 from randes.checkpoints.layout import Layout, tied
-from randes.checkpoints.lazy_tensors import Progress, digests, headers, parts, silent, size
-from randes.checkpoints.on_disk import Layers, check, in_files, unchecked
+from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
+from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
 from randes.superposition.integers import AVERAGE_STEP, shared_gain
 from randes.superposition.layer_families import families, shifted, shuffled
 from randes.superposition.members import BASE_NAME, Member, Sizes
-from randes.superposition.packed_tensors import Held, Packing
+from randes.superposition.packed_tensors import Packing, SuperposedDelta
 from randes_kernels import Packed, model_key, slices, tensor_id
 
 
@@ -33,17 +33,17 @@ class State:
         self.config = config
         self.base = base
         self.superposed = tuple(sorted(superposed))
-        self.layout = layout or Layout()  # how base and fine-tunes, as they come, are these tensors (layout.py)
+        self.layout = layout or Layout()  # how checkpoints, as they come, are these tensors
         self.base_digests = dict(base_digests or digests(base))
         self.members: dict[str, Member] = {}
         # Of each group: the integers by tensor, int16 where they fit.
         self.deltas: dict[int, MutableMapping[str, Tensor]] = {}
         self.packing: Packing | None = None
         self.few_bits: dict[int, Mapping[str, Packed]] = {}  # in their place, where this is packed for serving
-        self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis.py)
+        self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis/)
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
-        self.companions: dict[str, bytes] = {}  # files that go with a Transformers base, by name
+        self.model_files: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), self.superposed)
@@ -68,7 +68,7 @@ class State:
         return self.members[name]
 
     @property
-    def held(self) -> Mapping[int, Mapping[str, Held]]:
+    def held(self) -> Mapping[int, Mapping[str, SuperposedDelta]]:
         """Of each group, its superpositions by tensor: integers, or what they were packed to."""
         return self.deltas if self.packing is None else self.few_bits
 
@@ -99,7 +99,7 @@ class State:
                 shared_gain(
                     (
                         total
-                        for part in parts(self.base, name)
+                        for part in chunks(self.base, name)
                         for total in slices.squares(part, torch.zeros_like(part))
                     ),
                     described[name].numel(),
@@ -217,7 +217,7 @@ class State:
         if self.torn:
             raise RandesError(f"the superposition must be loaded again: {self.torn}")
         check(self.base, step)
-        held = self.base.held if isinstance(self.base, Layers) else self.base
+        held = self.base.held if isinstance(self.base, Overlay) else self.base
         if in_files(held):
             return
         for name, found in digests(held, step=step).items():
@@ -226,7 +226,7 @@ class State:
 
     def check(self, group: int, name: str | None = None, *, progress: Progress = silent) -> None:
         """Raise where the base, a group's integers or a model's own tensors are not what they were."""
-        used: list[Mapping[str, Held]] = [self.held.get(group, {}), self.averages, self.bases]
+        used: list[Mapping[str, SuperposedDelta]] = [self.held.get(group, {}), self.averages, self.bases]
         if name is not None:
             used += [self.members[name].kept, self.members[name].coordinates]
         nbytes = sum(map(unchecked, [self.base, *used]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
-from randes.checkpoints.huggingface import companions
+from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import LazyTensors, Progress, digests, headers, silent, size
 from randes.checkpoints.matrices import matrices_of
 from randes.checkpoints.on_disk import StoredTensors
@@ -19,7 +19,7 @@ from randes.checkpoints.tensor_views import SplitTensors, replaced
 from randes.config import Config
 from randes.errors import BaseMismatchError
 from randes.superposition import update
-from randes.superposition.members import BASE_NAME, Joining, check_alpha
+from randes.superposition.members import BASE_NAME, NewModel, check_alpha
 from randes.superposition.packing import packed
 from randes.superposition.retrieve import matrices
 from randes.superposition.state import State
@@ -61,7 +61,7 @@ class Superposition(State):
             zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
             tensors, found = replaced(tensors, zeros), found | digests(zeros)
         superposition = cls(config, tensors, superposed, found, layout=layout)
-        superposition.companions = companions(base)
+        superposition.model_files = model_files(base)
         return superposition
 
     # ---------------------------------------------------------------- models
@@ -80,16 +80,16 @@ class Superposition(State):
         progress: told of each stage and its bytes, for a progress bar.
         Raises ``ValueError`` for a name that is taken or not allowed, a group that is full, an index that is taken, or
         an alpha that is not finite in fp32, alone or times the delta; and ``CheckpointError`` for a checkpoint that
-        does not fit the base, or whose configuration is another (``configurations.py``). Nothing is changed then.
+        does not fit the base, or whose configuration is another. Nothing is changed then.
         """
         self.check_master()
         self.check_name(name)
         check_alpha(alpha)
-        check_configuration(self.companions, finetuned)
-        model = Joining(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
+        check_configuration(self.model_files, finetuned)
+        model = NewModel(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))
-        update.join(self, model, step)
+        update.add_model(self, model, step)
 
     def remove(self, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> None:
         """Take a model away again, exactly: the bytes are those from before it was added.
@@ -104,7 +104,7 @@ class Superposition(State):
             raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
         self.check(member.group, progress=progress)
         step = progress("removing", 2 * size(self.base))
-        update.leave(self, name, self.read_added(name, finetuned, step=step), step)
+        update.remove_model(self, name, self.read_added(name, finetuned, step=step), step)
 
     def pack(
         self, bits: int = 4, *, group: int = 64, coordinates: int | None = None,

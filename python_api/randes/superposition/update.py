@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import ahead, headers, one_thread, parts
+from randes.checkpoints.lazy_tensors import ahead, chunks, headers, one_thread
 from randes.checkpoints.on_disk import own
 from randes.checkpoints.sources import check_finite
 from randes.errors import CheckpointError, RandesError
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import averaged, check_average, gain_of, narrow, rate
-from randes.superposition.members import BASE_NAME, Joining, Member, check_scales
+from randes.superposition.members import BASE_NAME, Member, NewModel, check_scales
 from randes.superposition.packed_tensors import coordinates_of
-from randes.superposition.prefetch import Pairs, Part, Reading
+from randes.superposition.prefetch import Chunk, Pairs, Prefetch
 from randes.superposition.state import State
 from randes_kernels import mixing, slices, superpose_
 from randes_kernels.format import Matrix
@@ -33,9 +33,9 @@ SUMMED = ("average", "sum")
 """What ``Config.others`` makes of a sum over the models."""
 
 
-def join(sup: State, model: Joining, step: Callable[[int], None]) -> None:
+def add_model(sup: State, model: NewModel, step: Callable[[int], None]) -> None:
     """Superpose one more model. Nothing is changed by what raises."""
-    with Reading(sup, [model], step) as reading:
+    with Prefetch(sup, [model], step) as reading:
         for tensor in reading:
             for _, incoming in reading.models():
                 _measure(sup, model, tensor, incoming, reading.computing, hold=tensor in sup.bases)
@@ -45,32 +45,32 @@ def join(sup: State, model: Joining, step: Callable[[int], None]) -> None:
     sup.members[model.name] = member
 
 
-def leave(sup: State, name: str, tensors: Mapping[str, Tensor], step: Callable[[int], None]) -> None:
+def remove_model(sup: State, name: str, tensors: Mapping[str, Tensor], step: Callable[[int], None]) -> None:
     """Take a model away, whose ``tensors`` were found to be those that joined. Nothing is changed by what raises."""
     held = sup.members[name]
-    model = _again(name, held, tensors)
+    model = _measured(name, held, tensors)
     change(sup, model, step, subtract=True, check=partial(check_comes_back, sup, name))
     del sup.members[name]
     tidy(sup, held.group)
 
 
-def come_back(sup: State, name: str, member: Member, tensors: Mapping[str, Tensor]) -> None:
-    """Undo ``leave``, whatever group the model was in."""
-    change(sup, _again(name, member, tensors), lambda _: None)
+def restore_model(sup: State, name: str, member: Member, tensors: Mapping[str, Tensor]) -> None:
+    """Undo ``remove_model``, whatever group the model was in."""
+    change(sup, _measured(name, member, tensors), lambda _: None)
     sup.members[name] = member
 
 
-def _again(name: str, held: Member, tensors: Mapping[str, Tensor]) -> Joining:
+def _measured(name: str, held: Member, tensors: Mapping[str, Tensor]) -> NewModel:
     """A model that was measured when it joined."""
-    model = Joining(name, held.group, held.alpha, tensors, held.index, dict(held.gains))
+    model = NewModel(name, held.group, held.alpha, tensors, held.index, dict(held.gains))
     model.units = dict(held.units)
     model.coordinates = {tensor: coordinates_of(own) for tensor, own in held.coordinates.items()}
     return model
 
 
-def join_all(sup: State, models: list[Joining], step: Callable[[int], None]) -> None:
+def add_models(sup: State, models: list[NewModel], step: Callable[[int], None]) -> None:
     """Superpose the models of a new superposition, which what raises leaves unfinished."""
-    with Reading(sup, models, step) as reading:
+    with Prefetch(sup, models, step) as reading:
         for tensor in reading:
             for model, incoming in reading.models():
                 pairs = _measure(sup, model, tensor, incoming, reading.computing, hold=True)
@@ -86,7 +86,7 @@ def join_all(sup: State, models: list[Joining], step: Callable[[int], None]) -> 
 
 
 def change(
-    sup: State, model: Joining, step: Callable[[int], None], *, subtract: bool = False,
+    sup: State, model: NewModel, step: Callable[[int], None], *, subtract: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Add a measured model's integers, or take them away. What raises, ``check`` at the end included, undoes it."""
@@ -95,7 +95,7 @@ def change(
         if _is_averaged(sup, model, tensor):
             _average(sup, model, tensor, subtract=subtract)
         else:
-            with ahead(zip(parts(model.tensors, tensor), parts(sup.base, tensor), strict=True)) as pairs:
+            with ahead(zip(chunks(model.tensors, tensor), chunks(sup.base, tensor), strict=True)) as pairs:
                 _superpose(sup, model, tensor, pairs, computing, subtract=subtract)
 
     done: list[str] = []
@@ -119,7 +119,7 @@ def change(
 
 
 def _measure(
-    sup: State, model: Joining, tensor: str, incoming: Iterable[Part], computing: Executor, *, hold: bool
+    sup: State, model: NewModel, tensor: str, incoming: Iterable[Chunk], computing: Executor, *, hold: bool
 ) -> Pairs:
     """Everything about one tensor of a model that joins; its parts, if they are to be held.
 
@@ -143,7 +143,7 @@ def _measure(
         sums = [total for pair in _differences(sup, model, tensor, pairs) for total in slices.squares(*pair)]
 
     def peak() -> float:
-        again = pairs or zip(parts(model.tensors, tensor), parts(sup.base, tensor), strict=True)
+        again = pairs or zip(chunks(model.tensors, tensor), chunks(sup.base, tensor), strict=True)
         differences = _differences(sup, model, tensor, again)
         largest = max(float((part.double() - base.double()).abs().max()) for part, base in differences)
         matrix = sup.config.transform.matrix
@@ -163,7 +163,7 @@ def _measure(
     return pairs
 
 
-def _passed(sup: State, tensor: str, incoming: Iterable[Part], hold: bool) -> tuple[Pairs, list[float], str]:
+def _passed(sup: State, tensor: str, incoming: Iterable[Chunk], hold: bool) -> tuple[Pairs, list[float], str]:
     """What is found while the parts of a tensor go by: those to be held, sums of squares, the digest of all."""
     pairs: Pairs = []
     sums: list[float] = []
@@ -181,7 +181,7 @@ def _passed(sup: State, tensor: str, incoming: Iterable[Part], hold: bool) -> tu
 
 
 def _differences(
-    sup: State, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]]
+    sup: State, model: NewModel, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts whose differences are superposed: fine-tune and base; with a shared basis, what it leaves and zero."""
     first = 0
@@ -195,7 +195,7 @@ def _differences(
 
 
 def _superpose(
-    sup: State, model: Joining, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]], computing: Executor, *,
+    sup: State, model: NewModel, tensor: str, pairs: Iterable[tuple[Tensor, Tensor]], computing: Executor, *,
     subtract: bool = False, in_place: bool = False,
 ) -> None:  # fmt: skip
     """Add one tensor's turned delta to its group's integers, or take it away, once all of it is done."""
@@ -237,12 +237,12 @@ def _added(
     return narrow(held)
 
 
-def _is_averaged(sup: State, model: Joining, tensor: str) -> bool:
+def _is_averaged(sup: State, model: NewModel, tensor: str) -> bool:
     averaging = sup.config.others in SUMMED and model.name != BASE_NAME and tensor not in sup.superposed
     return averaging and headers(sup.base)[tensor].is_floating_point()
 
 
-def _average(sup: State, model: Joining, tensor: str, *, subtract: bool) -> None:
+def _average(sup: State, model: NewModel, tensor: str, *, subtract: bool) -> None:
     held = sup.averages.get(tensor)
     sup.averages[tensor] = averaged(held, model.tensors[tensor], subtract=subtract)
 
@@ -250,7 +250,7 @@ def _average(sup: State, model: Joining, tensor: str, *, subtract: bool) -> None
 def check_comes_back(sup: State, name: str) -> None:
     """Raise ``CheckpointError`` unless what a model alone had a delta in is zero once it was taken away."""
     for place in sorted(_unused(sup, sup.members[name].group, without=name)):
-        if any(part.any() for part in parts(sup.deltas[sup.members[name].group], place)):
+        if any(part.any() for part in chunks(sup.deltas[sup.members[name].group], place)):
             raise CheckpointError(f"{place} does not come back to zero without {name!r}: its integers were altered")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from randes.checkpoints import sources
-from randes.checkpoints.lazy_tensors import headers, parts
+from randes.checkpoints.lazy_tensors import chunks, headers
 from randes.checkpoints.sources import Checkpoint, Tensors
 
 Device = str | torch.device
@@ -45,7 +45,7 @@ def pairwise_cosines(
         models = [{"": tensor.detach()} for tensor in tensors]
     sums = torch.zeros(len(models), len(models), dtype=torch.float64, device=device)
     for name in _chosen(models[0], names):
-        for own in zip(*(parts(model, name) for model in models), strict=True):
+        for own in zip(*(chunks(model, name) for model in models), strict=True):
             for some in zip(*(part.flatten().split(max(1, AT_A_TIME // len(own))) for part in own), strict=True):
                 exact = torch.stack([part.to(device) for part in some]).double()
                 sums += exact @ exact.mT
@@ -138,7 +138,7 @@ class Products(NamedTuple):
     @classmethod
     def over(cls, first: Tensors, second: Tensors, name: str, device: torch.device) -> "Products":
         return cls.sum(
-            cls.of(a.to(device), b.to(device)) for a, b in zip(parts(first, name), parts(second, name), strict=True)
+            cls.of(a.to(device), b.to(device)) for a, b in zip(chunks(first, name), chunks(second, name), strict=True)
         )
 
     @classmethod

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from randes.checkpoints.lazy_tensors import Progress, headers, parts, silent, size
+from randes.checkpoints.lazy_tensors import Progress, chunks, headers, silent, size
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.inspect.analysis.likeness import Comparison, Device, Likeness, Products
 from randes.inspect.analysis.subspaces import subspace_similarity
@@ -53,12 +53,12 @@ def retrieval(
     for tensor, header in headers(sup.base).items():
         if not header.is_floating_point():
             continue
-        own = (parts(tensors, tensor) for tensors in (retrieved, original))
+        own = (chunks(tensors, tensor) for tensors in (retrieved, original))
         if tensor not in member.gains:
             weights += [Products.of(found.to(device), tuned.to(device)) for found, tuned in zip(*own, strict=True)]
             continue
         of_delta = []
-        for found, tuned, base in zip(*own, parts(sup.base, tensor), strict=True):
+        for found, tuned, base in zip(*own, chunks(sup.base, tensor), strict=True):
             found, tuned, base = (part.to(device).double() for part in (found, tuned, base))
             weights.append(Products.of(found, tuned))
             of_delta.append(Products.of(found - base, tuned - base))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from randes.checkpoints.lazy_tensors import described, headers, size
 from randes.checkpoints.sources import Tensors
-from randes.superposition.packed_tensors import Held
+from randes.superposition.packed_tensors import SuperposedDelta
 from randes.superposition.superposition import Superposition
 from randes_kernels import Packed
 
@@ -38,7 +38,7 @@ def storage(superposition: Superposition) -> Storage:
     """
     sup = superposition
     gains = sum(len(member.gains) for member in sup.members.values())
-    held: list[Mapping[str, Held]] = [headers(sup.base), headers(sup.averages), headers(sup.bases)]
+    held: list[Mapping[str, SuperposedDelta]] = [headers(sup.base), headers(sup.averages), headers(sup.bases)]
     held += [described(tensors) for tensors in sup.held.values()]
     for member in sup.members.values():
         held += [headers(member.kept), described(member.coordinates)]
@@ -87,7 +87,7 @@ def _elements(tensors: Tensors) -> int:
     return sum(header.numel() for header in headers(tensors).values())
 
 
-def _count(value: Held) -> int:
+def _count(value: SuperposedDelta) -> int:
     """How many numbers a tensor, or what it was packed to, stands for."""
     if not isinstance(value, Packed):
         return value.numel()

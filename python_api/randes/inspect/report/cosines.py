@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import headers, parts, runs
+from randes.checkpoints.lazy_tensors import chunk_bounds, chunks, headers
 from randes.checkpoints.sources import Tensors
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
@@ -46,7 +46,7 @@ class Cosines:
 
 def chosen(header: Tensor) -> list[int]:
     """The numbers of the runs of a tensor that are compared."""
-    count = len(runs(header))
+    count = len(chunk_bounds(header))
     kept = min(count, max(1, math.ceil(count * SAMPLE / max(1, header.numel()))))
     return [(2 * place + 1) * count // (2 * kept) for place in range(kept)]
 
@@ -84,8 +84,8 @@ def of_originals(
         turns = {name: _turn(sup, name, tensor) for name, tensor in lying.items()} if turned else {}
         sources: dict[tuple[str, str], Iterator[Tensor]] = {}
         for name, tensor in lying.items():
-            sources.setdefault(("", tensor), parts(sup.base, tensor))
-            sources[name, tensor] = parts(models[name], tensor)
+            sources.setdefault(("", tensor), chunks(sup.base, tensor))
+            sources[name, tensor] = chunks(models[name], tensor)
         for first, found, weight in _sampled(header, sources, step):
             deltas = {name: found[name, tensor].double() - found["", tensor] for name, tensor in lying.items()}
             if turned:
@@ -126,7 +126,7 @@ def _sampled(
     header: Tensor, sources: Mapping[K, Iterator[Tensor]], step: Callable[[int], None]
 ) -> Iterator[tuple[int, dict[K, Tensor], float]]:
     """Of the runs that are compared: the first row, each source's rows, and what their sums count for."""
-    numbers, ends = set(chosen(header)), runs(header)
+    numbers, ends = set(chosen(header)), chunk_bounds(header)
     rows = sum(end - start for number, (start, end) in enumerate(ends) if number in numbers)
     for number, found in enumerate(zip(*sources.values(), strict=True)):
         if number in numbers:
@@ -138,11 +138,11 @@ def _values(superposition: Superposition, group: int, place: str, header: Tensor
     """The rows of one superposition, in units of a step, or of a gain where they are packed."""
     held = superposition.held[group]
     if superposition.packing is None:
-        yield from parts(superposition.deltas[group], place)
+        yield from chunks(superposition.deltas[group], place)
         return
     packed = held[place]
     assert isinstance(packed, Packed)
-    yield from (unpack(packed.rows(slice(*run))) for run in runs(header))
+    yield from (unpack(packed.rows(slice(*run))) for run in chunk_bounds(header))
 
 
 def _lying_at(superposition: Superposition, name: str, place: str) -> str:
@@ -176,4 +176,4 @@ def _remainder(superposition: Superposition, name: str, tensor: str, delta: Tens
 
 def _coverage(superposition: Superposition) -> tuple[int, int]:
     described = [headers(superposition.base)[name] for name in superposition.superposed]
-    return sum(len(chosen(header)) < len(runs(header)) for header in described), len(described)
+    return sum(len(chosen(header)) < len(chunk_bounds(header)) for header in described), len(described)

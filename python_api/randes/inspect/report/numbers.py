@@ -19,7 +19,7 @@ from randes.inspect.analysis.storage import Storage, fusionbench_storage, storag
 from randes.inspect.report.cosines import Cosines, of_originals, of_retrieved
 from randes.inspect.summary import Verification, energy, predicted, ranks, verify
 from randes.superposition.members import Member, Sizes
-from randes.superposition.packed_tensors import Held, Packing
+from randes.superposition.packed_tensors import Packing, SuperposedDelta
 from randes.superposition.packing import coordinates_for
 from randes.superposition.superposition import Superposition
 from randes_kernels.packing import packed_bytes
@@ -239,5 +239,5 @@ def why_not(config: Config, name: str, header: Tensor) -> str:
     return "not chosen when the store was created"
 
 
-def _nbytes(held: Mapping[str, Held], name: str) -> int:
+def _nbytes(held: Mapping[str, SuperposedDelta], name: str) -> int:
     return described(held)[name].nbytes

@@ -1,0 +1,1 @@
+"""Layers that answer each row as its own model."""

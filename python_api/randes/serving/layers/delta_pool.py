@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from randes.serving.slots import put
-from randes.superposition.packed_tensors import Held, values_of
+from randes.serving.table_rows import put
+from randes.superposition.packed_tensors import SuperposedDelta, values_of
 from randes.superposition.superposition import Superposition
 from randes_kernels import Packed, unpack
 
@@ -76,7 +76,7 @@ class DeltaPool(nn.Module):
                 self._check_finite(slot)
 
     @property
-    def delta(self) -> Held:
+    def delta(self) -> SuperposedDelta:
         """As ``superposed_linear`` takes it."""
         if self.packing is None:
             return self.values

@@ -13,7 +13,7 @@ from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.served_weights import ServedWeight
 from randes.serving.layers.superposed import Superposed, check_is_base, first_versions, tensor_of
 from randes.serving.routing import Router
-from randes.serving.slots import put
+from randes.serving.table_rows import put
 from randes.superposition.retrieve import unsuperposed
 from randes.superposition.superposition import Superposition
 

@@ -22,7 +22,7 @@ from randes.checkpoints.tensor_views import View
 from randes.serving.batch import Version
 from randes.serving.layers.per_model import Routed
 from randes.serving.layers.superposed import SuperposedMatrix
-from randes.serving.slots import put
+from randes.serving.table_rows import put
 from randes.superposition.superposition import Superposition
 from randes_kernels import mixing
 from randes_kernels.reference import transform_parts

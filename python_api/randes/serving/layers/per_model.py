@@ -12,7 +12,7 @@ from randes.errors import CheckpointError
 from randes.serving.batch import Version
 from randes.serving.layers.served_weights import ServedWeight
 from randes.serving.routing import Router
-from randes.serving.slots import Lease, Rows, put
+from randes.serving.table_rows import Row, Rows, put
 from randes.superposition.members import BASE_NAME
 from randes.superposition.retrieve import unsuperposed
 from randes.superposition.superposition import Superposition
@@ -21,7 +21,7 @@ RESERVED_ELEMENTS = 1 << 16
 """Of a tensor that models with room for others reserve rows of; a larger one's are made when somebody needs one."""
 
 
-class KeptTable(nn.Module):
+class PerModelTensor(nn.Module):
     """One tensor as each model has it: the rows of those that differ from the base, and who has which.
 
     Where models differ in its shape (heads of other numbers of classes), ``values`` is empty and each has its own.
@@ -45,10 +45,10 @@ class KeptTable(nn.Module):
             count = len(members)
         self.tensor, self.shape = tensor, like.shape
         self.ragged = any(shape != like.shape for shape in own)
-        self.leases = Rows(max(count, room or 0))
+        self.table_rows = Rows(max(count, room or 0))
         # Whether any model's tensor may be here: a layer that nobody changed costs nothing.
         self.used = count > 0 or (room is not None and like.numel() <= RESERVED_ELEMENTS)
-        held = self.leases.count if self.used and not self.ragged else 0
+        held = self.table_rows.count if self.used and not self.ragged else 0
         self.register_buffer("values", like.new_zeros(held, *like.shape), persistent=False)
         self.numbers = [-1] * numbers
         rows = torch.full((numbers,), -1, dtype=torch.int32, device=like.device)
@@ -56,8 +56,8 @@ class KeptTable(nn.Module):
 
     @torch.no_grad()
     def hold(
-        self, superposition: Superposition, name: str, averages: dict[str, Lease], wait: Callable[[], None]
-    ) -> Lease | None:
+        self, superposition: Superposition, name: str, averages: dict[str, Row], wait: Callable[[], None]
+    ) -> Row | None:
         """A row with a model's own tensor; None where it has the base's. averages: rows that all models share. wait:
         until a device has done what was given to it by whoever had the row before.
 
@@ -69,15 +69,15 @@ class KeptTable(nn.Module):
         own = own or superposition.has_own(self.tensor)
         if not own and self.tensor in averages:
             return averages[self.tensor]
-        lease = self.leases.take(f"row for {self.tensor} of {name!r}")
+        row = self.table_rows.take(f"row for {self.tensor} of {name!r}")
         value = unsuperposed(superposition, name, self.tensor)
         wait()
         if self.ragged:
-            taken = self.leases.taken
-            for key in [f"value_{row}" for row in range(self.leases.count) if row not in taken]:
+            taken = self.table_rows.taken
+            for key in [f"value_{index}" for index in range(self.table_rows.count) if index not in taken]:
                 self._buffers.pop(key, None)
             place = self.rows.device, self.values.dtype
-            self.register_buffer(f"value_{lease.row}", value.to(*place, copy=True), persistent=False)
+            self.register_buffer(f"value_{row.index}", value.to(*place, copy=True), persistent=False)
         elif value.shape != self.shape:
             raise CheckpointError(
                 f"{self.tensor} of {name!r} must be {tuple(self.shape)}, got {tuple(value.shape)}: a model with a head"
@@ -85,19 +85,19 @@ class KeptTable(nn.Module):
             )
         else:
             if not self.used:
-                self.values = self.values.new_zeros(self.leases.count, *self.shape)
-            put(self.values, lease.row, value)
+                self.values = self.values.new_zeros(self.table_rows.count, *self.shape)
+            put(self.values, row.index, value)
         self.used = True
         if not own:
-            averages[self.tensor] = lease
-        return lease
+            averages[self.tensor] = row
+        return row
 
     @torch.no_grad()
     def write(self, versions: Sequence[Version]) -> None:
         """Fill these models' rows, which nobody reads yet."""
         for version in versions:
-            lease = version.kept.get(self.tensor)
-            self.numbers[version.number] = -1 if lease is None else lease.row
+            row = version.kept.get(self.tensor)
+            self.numbers[version.number] = -1 if row is None else row.index
         numbers = [version.number for version in versions]
         rows = [self.numbers[number] for number in numbers]
         put(self.rows, numbers, torch.tensor(rows, dtype=torch.int32, device="cpu"))
@@ -131,18 +131,18 @@ class Routed(nn.Module):
     made_of: ClassVar[tuple[Any, ...]] = ()  # what ``routed_class`` made this class of
 
     _router: Router
-    _tables: nn.ModuleDict  # of KeptTable
+    _tables: nn.ModuleDict  # of PerModelTensor
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Classes that are made for a kind of layer have no name to be found by: they are made again.
         plain: Any = super().__reduce_ex__(protocol)
         return (new_layer, self.made_of, *plain[2:])
 
-    def _table(self, name: str) -> KeptTable | None:
+    def _table(self, name: str) -> PerModelTensor | None:
         """None where all models have the base's."""
         held: dict[str, nn.Module] = dict(self._tables.items())
         table = held.get(key_of(name))
-        assert table is None or isinstance(table, KeptTable)
+        assert table is None or isinstance(table, PerModelTensor)
         return table if table is not None and table.used else None
 
     def _own(self, name: str, ids: Tensor, *place: int) -> Tensor | None:

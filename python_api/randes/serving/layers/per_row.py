@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.module_parameters import base_of, move
-from randes.serving.layers.per_model import KeptTable, Routed, key_of, routed_class
+from randes.serving.layers.per_model import PerModelTensor, Routed, key_of, routed_class
 from randes.serving.routing import Router
 
 FEW_ELEMENTS = 1 << 16
@@ -248,7 +248,7 @@ def calls_super(layer: nn.Module) -> bool:
 
 
 def route_layer(
-    layer: nn.Module, tables: dict[str, KeptTable], router: Router, kind: type[Routed] | None = None,
+    layer: nn.Module, tables: dict[str, PerModelTensor], router: Router, kind: type[Routed] | None = None,
     superposed: Iterable[str] = (),
 ) -> None:  # fmt: skip
     """Make ``layer``, in place, use each row's own model's tensors.

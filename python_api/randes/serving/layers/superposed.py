@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from randes.errors import BaseMismatchError
 from randes.serving.batch import Version
 from randes.serving.layers.delta_pool import DeltaPool, group_rows
-from randes.serving.slots import put
+from randes.serving.table_rows import put
 from randes.superposition.basis import shared_basis
 from randes.superposition.basis.shared_basis import UNIT
-from randes.superposition.packed_tensors import Held, coordinates_of
+from randes.superposition.packed_tensors import SuperposedDelta, coordinates_of
 from randes.superposition.superposition import Superposition
 from randes_kernels import Basis, mixing, superposed_linear
 from randes_kernels.format import Matrix
@@ -156,7 +156,7 @@ class SuperposedMatrix(Superposed):
         return self._product(x, weight, bias, ids)
 
 
-def _in_one_dtype(x: Tensor, *others: Held | None) -> tuple[Any, ...]:
+def _in_one_dtype(x: Tensor, *others: SuperposedDelta | None) -> tuple[Any, ...]:
     """Operands as they meet in the matmul: as they are, or cast by autocast, which leaves what is packed."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, *others

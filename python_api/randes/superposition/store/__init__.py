@@ -6,7 +6,7 @@
     group-<number>-<digest>.safetensors        integers of one group, by tensor
     model-<key>-<digest>.safetensors           what one model keeps of its own
     average-<digest>.safetensors               sums behind others="average"
-    config.json, tokenizer...                  what a Transformers base has beside its weights (companions.py)
+    config.json, tokenizer...                  what a Transformers base has beside its weights
 
 Files are named by what they hold and never rewritten. A save writes the new ones beside the old, renames the
 manifest last, and only then removes what no manifest names: a crash at any moment leaves the old store or the

@@ -10,7 +10,7 @@ from typing import Any
 from randes.checkpoints import sources
 from randes.checkpoints.huggingface import for_store
 from randes.checkpoints.layout import Layout
-from randes.checkpoints.on_disk import Layers, StoredTensors, known_digests
+from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.sources import Tensors
 from randes.config import Config
 from randes.errors import StoreError
@@ -70,7 +70,7 @@ def contents_of(superposition: State) -> dict[str, Tensors]:
         member = superposition.members[name]
         own, coordinates = member.kept, member.coordinates
         if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors):
-            own = Layers({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
+            own = Overlay({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
         else:
             own = {**own, **flattened({f"{tensor}{COORDINATES}": value for tensor, value in coordinates.items()})}
         contents[model_file(superposition, name)] = own
@@ -99,18 +99,18 @@ def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str,
         split = sorted(part for view in layout.views.values() for part in view.parts)
         own = {part: superposition.base_digests[part] for part in split}
         manifest["layout"] = layout.to_dict() | {"digests": own}
-    if superposition.companions:
-        manifest["companions"] = {name: digest_of(text) for name, text in companions_in(superposition, files).items()}
+    if superposition.model_files:
+        manifest["companions"] = {name: digest_of(text) for name, text in model_files_in(superposition, files).items()}
     if superposition.packing is not None:
         manifest["packed"] = asdict(superposition.packing)
     manifest["checksum"] = _checksum(manifest)
     return manifest
 
 
-def companions_in(superposition: State, files: Iterable[str]) -> dict[str, bytes]:
+def model_files_in(superposition: State, files: Iterable[str]) -> dict[str, bytes]:
     """The files beside the tensors, as they stand in a store that has these ``files``."""
     base_file = next(name for name in files if name.startswith("base-"))
-    return for_store(superposition.companions, base_file)
+    return for_store(superposition.model_files, base_file)
 
 
 def digest_of(text: bytes) -> str:

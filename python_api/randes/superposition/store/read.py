@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from randes.checkpoints.huggingface import companions
+from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
-from randes.checkpoints.on_disk import Layers, StoredTensors
+from randes.checkpoints.on_disk import Overlay, StoredTensors
 from randes.errors import StoreError
-from randes.superposition.packed_tensors import STEPS, Held, PackedTensors
+from randes.superposition.packed_tensors import STEPS, PackedTensors, SuperposedDelta
 from randes.superposition.state import State
 from randes.superposition.store.files import open_tensors, stored_now
 from randes.superposition.store.manifest import COORDINATES, described, digest_of, model_file, read_manifest
@@ -46,25 +46,25 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
     for name, member in members.items():
         own = contents.pop(model_file(superposition, name), StoredTensors({}))
         held = {tensor: f"{tensor}{COORDINATES}" for tensor in member.units}
-        coordinates: Mapping[str, Held] = own.renamed(held)
+        coordinates: Mapping[str, SuperposedDelta] = own.renamed(held)
         if packing is not None and packing.coordinates < 16:
             held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
             rows = {tensor: headers(base)[tensor].shape[0] for tensor in member.units}
             coordinates = PackedTensors(own.renamed(held), packing.coordinates, 64, rows)
         kept = {tensor: tensor for tensor in own if tensor not in held.values()}
         superposition.members[name] = replace(member, kept=own.renamed(kept), coordinates=coordinates)
-    superposition.averages = Layers({}, contents.pop("average")) if "average" in contents else {}
+    superposition.averages = Overlay({}, contents.pop("average")) if "average" in contents else {}
     groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
     if packing is None:
-        superposition.deltas = {number: Layers({}, tensors) for number, tensors in groups.items()}
+        superposition.deltas = {number: Overlay({}, tensors) for number, tensors in groups.items()}
     else:
         columns = {tensor: headers(base)[tensor].shape[1] for tensor in superposition.superposed}
         superposition.few_bits = {
             number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
-    superposition.companions = companions(folder)
+    superposition.model_files = model_files(folder)
     for name, known_text in manifest.get("companions", {}).items():
-        if name not in superposition.companions or digest_of(superposition.companions[name]) != known_text:
+        if name not in superposition.model_files or digest_of(superposition.model_files[name]) != known_text:
             raise StoreError(
                 f"{folder / name} was altered or is missing: its checksum does not match the manifest. Models answer by"
                 " what it says; to change it, change it beside the base and make the store anew"

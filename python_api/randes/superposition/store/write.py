@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from randes.checkpoints import sources
-from randes.checkpoints.huggingface import is_companion
+from randes.checkpoints.huggingface import is_model_file
 from randes.checkpoints.lazy_tensors import Progress, silent, size
-from randes.checkpoints.on_disk import Layers
+from randes.checkpoints.on_disk import Overlay
 from randes.checkpoints.safetensors import write_file, write_whole
 from randes.errors import StoreError
 from randes.superposition.state import State
 from randes.superposition.store.files import OURS, Stored, open_tensors, state_of, stored_now
 from randes.superposition.store.manifest import (
     MANIFEST,
-    companions_in,
     contents_of,
     manifest_of,
+    model_files_in,
     read_manifest,
     text_of,
 )  # fmt: skip
@@ -46,7 +46,7 @@ def save(superposition: State, path: str | os.PathLike[str], *, progress: Progre
             for name, stem in files
             if (state := state_of(folder / name)) is None or known.get(folder / name) != state
         }
-        beside = companions_in(superposition, manifest["files"])
+        beside = model_files_in(superposition, manifest["files"])
         new = [folder / name for name in (*changed, *beside) if state_of(folder / name) is None]
         step = progress("writing", sum(map(size, changed.values())))
         try:
@@ -72,10 +72,10 @@ def _reopen(superposition: State, folder: Path, manifest: dict[str, Any]) -> Non
         stem = name.rsplit("-", 1)[0]
         if stem.startswith("group-"):
             group = int(stem.split("-")[1])
-            if isinstance(held := superposition.deltas.get(group), Layers) and held.held:
-                superposition.deltas[group] = Layers({}, open_tensors(folder, name, digests))
-        elif stem == "average" and isinstance(superposition.averages, Layers):
-            superposition.averages = Layers({}, open_tensors(folder, name, digests))
+            if isinstance(held := superposition.deltas.get(group), Overlay) and held.held:
+                superposition.deltas[group] = Overlay({}, open_tensors(folder, name, digests))
+        elif stem == "average" and isinstance(superposition.averages, Overlay):
+            superposition.averages = Overlay({}, open_tensors(folder, name, digests))
 
 
 def check_destination(superposition: State, folder: Path, manifest: dict[str, Any] | None = None) -> None:
@@ -105,7 +105,7 @@ def check_new(folder: Path) -> None:
     names = [file.name for file in folder.iterdir()]
     # A save writes what stands beside the tensors after these: without one it is somebody else's.
     begun = any(OURS.fullmatch(name) and name.startswith("base-") for name in names)
-    if strangers := [n for n in names if not OURS.fullmatch(n) and not (begun and is_companion(n))]:
+    if strangers := [n for n in names if not OURS.fullmatch(n) and not (begun and is_model_file(n))]:
         raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")
 
 
