@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from randes_kernels import mixing
-from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Stream, Transform, column_permutation, signs
+from randes_kernels import cpu_delta, mixing
+from randes_kernels.cpu_delta import in_slot, product, rows_of
+from randes_kernels.format import Matrix, Stream, Transform, column_permutation, signs
 from randes_kernels.lowrank import own_product
-from randes_kernels.packing import Packed, of_operands, unpack
+from randes_kernels.packing import Packed, of_operands
 
 # Enough for 64 models of 224 layers; 0.2 GB of signs then, for models of 16 GB.
 _signs = lru_cache(maxsize=2**15)(signs)
@@ -30,14 +30,6 @@ _column_permutation = lru_cache(maxsize=2**11)(column_permutation)
 
 KEPT_ELEMENTS = 1 << 16
 """Of a batch's signs that are kept as they are used: 8 rows of a layer 8192 wide; 128 MiB of them in fp32 at most."""
-SLICE_BYTES = 4 << 20
-"""Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/speed/crossover.py)."""
-
-
-FEW_ROWS = {8: 16, 4: 32, 2: 32}
-"""Up to how many rows torch's products with packed weights beat unpacking slices, in bf16 at 4096×4096; in fp32 and
-fp16 they are slower at every number of rows."""
-_vendor_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def superposed_linear(
@@ -106,7 +98,7 @@ def _weight_side(
 ) -> None:  # fmt: skip
     """``y`` (M, N) = x Ŵᵀ + bias for one model, a slice of Ŵ's rows at a time."""
     (n, k), key = weight.shape, int(keys[model])
-    whole, gain = _in_slot(held, int(slots[model])), float(scale[model])
+    whole, gain = in_slot(held, int(slots[model])), float(scale[model])
     in_stream, out_stream = Stream.COLUMN_SIGNS, Stream.ROW_SIGNS
     flip_in, flip_out = transform.column_signs, transform.row_signs
     if transposed:
@@ -115,18 +107,18 @@ def _weight_side(
     out_signs = _signs(key, tensor, out_stream, n) if flip_out else torch.ones(n, dtype=torch.int8, device="cpu")
     out_signs = out_signs.to(torch.float32 if x.dtype == torch.float16 else x.dtype)
     order = _column_permutation(key, tensor, n if transposed else k, transform) if transform.granule else None
-    height = max(32, SLICE_BYTES // (k * x.itemsize))
+    height = max(32, cpu_delta.SLICE_BYTES // (k * x.itemsize))
     # In the layout of W0's own slices, which are transposed on the way back.
     cache = x.new_empty((k, min(height, n))).mT if transposed else x.new_empty((min(height, n), k))
     for start in range(0, n, height):
         part = slice(start, min(start + height, n))
         rebuilt = cache[: part.stop - start]
         if order is None:
-            turned_back = _rows(whole, part, x.dtype)
+            turned_back = rows_of(whole, part, x.dtype)
         elif transposed and isinstance(whole, Tensor):  # no packed D runs transposed
             turned_back = whole.index_select(0, order[part])
         else:
-            turned_back = _rows(whole, part, x.dtype).index_select(1, order)
+            turned_back = rows_of(whole, part, x.dtype).index_select(1, order)
         if in_signs is not None:
             turned_back = torch.mul(turned_back, in_signs, out=rebuilt)
         if x.dtype == torch.float16:  # whose range a gain may leave: its product in fp32, then rounded once
@@ -163,7 +155,7 @@ def _activation_side(
     out = y.view(len(models), -1, y.shape[1])
     exact = torch.promote_types(y.dtype, torch.float32)
     for chosen, turned, slot, (order, factors), turn in passes:
-        delta_y = _product(turned, held, slot)
+        delta_y = product(turned, held, slot)
         if transposed and transform.matrix != Matrix.SIGNS:
             delta_y = turn.mixed(delta_y, back=True)
         if order is not None:
@@ -178,76 +170,6 @@ def _activation_side(
         own = torch.cat((biases, bias[None]))[models]  # −1, the base, is the last row
         out = out.to(exact) + own[:, None]
     return out.reshape(y.shape).to(y.dtype)
-
-
-def _product(turned: Tensor, held: Tensor | Packed, slot: int) -> Tensor:
-    """``turned`` (..., K) times D (N, K) transposed, in its dtype; of fp16 in fp32."""
-    if isinstance(held, Packed):
-        rows = turned.numel() // held.columns
-        if turned.dtype == torch.bfloat16 and rows <= FEW_ROWS[held.bits] and _fits_vendor(held):
-            return _vendor_product(turned, held, slot)
-        return _unpacked_product(turned, _packed_in_slot(held, slot))
-    delta = held[slot]
-    if turned.dtype != torch.float16:
-        return F.linear(turned, delta)
-    # D has unit gain: its product may pass fp16's range though the gain brings it back. Powers of two are exact.
-    exponent = torch.frexp(turned.abs().amax(-1, keepdim=True).float()).exponent
-    small = torch.ldexp(turned.float(), -exponent).half()
-    return torch.ldexp(F.linear(small, delta).float(), exponent)
-
-
-def _in_slot(held: Tensor | Packed, slot: int) -> Tensor | Packed:
-    return held[slot] if isinstance(held, Tensor) else _packed_in_slot(held, slot)
-
-
-def _packed_in_slot(held: Packed, slot: int) -> Packed:
-    return held._replace(words=held.words[slot], steps=held.steps[slot])
-
-
-def _rows(delta: Tensor | Packed, part: slice, dtype: torch.dtype) -> Tensor:
-    return delta[part] if isinstance(delta, Tensor) else unpack(delta.rows(part), dtype)
-
-
-def _unpacked_product(turned: Tensor, delta: Packed) -> Tensor:
-    """The product with a packed D (N, W), of which a slice at a time is unpacked in cache; of fp16 in fp32."""
-    dtype = torch.promote_types(turned.dtype, torch.float32) if turned.dtype == torch.float16 else turned.dtype
-    rows, n = turned.reshape(-1, turned.shape[-1]).to(dtype), delta.words.shape[0]
-    y = rows.new_empty((len(rows), n))
-    height = max(32, SLICE_BYTES // (delta.columns * dtype.itemsize))
-    for start in range(0, n, height):
-        part = slice(start, min(start + height, n))
-        torch.mm(rows, unpack(delta.rows(part), dtype).mT, out=y[:, part])
-    return y.view(*turned.shape[:-1], n)
-
-
-def _fits_vendor(held: Packed) -> bool:
-    """Whether torch's products with packed weights take a D of this shape; with others they end the process."""
-    return held.words.shape[1] % 16 == 0 and held.columns % SIGNS_PER_BLOCK == 0 and held.group in (0, 64, 128, 256)
-
-
-def _vendor_product(turned: Tensor, held: Packed, slot: int) -> Tensor:
-    rows = turned.reshape(-1, turned.shape[-1])
-    if held.bits == 8:
-        y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, held.words[slot], held.steps[slot, 0].to(rows.dtype))
-    else:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, *_vendor_layout(held, slot, rows.dtype))
-    return y.view(*turned.shape[:-1], -1)
-
-
-def _vendor_layout(held: Packed, slot: int, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
-    """One slot in torch's own layout of 4 bits, which 2 bits take too: kept for as long as the packed tensor lives."""
-    if held.words not in _vendor_layouts:
-        _vendor_layouts[held.words] = {}
-    kept: dict[int, tuple[Tensor, int, Tensor]] = _vendor_layouts[held.words]
-    if slot not in kept:
-        middle = torch.arange(1 << held.bits, device="cpu") + (8 - (1 << (held.bits - 1)))
-        # Theirs is (code − 8) · step + zero, with twice our step, and one step to the next odd number.
-        ones = _packed_in_slot(held, slot)._replace(steps=torch.ones_like(held.steps[slot]))
-        numbers = ((unpack(ones) + (1 << held.bits) - 1) / 2).to(torch.int64)
-        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(middle[numbers].to(torch.int32), 1)
-        steps = held.steps[slot].float()
-        kept[slot] = codes, held.group, torch.stack((2 * steps, steps), -1).to(dtype)
-    return kept[slot]
 
 
 def _places_by_slot(models: list[int], slot_of: list[int]) -> dict[int, list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from randes_kernels import mixing, slices
 from randes_kernels.format import Matrix, Transform
+from randes_kernels.hadamard import hadamard
 from randes_kernels.kernels import retrieve as retrieving
 from randes_kernels.kernels import superpose as superposing
 from randes_kernels.kernels.activation_side import activation_side
@@ -104,7 +105,7 @@ def prepare(transform: Transform, k: int, device: torch.device) -> None:
     if transform.matrix == Matrix.DIAGONAL:
         reciprocals_on(device)
     elif transform.matrix == Matrix.ROTATION:
-        mixing.hadamard(torch.zeros((1, k), device=device))
+        hadamard(torch.zeros((1, k), device=device))
 
 
 def superpose_(

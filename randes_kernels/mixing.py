@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Stream, permutation, random_words, signs
+from randes_kernels.hadamard import hadamard
 
 ROUNDS = 2
 """After one, an output is a sum of one block's inputs; after two, of all columns, in blocks of √K and more."""
-BLOCKS = (1024, 256, 64, 16, 4)
-"""Sides of the Hadamard matrices: (2^k)²."""
 MAGNITUDES = (
     5, 15, 25, 35, 45, 55, 65, 75, 85, 95, 105, 116, 126, 136, 146, 156, 166, 176, 187, 197, 207, 217, 227, 238, 248,
     258, 269, 279, 290, 300, 311, 321, 332, 342, 353, 363, 374, 385, 396, 406, 417, 428, 439, 450, 461, 472, 484,
@@ -250,20 +249,6 @@ def dense_rows(rows: Tensor, ids: Tensor, inverses: Tensor, *, back: bool = Fals
     return turned.reshape(rows.shape).to(rows.dtype)
 
 
-def hadamard(rows: Tensor) -> Tensor:
-    """``rows`` (..., K), floats, times the block-diagonal H: symmetric, and its own inverse."""
-    k, start, parts = rows.shape[-1], 0, []
-    for size in BLOCKS:
-        if count := (k - start) // size:
-            side = round(size**0.5)
-            h = _sylvester(side, rows.dtype, rows.device)
-            blocks = rows[..., start : start + count * size].reshape(-1, side, side)
-            # Scaled before it is summed, so that half precision's range holds what comes between.
-            parts.append(((h / side) @ (blocks @ h)).view(*rows.shape[:-1], count * size))
-            start += count * size
-    return torch.cat([*parts, rows[..., start:]], -1)
-
-
 def _taken(rows: Tensor, order: Tensor) -> Tensor:
     """Columns of rows (B, n, K) in an order of each, (B, K)."""
     if len(order) == 1:
@@ -283,16 +268,6 @@ def _numbers() -> Tensor:
     """By byte: its low seven bits choose a magnitude, the high one makes it negative. (256,) fp64."""
     half = torch.tensor(MAGNITUDES, dtype=torch.float64, device="cpu") * 2.0**-MAGNITUDE_BITS
     return torch.cat((half, -half))
-
-
-@lru_cache
-def _sylvester(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept where it is multiplied with: a copy for each rotation would have the host wait for the device."""
-    with torch.inference_mode(False):  # kept, so it must serve training too
-        h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-        while len(h) < side:
-            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-        return h.to(device, dtype)
 
 
 # Of 16 models' 256 matrices, which come in turn: with room for fewer each would be made again every time.

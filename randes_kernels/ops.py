@@ -13,11 +13,10 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from randes_kernels import cpu, slices
-from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Transform
+from randes_kernels.checks import check_basis, check_inverses, check_linear, check_pair, check_transform
+from randes_kernels.format import Transform
 from randes_kernels.lowrank import Basis, own_product
-from randes_kernels.packing import BITS, Packed, of_operands, unpack
-
-DENSE = int(Matrix.DENSE)  # the last of them; the compiler of torch 2.11 does not trace enumerations
+from randes_kernels.packing import Packed, of_operands, unpack
 
 library = torch.library.Library("randes", "DEF")
 library.define(
@@ -69,11 +68,11 @@ def superposed_linear(
     Raises ``ValueError`` for shapes and dtypes that do not fit, and on a CPU ``IndexError`` for an unknown id; on
     a GPU, which is not asked to wait for the answer, an unknown id's rows are NaN. (Design, section 1.)
     """
-    _check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
-    _check_transform(weight.shape[1], transform)
-    _check_inverses(inverses, transform, keys, weight)
+    check_linear(x, weight, bias, biases, delta, ids, keys, scale, slots)
+    check_transform(weight.shape[1], transform)
+    check_inverses(inverses, transform, keys, weight)
     if basis is not None:
-        _check_basis(basis, x, weight, keys)
+        check_basis(basis, x, weight, keys)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     packed: tuple[Any, ...] = (None, []) if isinstance(delta, Tensor) else (delta.steps, [delta.bits, delta.group])
     own: tuple[Any, ...] = (*(basis or (None, None)), inverses)
@@ -118,8 +117,8 @@ def superpose_(
     rate: steps per unit of weight, 1 / (gain · step), an fp32 value. key: ``format.model_key``.
     Raises ``ValueError`` for shapes and dtypes that do not fit. (Design, sections 1 and 5.)
     """
-    _check_pair("accumulator", accumulator, base, transform)
-    _check_pair("finetuned", finetuned, base, transform)
+    check_pair("accumulator", accumulator, base, transform)
+    check_pair("finetuned", finetuned, base, transform)
     if finetuned.dtype != base.dtype or base.dtype == torch.float64:
         raise ValueError(
             f"finetuned and base must be of one dtype, fp32, fp16 or bf16, got {finetuned.dtype}, {base.dtype}"
@@ -139,7 +138,7 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     scale: what a unit of D is worth.
     Raises ``ValueError`` for shapes that do not fit. (Design, section 1.)
     """
-    _check_pair("delta", delta, base, transform)
+    check_pair("delta", delta, base, transform)
     base, delta = base.contiguous(), delta.contiguous()
     return torch.ops.randes.retrieve(base, delta, scale, key, tensor, list(map(int, transform)))
 
@@ -153,107 +152,6 @@ def prepare(transform: Transform, k: int, device: torch.device) -> None:
         from randes_kernels import gpu
 
         gpu.prepare(transform, k, device)
-
-
-def _check_transform(k: int, transform: Transform) -> None:
-    if transform.granule < 0 or transform.segments < 1:
-        raise ValueError(f"transform must have a granule of at least 0 and segments of at least 1, got {transform}")
-    if k % transform.segments:
-        raise ValueError(
-            f"transform must have segments that divide the {k} columns, got segments = {transform.segments}"
-        )
-    if not 0 <= transform.matrix <= DENSE:
-        raise ValueError(f"transform must have a matrix of 0 to {DENSE}, got {transform.matrix}")
-    if transform.matrix and (transform.column_signs or transform.granule):
-        raise ValueError(f"transform must have no column signs and no permutation beside a matrix, got {transform}")
-
-
-def _check_inverses(inverses: Tensor | None, transform: Transform, keys: Tensor, weight: Tensor) -> None:
-    if (inverses is None) == (transform.matrix == DENSE):
-        found = "None" if inverses is None else tuple(inverses.shape)
-        raise ValueError(f"inverses must be there where the transform's matrix is dense alone, got {found}")
-    shape = (keys.shape[0], weight.shape[1], weight.shape[1])
-    if inverses is not None and (
-        inverses.shape != shape or inverses.dtype != torch.float32 or inverses.device != weight.device
-    ):
-        found = f"{tuple(inverses.shape)} {inverses.dtype} on {inverses.device}"
-        raise ValueError(f"inverses must be {shape} torch.float32 on {weight.device}, got {found}")
-
-
-def _check_pair(name: str, value: Tensor, base: Tensor, transform: Transform) -> None:
-    if value.shape != base.shape or base.dim() != 2:
-        raise ValueError(f"{name} must be (N, K) = {tuple(base.shape)}, got {tuple(value.shape)}")
-    if base.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"base must be fp32, fp16, bf16 or fp64, got {base.dtype}")
-    if value.device != base.device:
-        raise ValueError(f"{name} must be on {base.device} as base is, got {value.device}")
-    _check_transform(base.shape[1], transform)
-
-
-def _check_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, biases: Tensor | None, delta: Tensor | Packed,
-    ids: Tensor, keys: Tensor, scale: Tensor, slots: Tensor,
-) -> None:  # fmt: skip
-    words = delta if isinstance(delta, Tensor) else delta.words
-    for name, given, dimensions in (("weight", weight, 2), ("delta", words, 3), ("ids", ids, 1), ("keys", keys, 1)):
-        if given.dim() != dimensions:
-            raise ValueError(f"{name} must have {dimensions} dimensions, got shape {tuple(given.shape)}")
-    n, k = weight.shape
-    models = keys.shape[0]
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"x must be (..., K) with K = {k}, got {tuple(x.shape)}")
-    if x.dtype != weight.dtype:
-        raise ValueError(f"x must be {weight.dtype} as weight is, got {x.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x must be on {weight.device} as weight is, got {x.device}")
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
-        ("bias", bias, (n,), x.dtype),
-        ("biases", biases, (models, n), x.dtype),
-        *_expected_of(delta, n, k, x.dtype),
-        ("keys", keys, (models,), torch.int64),
-        ("scale", scale, (models,), torch.float32),
-        ("slots", slots, (models,), torch.int32),
-        ("ids", ids, (ids.shape[0],), torch.int32),
-    ]
-    device = x.device
-    for name, value, shape, dtype in expected:
-        if value is None:
-            continue
-        if value.shape != shape or value.dtype != dtype:
-            raise ValueError(f"{name} must be {shape} {dtype}, got {tuple(value.shape)} {value.dtype}")
-        if value.device != device:
-            raise ValueError(f"{name} must be on {device} as x is, got {value.device}")
-    if biases is not None and bias is None:
-        raise ValueError("biases needs a base bias beside it, got bias = None")
-    rows = x.numel() // k if k else 0
-    if ids.shape[0] == 0 or rows % ids.shape[0]:
-        raise ValueError(f"ids must divide the {rows} rows of x into equal runs, got {ids.shape[0]} ids")
-
-
-def _check_basis(basis: Basis, x: Tensor, weight: Tensor, keys: Tensor) -> None:
-    rank = basis.directions.shape[-1] if basis.directions.dim() else 0
-    shapes = (weight.shape[1], rank), (keys.shape[0], rank, weight.shape[0])
-    for name, value, shape in zip(("directions", "corrections"), basis, shapes, strict=True):
-        if value.shape != shape or value.dtype != x.dtype or value.device != x.device or not value.is_contiguous():
-            found = f"{tuple(value.shape)} {value.dtype} on {value.device}"
-            raise ValueError(f"basis.{name} must be {shape} {x.dtype} on {x.device}, in one piece, got {found}")
-
-
-def _expected_of(
-    delta: Tensor | Packed, n: int, k: int, dtype: torch.dtype
-) -> list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of the superpositions' tensors, (S, N, K)."""
-    if isinstance(delta, Tensor):
-        return [("delta", delta, (delta.shape[0], n, k), dtype)]
-    words, steps, bits, group, columns = delta
-    if columns != k or bits not in BITS or not words.is_contiguous() or not steps.is_contiguous():
-        raise ValueError(f"delta must be packed by randes_kernels.pack from (S, N, K) with K = {k}, got K = {columns}")
-    width = k if bits == 8 else -(-k // SIGNS_PER_BLOCK) * SIGNS_PER_BLOCK
-    groups = -(-width // group) if group else 1
-    return [
-        ("delta.words", words, (words.shape[0], n, width * bits // 8), torch.int8 if bits == 8 else torch.uint8),
-        ("delta.steps", steps, (words.shape[0], groups, n), torch.float16),
-    ]
 
 
 def _with_transform(kernel: Callable[..., Any], place: int) -> Callable[..., Any]:

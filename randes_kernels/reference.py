@@ -9,6 +9,7 @@ from torch import Tensor
 
 from randes_kernels import mixing
 from randes_kernels.format import Matrix, Stream, Transform, column_permutation, signs
+from randes_kernels.hadamard import BLOCKS
 
 
 def transform_parts(key: int, tensor: int, shape: torch.Size, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,7 +30,7 @@ def column_matrix(key: int, tensor: int, k: int, transform: Transform) -> Tensor
         return mixing.diagonal(key, tensor, k).diag()
     product = blocks = torch.eye(k, dtype=torch.float64)
     start = 0
-    for side in mixing.BLOCKS:
+    for side in BLOCKS:
         h = torch.ones(1, 1, dtype=torch.float64)
         while len(h) < side:
             h = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), h)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import randes
 
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
+"""What products in fp32 differ by."""
 TRANSFORMS = {
     "both": randes.Config(),
     "columns": randes.Config(signs="columns"),
@@ -129,3 +131,14 @@ def stored(superposition: randes.Superposition, folder: Path) -> dict[str, bytes
     """What a superposition is on disk, saved anew at ``folder``."""
     superposition.save(folder)
     return content(folder)
+
+
+def deep(layers: int = 4) -> nn.Module:
+    """Many tensors, each a write of its own."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(linear(32, 32) for _ in range(layers)), nn.Linear(32, 2))
+
+
+def tokens(rows: int, length: int = 4) -> Tensor:
+    """What a ``Net`` takes."""
+    return torch.randint(0, 11, (rows, length), generator=torch.Generator().manual_seed(rows))

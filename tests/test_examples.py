@@ -24,7 +24,7 @@ import docstrings  # noqa: E402
 import minilm  # noqa: E402
 import serving  # noqa: E402
 
-CLASSES = {"randes": ("demo", "store", "superposition"), "Python": ("json", "logging")}
+CLASSES = {"randes": ("demo", "checkpoints", "superposition.state"), "Python": ("json", "logging")}
 SIZES = minilm.Sizes(training=18, held_out=6, length=12, epochs=2, batch=6, rate=3e-3)
 WORDS = ["the", "of", "a", "to", "is", "in", "tensors", "rows", "model", "for", "with", "log", "json", "value", "by"]
 
@@ -109,7 +109,7 @@ def test_held_out_docstrings_are_not_trained_on(bert: Path) -> None:
     assert task.held_out.labels.bincount().tolist() == [2, 2, 2]
     names = [name for part in CLASSES["randes"] for name, _ in docstrings.docstrings(f"randes.{part}")]
     assert len(set(names)) == len(names)
-    assert any(name.startswith("randes.superposition.store:store.py.") for name in names)
+    assert any(name.startswith("randes.superposition.state:state.py.") for name in names)
     with pytest.raises(ValueError, match=r"randes\.config must have 500 docstrings, got"):
         docstrings.make_task("randes", ("config",), tokenizer, training=400, held_out=100, length=12)
     with pytest.raises(ValueError, match="the tasks need no_such_package, which is not installed"):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from randes_kernels.format import Transform, signed_words
-from randes_kernels.kernels.transform import tile_transform, transform_arguments
+from randes_kernels.kernels.transform import transform_arguments, transformed_tile
 from randes_kernels.primitives import flip
 
 TILE_ROWS, TILE_COLUMNS = 32, 128
@@ -26,13 +26,8 @@ def retrieve_kernel(
     FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    first_row, first_column = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_K
-    rows = (first_row + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-    columns = (first_column + tl.arange(0, BLOCK_K))[None, :]
-    inside = (rows < N) & (columns < K)
-
-    sign, turned_columns = tile_transform(
-        first_row, first_column, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
+    rows, columns, inside, sign, turned_columns = transformed_tile(
+        N, K, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
         FLIP_ROWS, FLIP_COLUMNS, PERMUTED, SEGMENTS, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     delta = tl.load(delta_ptr + rows * stride_dn + turned_columns, mask=inside, other=0).to(tl.float32)

@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from randes_kernels.format import Matrix, Stream, Transform, half_bits, signed_words
+from randes_kernels.hadamard import hadamard
 from randes_kernels.kernels.transform import transform_arguments
-from randes_kernels.mixing import ROUNDS, hadamard, padded_columns, reciprocals
+from randes_kernels.mixing import ROUNDS, padded_columns, reciprocals
 from randes_kernels.primitives import flip, permute_columns, split_key, vector_bytes, vector_signs
 
 TILE_COLUMNS = 128

@@ -14,24 +14,29 @@ COLUMN_PERMUTATION: tl.constexpr = tl.constexpr(int(Stream.COLUMN_PERMUTATION))
 
 
 @triton.jit
-def tile_transform(
-    first_row, first_column, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
+def transformed_tile(
+    N, K, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
     FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sign bits of a tile, ``(BLOCK_N, BLOCK_K)``, and where its columns go in D, ``(1, BLOCK_K)``."""
+    """This program's tile: rows ``(BLOCK_N, 1)``, columns ``(1, BLOCK_K)``, what of it is inside the matrix, its sign
+    bits, and where its columns go in D, ``(1, BLOCK_K)``."""
+    first_row, first_column = tl.program_id(1) * BLOCK_N, tl.program_id(0) * BLOCK_K
+    rows = (first_row + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    columns = first_column + tl.arange(0, BLOCK_K)
+    inside = (rows < N) & (columns < K)[None, :]
     k0, k1 = tl.cast(key_lo, tl.uint32), tl.cast(key_hi, tl.uint32)
     sign = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.uint32)
     if FLIP_ROWS:
         sign ^= vector_signs(first_row, k0, k1, ROW_SIGNS, tensor_lo, tensor_hi, BLOCK_N)[:, None]
     if FLIP_COLUMNS:
         sign ^= vector_signs(first_column, k0, k1, COLUMN_SIGNS, tensor_lo, tensor_hi, BLOCK_K)[None, :]
-    columns = first_column + tl.arange(0, BLOCK_K)
+    turned_columns = columns
     if PERMUTED:
-        columns = permute_columns(
+        turned_columns = permute_columns(
             columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, 0, COLUMN_PERMUTATION, SEGMENTS
         )
-    return sign, columns[None, :]
+    return rows, columns[None, :], inside, sign, turned_columns[None, :]
 
 
 class Sides(NamedTuple):
@@ -59,7 +64,7 @@ class TransformArguments(NamedTuple):
 
 
 def transform_arguments(transform: Transform, k: int) -> TransformArguments:
-    """What ``tile_transform`` needs beside the tile and the key."""
+    """What ``transformed_tile`` needs beside the tile and the key."""
     width = k // transform.segments
     permuted = 0 < transform.granule <= width
     return TransformArguments(

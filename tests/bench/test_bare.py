@@ -40,5 +40,5 @@ def test_gpu_tests_are_collected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["kernels", "tune", "on_gpu", "crossover"])
 def test_benches_find_the_tree(script: str, tmp_path: Path) -> None:
-    run = bare(tmp_path, f"bench/{script}.py", "--help")
+    run = bare(tmp_path, f"bench/speed/{script}.py", "--help")
     assert run.returncode == 0, run.stderr

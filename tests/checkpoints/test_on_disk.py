@@ -17,6 +17,7 @@ from randes.checkpoints.on_disk import open_file
 from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.inspect.summary import verify
+from randes.superposition.retrieve import Retrieved
 
 FLIPS = 5
 """Bits of each file, one at a time: some in the header of it, the others anywhere."""
@@ -69,7 +70,7 @@ def retrieved(store: Path) -> dict[str, Tensor]:
 def one_by_one(store: Path) -> dict[str, Tensor]:
     """Without asking the superposition for a check of anything."""
     sup = randes.Superposition.load(store, check=False)
-    return dict(randes.superposition.Retrieved(sup, "m1"))
+    return dict(Retrieved(sup, "m1"))
 
 
 def verified(store: Path) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from randes.checkpoints.safetensors import DTYPES
 def test_a_module_a_mapping_and_a_file_read_the_same(tmp_path: Path) -> None:
     model = net()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    sources = [model, model.state_dict(), tmp_path / "model.safetensors", str(tmp_path / "model.safetensors"), tmp_path]
-    for source in sources:
+    given = [model, model.state_dict(), tmp_path / "model.safetensors", str(tmp_path / "model.safetensors"), tmp_path]
+    for source in given:
         tensors = sources.read(source)
         assert tensors.keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():

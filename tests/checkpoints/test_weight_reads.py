@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import alone, finetune, linear, superposed
-from test_model import CLOSE
+from models import CLOSE, alone, finetune, linear, superposed
 from torch import Tensor, nn
 
 import randes

@@ -86,7 +86,7 @@ def test_with_rank_auto_it_is_the_most_that_there_can_be() -> None:
 def test_values_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(net().state_dict(), tmp_path / "base.safetensors")
     expected = randes.plan(net(), 3)
-    monkeypatch.setattr("randes.checkpoints.on_disk.StoredTensors.parts", None)
+    monkeypatch.setattr("randes.checkpoints.on_disk.StoredTensors.chunks", None)
     assert randes.plan(tmp_path / "base.safetensors", 3) == expected
 
 

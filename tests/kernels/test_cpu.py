@@ -20,7 +20,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from randes_kernels import cpu, reference
+from randes_kernels import cpu, cpu_delta, reference
 from randes_kernels.format import Stream, Transform
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -35,7 +35,7 @@ def _sides(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param.startswith("weight side"):
             patch.setattr(cpu, "weight_side_rows", lambda dtype, transform: 1)
-            patch.setattr(cpu, "SLICE_BYTES", 1)
+            patch.setattr(cpu_delta, "SLICE_BYTES", 1)
         yield
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from randes_kernels import gpu, mixing, pack, reference, retrieve, slices, superpose_, superposed_linear, unpack
 from randes_kernels.format import Matrix, Stream, Transform, model_key
+from randes_kernels.hadamard import _sylvester, hadamard
 
 KEY = model_key(0, "model")
 MATRICES = [Matrix.ROTATION, Matrix.DIAGONAL, Matrix.DENSE]
@@ -267,22 +268,22 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_hadamard_matrices_are_kept_where_they_are_multiplied_with() -> None:
-    mixing._sylvester.cache_clear()
+    _sylvester.cache_clear()
     prepared = normal(3, 1024 + 64)
     with torch.inference_mode():
-        mixing.hadamard(prepared)
-    made = mixing._sylvester.cache_info().misses
+        hadamard(prepared)
+    made = _sylvester.cache_info().misses
     rows = prepared.clone().requires_grad_()
-    mixing.hadamard(rows).sum().backward()  # what was kept in inference serves training
-    assert mixing._sylvester.cache_info().misses == made == 2
+    hadamard(rows).sum().backward()  # what was kept in inference serves training
+    assert _sylvester.cache_info().misses == made == 2
     assert rows.grad is not None
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_preparing_puts_constants_on_a_device_before_a_call(matrix: Matrix) -> None:
     transform = Transform(True, False, matrix=int(matrix))
-    mixing._sylvester.cache_clear()
+    _sylvester.cache_clear()
     gpu.reciprocals_on.cache_clear()
     gpu.prepare(transform, 256, torch.device("cpu"))
-    assert mixing._sylvester.cache_info().misses == (matrix == Matrix.ROTATION)
+    assert _sylvester.cache_info().misses == (matrix == Matrix.ROTATION)
     assert gpu.reciprocals_on.cache_info().misses == (matrix == Matrix.DIAGONAL)

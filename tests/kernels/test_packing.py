@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from randes_kernels import Packed, Transform, cpu, gpu, pack, superposed_linear, unpack
+from randes_kernels import Packed, Transform, cpu, cpu_delta, gpu, pack, superposed_linear, unpack
 from randes_kernels.tiles import Plan, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,8 +198,8 @@ def test_kernels_err_no_more_than_eager_torch(dtype: torch.dtype, bits: int) -> 
 @pytest.fixture(params=["measured crossovers", "weight side", "slices"])
 def _every_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "measured crossovers":
-        monkeypatch.setattr(cpu, "SLICE_BYTES", 1)
-        monkeypatch.setattr(cpu, "FEW_ROWS", dict.fromkeys(BITS, 0))
+        monkeypatch.setattr(cpu_delta, "SLICE_BYTES", 1)
+        monkeypatch.setattr(cpu_delta, "FEW_ROWS", dict.fromkeys(BITS, 0))
     if request.param == "weight side":
         monkeypatch.setattr(cpu, "weight_side_rows", lambda dtype, transform: 1)
 
@@ -229,13 +229,13 @@ def test_a_cpu_errs_no_more_than_eager_torch(bits: int, dtype: torch.dtype) -> N
 
 def test_a_kept_layout_is_made_once_and_goes_with_its_tensor() -> None:
     case = linear_case(8, 64, 512, dtype=torch.bfloat16)
-    before = len(cpu._vendor_layouts)
+    before = len(cpu_delta._vendor_layouts)
     held = pack(case.delta, 4)
     first = run(case._replace(delta=held))
-    assert len(cpu._vendor_layouts) == before + 1
+    assert len(cpu_delta._vendor_layouts) == before + 1
     assert torch.equal(run(case._replace(delta=held)), first)
     del held
-    assert len(cpu._vendor_layouts) == before
+    assert len(cpu_delta._vendor_layouts) == before
 
 
 # ---------------------------------------------------------------- the operator

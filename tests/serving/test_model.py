@@ -9,16 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import TRANSFORMS, Net, Scaled, alone, counted, finetune, linear, net, plain_names, superposed
+from models import (
+    CLOSE,
+    TRANSFORMS,
+    Net,
+    Scaled,
+    alone,
+    counted,
+    finetune,
+    linear,
+    net,
+    plain_names,
+    superposed,
+    tokens,
+)
 from torch import Tensor, nn
 
 import randes
-
-CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def tokens(rows: int, length: int = 4) -> Tensor:
-    return torch.randint(0, 11, (rows, length), generator=torch.Generator().manual_seed(rows))
 
 
 def expected(base: nn.Module, superposition: randes.Superposition, x: Tensor, names: list[str]) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Net, alone, counted, finetune, linear, net, superposed
-from test_model import CLOSE, tokens
+from models import CLOSE, Net, alone, counted, finetune, linear, net, superposed, tokens
 from torch import Tensor, nn
 
 import randes

@@ -143,7 +143,7 @@ def test_many_models_gather_and_few_do_not_and_both_answer_alike(monkeypatch: py
 def test_auto_keeps_the_directions_that_hold_a_share_and_where_there_are_none_no_basis() -> None:
     base, models = uneven()
     sup = randes.compress(base, models, randes.Config(rank="auto"))
-    assert {name: shared_basis.shape[1] for name, basis in sup.bases.items()} == {"few.weight": 4, "many.weight": 9}
+    assert {name: basis.shape[1] for name, basis in sup.bases.items()} == {"few.weight": 4, "many.weight": 9}
     for name, u in sup.bases.items():
         deltas = [(m.state_dict()[name] - base.state_dict()[name]).double() for m in models.values()]
         held = sum((d @ (u.double() * UNIT)).square().sum(0) / d.square().sum() for d in deltas) / len(deltas)

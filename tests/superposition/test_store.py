@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TRANSFORMS, content, finetune, linear, net, stored, superposed
+from models import TRANSFORMS, content, deep, finetune, linear, net, stored, superposed
 from safetensors.torch import save as serialized
 from torch import nn
 
@@ -206,12 +206,6 @@ def test_other_files_beside_a_store_survive_a_save(store: Path) -> None:
 
 class KilledError(Exception):
     """The process is gone: nothing after this touches the disk."""
-
-
-def deep(layers: int = 4) -> nn.Module:
-    """Many tensors, each a write of its own."""
-    torch.manual_seed(0)
-    return nn.Sequential(*(linear(32, 32) for _ in range(layers)), nn.Linear(32, 2))
 
 
 class Disk:
@@ -417,8 +411,7 @@ from pathlib import Path
 import torch
 import randes
 sys.path.insert(0, sys.argv[2])
-from models import finetune
-from test_store import deep
+from models import deep, finetune
 
 store, base = Path(sys.argv[1]), deep()
 tuned = [finetune(base, number) for number in range(3)]

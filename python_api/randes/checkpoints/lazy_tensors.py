@@ -40,6 +40,7 @@ SMALL = 1 << 20
 Progress: TypeAlias = Callable[[str, int], Callable[[int], None]]
 """Told of each stage of long work and its bytes; answers with what is called with the bytes done since."""
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 def silent(stage: str, nbytes: int) -> Callable[[int], None]:
@@ -47,7 +48,28 @@ def silent(stage: str, nbytes: int) -> Callable[[int], None]:
     return lambda _: None
 
 
-class LazyTensors(Mapping[str, Tensor]):
+class Described(Mapping[str, V], Generic[V]):
+    """Values by name that are known by their ``headers`` before anybody asks for one."""
+
+    @property
+    def headers(self) -> Mapping[str, V]:
+        """Shape and dtype of each, as tensors without data."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.headers
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, V]]]:
+        return dict, (dict(self),)  # a copy is of the values: open files are nobody else's
+
+
+class LazyTensors(Described[Tensor]):
     """Tensors by name that are not in memory: whoever asks for one gets it read, or made, then.
 
     While somebody holds a tensor, asking again gives the same one.
@@ -85,18 +107,6 @@ class LazyTensors(Mapping[str, Tensor]):
         if (held := self._held.get(name)) is None:
             held = self._held[name] = self.read(name)
         return held
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.headers
-
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Tensor]]]:
-        return dict, (dict(self),)  # a copy is of the tensors: open files are nobody else's
 
 
 def headers(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from randes.checkpoints.lazy_tensors import Progress, silent
 from randes.checkpoints.sources import Checkpoint
 from randes.serving.batch import Batch
 from randes.serving.pretrained import load_base
-from randes.serving.routing import Router, first_input
+from randes.serving.routing import Router, check_rows, first_input, sequences_of
 from randes.serving.served_models import ServedModels
 from randes.serving.takeover import check_layers, take_centre
 from randes.serving.transformers_models import follow_calls, mark_served
@@ -252,7 +252,7 @@ class SuperposedModel(nn.Module):
             with self.router.during(self.router.current()):  # what is chosen for all may change under way
                 return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
-        with self.router.during(batch.over(_check_rows(batch, first_input(args, kwargs)))):
+        with self.router.during(batch.over(check_rows(batch, first_input(args, kwargs)))):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
@@ -272,8 +272,8 @@ class SuperposedModel(nn.Module):
             with self.router.during(batch):
                 yield
             return
-        _check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
-        with self.router.during(replace(batch, spreads=_sequences(self.base_model, kwargs))):
+        check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
+        with self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs))):
             yield
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -292,19 +292,5 @@ class SuperposedModel(nn.Module):
         return getattr(self.base_model, name)
 
 
-def _sequences(model: Any, kwargs: dict[str, Any]) -> int:
-    """How many sequences ``generate`` makes of each row while it runs: beams, or those that it returns."""
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    asked = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
-    return max(number or 1 for number in asked)
-
-
 def _names_of(batch: Batch) -> list[str]:
     return [version.name for version in batch.named.versions]
-
-
-def _check_rows(batch: Batch, first: Tensor | None) -> Tensor:
-    if first is None or batch.rows != first.shape[0]:
-        rows = 0 if first is None else first.shape[0]
-        raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
-    return first

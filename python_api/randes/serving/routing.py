@@ -37,6 +37,21 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next(found, None)
 
 
+def check_rows(batch: Batch, first: Tensor | None) -> Tensor:
+    """A call's first input. Raises ``ValueError`` unless it has a row for each one that the batch names."""
+    if first is None or batch.rows != first.shape[0]:
+        rows = 0 if first is None else first.shape[0]
+        raise ValueError(f"adapter_names must have one name a row of the batch, {rows}, got {batch.rows}")
+    return first
+
+
+def sequences_of(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many sequences ``generate`` makes of each row while it runs: beams, or those that it returns."""
+    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    asked = (kwargs.get(name, getattr(settings, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(number or 1 for number in asked)
+
+
 class Router:
     """Tells layers the batch's models: those of the call under way in this thread, else those chosen for all calls.
 

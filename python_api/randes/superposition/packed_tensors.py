@@ -1,12 +1,12 @@
 """Superposed deltas in few bits: how they are held in memory and in files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import LazyTensors
+from randes.checkpoints.lazy_tensors import Described, LazyTensors
 from randes.config import one_of
 from randes.superposition.integers import STEP
 from randes_kernels import Packed, unpack
@@ -50,7 +50,7 @@ def coordinates_of(held: SuperposedDelta) -> Tensor:
     return unpack(held).mT if isinstance(held, Packed) else held
 
 
-class PackedTensors(Mapping[str, Packed]):
+class PackedTensors(Described[Packed]):
     """The packed tensors of a file, each read when somebody asks for it.
 
     flat: words by name, and steps beside them. columns: of each.
@@ -58,27 +58,20 @@ class PackedTensors(Mapping[str, Packed]):
 
     def __init__(self, flat: LazyTensors, bits: int, group: int, columns: Mapping[str, int]) -> None:
         self.below = [flat]
-        self.headers = {
+        self._headers = {
             name: Packed(words, flat.headers[f"{name}{STEPS}"], bits, 0 if bits == 8 else group, columns[name])
             for name, words in flat.headers.items()
             if not name.endswith(STEPS)
         }
 
+    @property
+    def headers(self) -> Mapping[str, Packed]:
+        """Shapes and dtypes of words and steps."""
+        return self._headers
+
     def __getitem__(self, name: str) -> Packed:
         header, (flat,) = self.headers[name], self.below
         return header._replace(words=flat[name], steps=flat[f"{name}{STEPS}"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.headers
-
-    def __reduce__(self) -> tuple[type, tuple[dict[str, Packed]]]:
-        return dict, (dict(self),)  # as of LazyTensors
 
 
 def flattened(tensors: Mapping[str, SuperposedDelta]) -> Mapping[str, Tensor]:
