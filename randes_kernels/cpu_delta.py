@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from randes_kernels.format import SIGNS_PER_BLOCK
+from randes_kernels.format import SIGNS_PER_BLOCK as SPAN
 from randes_kernels.packing import Packed, unpack
 
 SLICE_BYTES = 4 << 20
 """Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/speed/crossover.py)."""
-FEW_ROWS = {8: 16, 4: 32, 2: 32}
+FEW_ROWS = {8: 16, 4: 32, 2: 32, 1: 32}
 """Up to how many rows torch's products with packed weights beat unpacking slices, in bf16 at 4096×4096; in fp32 and
 fp16 they are slower at every number of rows."""
 _vendor_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -60,7 +60,7 @@ def _unpacked_product(turned: Tensor, delta: Packed) -> Tensor:
 
 def _fits_vendor(held: Packed) -> bool:
     """Whether torch's products with packed weights take a D of this shape; with others they end the process."""
-    return held.words.shape[1] % 16 == 0 and held.columns % SIGNS_PER_BLOCK == 0 and held.group in (0, 64, 128, 256)
+    return held.words.shape[1] % 16 == 0 and held.columns % SPAN == 0 and held.group in (0, 64, SPAN, 256)
 
 
 def _vendor_product(turned: Tensor, held: Packed, slot: int) -> Tensor:
@@ -73,7 +73,7 @@ def _vendor_product(turned: Tensor, held: Packed, slot: int) -> Tensor:
 
 
 def _vendor_layout(held: Packed, slot: int, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
-    """One slot in torch's own layout of 4 bits, which 2 bits take too: kept for as long as the packed tensor lives."""
+    """One slot in torch's own layout of 4 bits, which fewer take too: kept for as long as the packed tensor lives."""
     if held.words not in _vendor_layouts:
         _vendor_layouts[held.words] = {}
     kept: dict[int, tuple[Tensor, int, Tensor]] = _vendor_layouts[held.words]
@@ -83,6 +83,7 @@ def _vendor_layout(held: Packed, slot: int, dtype: torch.dtype) -> tuple[Tensor,
         ones = packed_in_slot(held, slot)._replace(steps=torch.ones_like(held.steps[slot]))
         numbers = ((unpack(ones) + (1 << held.bits) - 1) / 2).to(torch.int64)
         codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(middle[numbers].to(torch.int32), 1)
-        steps = held.steps[slot].float()
-        kept[slot] = codes, held.group, torch.stack((2 * steps, steps), -1).to(dtype)
+        group = held.group or SPAN
+        steps = held.steps[slot].float().expand(held.columns // group, -1)
+        kept[slot] = codes, group, torch.stack((2 * steps, steps), -1).to(dtype)
     return kept[slot]

@@ -1,13 +1,17 @@
 """The superposed deltas in few bits: what servers hold in place of D in 16.
 
-    8 bits    D ≈ w · s                             w int8, one step s a row
-    4 or 2    D ≈ (2 v − (2^bits − 1)) · s          v of so many bits, one step s a group of a row's columns
+    8 bits       D ≈ w · s                             w int8, one step s a row
+    4, 2 or 1    D ≈ (2 v − (2^bits − 1)) · s          v of so many bits, one step s a row or a group of its columns
 
-    D (..., N, K)   words (..., N, W)   steps (..., G, N) fp16
+D (..., N, K)   words (..., N, W)   steps (..., G, N) fp16
 
-4 and 2 bits have no level at zero: D is near a normal distribution, for which levels to both sides of it lose less.
-Columns are packed in spans of 128, as many as one Philox block has signs, and padded with whole spans. Byte i of a
-span holds columns i, i + 64 at 4 bits and i, i + 32, i + 64, i + 96 at 2, the first in its lowest bits: a tile of
+4 bits and fewer have no level at zero: D is near a normal distribution, for which levels to both sides of it lose less.
+Steps are unbiased: which levels are taken is the least square's choice, but what comes back, D̂, keeps the inner product
+⟨D, D̂⟩ = ‖D‖². With the least square's own step a delta would return shrunk, to 0.88 of itself at 2 bits and 0.64 at 1,
+and accuracy falls much faster for a delta of another size than for as much noise. (Design, section 2.)
+
+Columns are packed in spans of 128, as many as one Philox block has signs, and padded with whole spans. Byte i of a span
+holds columns i and i + 64 at 4 bits, every 32nd from i at 2, every 16th at 1, the first in its lowest bits: a tile of
 bytes unpacks into tiles of neighbouring columns, by one shift for all of them. Steps lie along N, as a tile reads them.
 """
 
@@ -20,18 +24,20 @@ from torch import Tensor
 
 from randes_kernels.format import SIGNS_PER_BLOCK as SPAN
 
-BITS = (8, 4, 2)
-OF_SIZE = {4: 0.1676, 2: 0.4978}
+BITS = (8, 4, 2, 1)
+OF_SIZE = {4: 0.1676, 2: 0.4978, 1: 0.7979}
 """The step of the best evenly spaced levels for a normal distribution, in units of its size."""
 OF_PEAK = 0.92
 """The same in units of a group's largest magnitude over the outermost level, for groups of 64."""
+WHOLE_ROW = 1 << 30
+"""Columns that share a step where a row has one: more than any row has, so that kernels are compiled once for all."""
 PASSES = 2
 CHUNK = 1 << 18
 """Elements that are packed at a time: they stay in a core's cache."""
 
 
 class Packed(NamedTuple):
-    """D in few bits. ``words``: (..., N, W) int8 at 8 bits, uint8 at 4 and 2. ``steps``: (..., G, N) fp16.
+    """D in few bits. ``words``: (..., N, W) int8 at 8 bits, uint8 at fewer. ``steps``: (..., G, N) fp16.
 
     group: columns that share a step, 0 where a whole row does. columns: K.
     Beside a D that is not packed, which the kernels take in the same form, bits is 16 and steps is not read.
@@ -64,26 +70,35 @@ def of_operands(delta: Tensor, steps: Tensor | None, packing: Sequence[int], col
 def check(bits: int, group: int = 64) -> None:
     """Raise ``ValueError`` for what ``pack`` cannot do."""
     if bits not in BITS:
-        raise ValueError(f"bits must be 8, 4 or 2, got {bits!r}")
-    if not isinstance(group, int) or group < 64 or group % 64:
-        raise ValueError(f"group must be a multiple of 64 columns, got {group!r}")
+        raise ValueError(f"bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, got {bits!r}")
+    if not isinstance(group, int) or group < 0 or group % 64:
+        raise ValueError(f"group must be a multiple of 64 columns, or 0 for a whole row, got {group!r}")
 
 
-def packed_bytes(rows: int, columns: int, bits: int, group: int = 64) -> int:
+def group_for(bits: int) -> int:
+    """Columns that share a step by default: 64, but of 1 bit a whole row, beside which a group's step would weigh a
+    quarter of a bit and keep no more (design, section 2)."""
+    return 0 if bits == 1 else 64
+
+
+def packed_bytes(rows: int, columns: int, bits: int, group: int | None = None) -> int:
     """What a matrix takes, packed."""
     if bits == 8:
         return rows * (columns + 2)
+    group = group_for(bits) if group is None else group
     width = -(-columns // SPAN) * SPAN
-    return rows * (width * bits // 8 + -(-width // group) * 2)
+    return rows * (width * bits // 8 + (-(-width // group) if group else 1) * 2)
 
 
-def pack(delta: Tensor, bits: int, group: int = 64) -> Packed:
-    """``delta`` (..., N, K) in ``bits`` (8, 4 or 2) an element.
+def pack(delta: Tensor, bits: int, group: int | None = None) -> Packed:
+    """``delta`` (..., N, K) in ``bits`` (8, 4, 2 or 1) an element.
 
-    group: columns that share a step, a multiple of 64; at 8 bits a row has one, for its largest magnitude. A group's
-    step is found by least squares over the levels that the one before chose, from two starts: within 1 % of the error
-    of an exhaustive search on normal values. Raises ``ValueError``.
+    group: columns that share a step, a multiple of 64, or 0 for a whole row; by default ``group_for(bits)``. At 8 bits
+    a row has one, for its largest magnitude. A group's levels are found by least squares over those that the step
+    before chose, from two starts: within 1 % of the error of an exhaustive search on normal values. Its step then is
+    the unbiased one. Raises ``ValueError``.
     """
+    group = group_for(bits) if group is None else group
     check(bits, group)
     rows, columns = delta.flatten(0, -2), delta.shape[-1]
     one = _rows_of_eight if bits == 8 else _groups
@@ -116,7 +131,7 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32, out: Tensor | Non
         if number < planes - 1:  # of the last nothing is left above it
             plane.bitwise_and_((1 << bits) - 1)
         by_plane[..., number, :].copy_(plane.view(*lead, -1, SPAN // planes))
-    steps, group = packed.steps.mT, packed.group
+    steps, group = packed.steps.mT, packed.group or width
     # v − (2^bits − 1) / 2 and twice a step: exact, both.
     levels.sub_(((1 << bits) - 1) / 2)
     for first in range(0, width, group) if width % group else ():
@@ -137,6 +152,7 @@ def _groups(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     top = (1 << bits) - 1
     columns = rows.shape[1]
     width = -(-columns // SPAN) * SPAN
+    group = group or width
     padded = F.pad(rows, (0, -(-width // group) * group - columns))
     groups = padded.view(len(rows), -1, group)
     counted = F.pad(torch.ones(columns, device=rows.device), (0, padded.shape[1] - columns)).view(-1, group)
@@ -150,8 +166,10 @@ def _groups(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         chosen = (2 * _numbers(groups, found, bits) - top) * found
         error = (chosen - groups).mul_(counted).square().sum(-1, keepdim=True)
         step, least = torch.where(error < least, found, step), torch.minimum(error, least)
-    step = step.half()
-    numbers = _numbers(groups, step.float(), bits).to(torch.uint8).flatten(1)[:, :width]
+    chosen = _numbers(groups, step, bits)
+    inner = ((2 * chosen - top) * counted * groups).sum(-1, keepdim=True)
+    step = torch.where(inner > 0, groups.square().sum(-1, keepdim=True) / inner, 0.0).half()
+    numbers = chosen.to(torch.uint8).flatten(1)[:, :width]
     planes = 8 // bits
     by_plane = numbers.view(len(rows), -1, planes, SPAN // planes)
     words = sum((by_plane[:, :, number] << (number * bits) for number in range(1, planes)), by_plane[:, :, 0])

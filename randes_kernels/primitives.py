@@ -59,7 +59,7 @@ def signs_of(words, first, WIDTH: tl.constexpr):
     ``words``: the block's four, (KEYS,) uint32 each. WIDTH divides 128, and ``first`` is a multiple of it below 128.
     The words that the neighbours lie in are chosen once a key, not once an element.
     """
-    tl.static_assert(WIDTH == 32 or WIDTH == 64 or WIDTH == 128)
+    tl.static_assert(WIDTH == 16 or WIDTH == 32 or WIDTH == 64 or WIDTH == 128)
     w0, w1, w2, w3 = words
     index = tl.arange(0, WIDTH)[None, :]  # of neighbours: what is made of it is known when the kernel is compiled
     shift = (index % 32).to(tl.uint32)
@@ -71,7 +71,10 @@ def signs_of(words, first, WIDTH: tl.constexpr):
     even, odd = tl.where(in_low_half, w0, w2), tl.where(in_low_half, w1, w3)
     if WIDTH == 64:
         return (tl.where(index < 32, even[:, None], odd[:, None]) >> shift) & 1
-    return (tl.where(first % 64 < 32, even, odd)[:, None] >> shift) & 1
+    word = tl.where(first % 64 < 32, even, odd)[:, None]
+    if WIDTH == 16:
+        shift += tl.cast(first % 32, tl.uint32)
+    return (word >> shift) & 1
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 
 TABLES = Path(__file__).parent / "tables"
 
-PACKED = {16: "", 8: "_8", 4: "_4", 2: "_4"}
+PACKED = {16: "", 8: "_8", 4: "_4", 2: "_4", 1: "_4"}
 """What follows the width of x in a table's keys, by the bits of D."""
 
 WARPS = 8

@@ -68,7 +68,7 @@ def stores() -> Iterator[tuple[str, randes.Superposition]]:
         sup = randes.compress(base, tuned, config)
         yield name, sup
         if name in ("plain", "basis"):
-            for bits in (8, 4, 2):
+            for bits in (8, 4, 2):  # as they were before steps were unbiased
                 yield f"{name} in {bits} bits", sup.pack(bits)
 
 

@@ -40,7 +40,7 @@ CONFIGURATIONS = {
     "shared basis of rank auto, centred": randes.Config(rank="auto", centre=True),
 }
 GROUPS = (2, 4, 8, 16)
-BITS = {16: 16, 8: 8, 4: 4, 2: 4}
+BITS = {16: 16, 8: 8, 4: 4, 2: 4, 1: 4}
 """Of D, and of coordinates beside it."""
 
 

@@ -76,6 +76,7 @@ def calls(_: Path, device: str) -> None:
     from cases import basis_of, basis_product, packed_case, retrieved_product, root_mean_square, unpacked
 
     from randes_kernels import Transform, gpu
+    from randes_kernels.packing import BITS
 
     def compare(name: str, y: torch.Tensor, right: torch.Tensor) -> None:
         error = root_mean_square(y.cpu().double() - right) / root_mean_square(right)
@@ -86,7 +87,7 @@ def calls(_: Path, device: str) -> None:
     for name, case, transposed in kinds(few, many, device):
         y = gpu.superposed_linear(*case.to(device), transposed)
         compare(f"{name}, transposed: {transposed}", y, retrieved_product(case, transposed))
-    for bits in (8, 4, 2):
+    for bits in BITS:
         for rows, runs in ((few, None), (many, 1)):
             case = packed_case(bits, rows, 45, 200, Transform(), models=2, runs=runs, dtype=torch.float16)
             x, weight, bias, biases, held, *rest = case.to(device)

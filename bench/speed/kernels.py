@@ -31,7 +31,7 @@ from layers import MIXES, TENSOR, TRANSFORMS, Layer, Point
 from measure import RESULTS, Contestant, Roofline, Times, short
 
 from randes_kernels import cpu, superposed_linear
-from randes_kernels.packing import of_operands
+from randes_kernels.packing import BITS, of_operands
 
 SHAPES = {
     "Llama-3-8B": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
@@ -59,7 +59,7 @@ def star() -> Points:
     points += [(replace(centre, transform=transform), "all") for transform in TRANSFORMS for centre in (CROWD, PREFILL)]
     points += [(replace(DECODE, shape=shape), "all") for shape in SHAPES["Llama-3-8B"]]
     points += [(replace(centre, dtype=dtype), "few") for dtype in ("fp16", "fp32") for centre in (DECODE, PREFILL)]
-    points += [(replace(centre, bits=bits), "few") for bits in (8, 4, 2) for centre in (DECODE, PREFILL)]
+    points += [(replace(centre, bits=bits), "few") for bits in BITS for centre in (DECODE, PREFILL)]
     return points
 
 
@@ -78,7 +78,7 @@ def on_cpu() -> Points:
     points += [(replace(crowd, models=models, groups=models // 8), "few") for models in (16, 64)]
     for dtype, shape, m in product(("fp32", "bf16"), shapes, (1, 8, 64, 512)):
         points.append((at_rows(Point(shape, m, dtype=dtype)), "few"))
-    for dtype, bits, m in product(("bf16", "fp32"), (8, 4, 2), (1, 8, 64, 512)):
+    for dtype, bits, m in product(("bf16", "fp32"), BITS, (1, 8, 64, 512)):
         points.append((at_rows(Point((4096, 4096), m, dtype=dtype, bits=bits)), "few"))
     return points
 

@@ -59,7 +59,7 @@ MEGAHERTZ = 1980
 """Of an H200 at work: cycles of tiles are compared with each other alone."""
 COMPILERS = 12
 """Processes that compile."""
-BITS = {width + suffix: bits for width in ("half", "fp32") for bits, suffix in tiles.PACKED.items() if bits != 2}
+BITS = {width + suffix: bits for width in ("half", "fp32") for bits, suffix in tiles.PACKED.items() if bits > 2}
 """Of D, by the table's widths; 2 bits share the tiles of 4."""
 STEPS = (
     ("activation", "half", 0), ("weight", "half"), ("activation", "half_4", 0), ("activation", "half", 2),

@@ -18,7 +18,7 @@ column tile would have to gather and hash all of x again, so ``route.py`` turns 
 Where models have something of their own in a shared basis (``lowrank.py``), that is r more columns of K: the projection
 of x on it, (M, r), comes in, and each row's is multiplied with its own model's part after the loop.
 
-D may be packed in 8, 4 or 2 bits (``packing.py``). A step along K is then one span of packed columns, and so one
+D may be packed in 8 bits or fewer (``packing.py``). A step along K is then one span of packed columns, and so one
 block of signs: its bytes are loaded once and unpacked a plane at a time, each a product of its own with the x of the
 plane's columns. Levels are small odd integers, exact in any dtype; steps multiply sums, in fp32.
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from randes_kernels.format import signed_words
 from randes_kernels.kernels.reduce import finish, workspace
 from randes_kernels.kernels.transform import Sides
-from randes_kernels.packing import Packed
+from randes_kernels.packing import WHOLE_ROW, Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
     block_words,
@@ -280,7 +280,7 @@ def activation_side(
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
         HAS_BASE=weight is not None, TURNED=turned is not None or weight is None,
         HAS_BIAS=bias is not None, HAS_BIASES=biases is not None, HAS_BASIS=inner is not None,
-        ONE_SLOT=words.shape[0] == 1, WHOLE=n % tile.n == 0 and k % tile.k == 0, BITS=bits, GROUP=group,
+        ONE_SLOT=words.shape[0] == 1, WHOLE=n % tile.n == 0 and k % tile.k == 0, BITS=bits, GROUP=group or WHOLE_ROW,
         PARTS=plan.parts, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

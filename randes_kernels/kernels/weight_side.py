@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from randes_kernels.format import signed_words
 from randes_kernels.kernels.transform import Sides
-from randes_kernels.packing import Packed
+from randes_kernels.packing import WHOLE_ROW, Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
     block_words,
@@ -263,7 +263,7 @@ def weight_side(
         0 if biases is None else biases.stride(0), y.stride(0),
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
         TRANSPOSED=transposed, BULK=plan.bulk, GROUPED=order is not None,
-        HAS_BIAS=bias is not None, HAS_BIASES=biases is not None, BITS=bits, GROUP=group,
+        HAS_BIAS=bias is not None, HAS_BIASES=biases is not None, BITS=bits, GROUP=group or WHOLE_ROW,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -99,7 +99,11 @@ def test_sizes_are_those_of_the_store_and_of_packing_it(tmp_path: Path) -> None:
         for held in (sup, sup.pack(4)):
             rows = written(held, tmp_path).exact("sizes")
             named = {"this store, packed in 4 bits" if held.packing else "this store": held.sizes}
-            named |= {f"packed in {b} bits": sup.pack(b).sizes for b in (8, 4, 2) if not (held.packing and b == 4)}
+            named |= {
+                f"packed in {b} bit{'s' * (b > 1)}": sup.pack(b).sizes
+                for b in (8, 4, 2, 1)
+                if not (held.packing and b == 4)
+            }
             assert rows.keys() - {"3 separate models"} == named.keys()
             for label, sizes in named.items():
                 assert rows[label]["base"] == sizes.base

@@ -33,6 +33,7 @@ from randes_kernels.kernels.route import route_kernel
 from randes_kernels.kernels.superpose import TILE_COLUMNS, TILE_ROWS, superpose_kernel
 from randes_kernels.kernels.transform import transform_arguments
 from randes_kernels.kernels.weight_side import weight_side_kernel
+from randes_kernels.packing import BITS, WHOLE_ROW, group_for
 from randes_kernels.tiles import PACKED, TABLES, Tile
 
 TARGETS = {
@@ -84,7 +85,7 @@ def activation_case(
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
         "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "HAS_BASIS": basis,
-        "ONE_SLOT": not slots, "WHOLE": not ragged, "BITS": bits, "GROUP": 64, "PARTS": parts,
+        "ONE_SLOT": not slots, "WHOLE": not ragged, "BITS": bits, "GROUP": group_for(bits) or WHOLE_ROW, "PARTS": parts,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
@@ -111,7 +112,7 @@ def weight_case(
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS), "FLIP_IN": True, "FLIP_OUT": True,
         "TRANSPOSED": transposed, "BULK": bulk, "GROUPED": grouped,
-        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "BITS": bits, "GROUP": 64,
+        "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "BITS": bits, "GROUP": group_for(bits) or WHOLE_ROW,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
@@ -204,11 +205,11 @@ def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 
 
 def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, Any, Any]]:
-    """Both sides with D in few bits. 4 and 2 bits differ in their planes alone: of 2 only the ends of a table.
+    """Both sides with D in few bits. 4, 2 and 1 differ in their planes alone: of 2 and 1 only the ends of a table.
 
     ``whole``: every mode, which minutes of tests have room for on one target; else every tile.
     """
-    for bits in (8, 4, 2) if whole else (8, 4):
+    for bits in BITS if whole else (8, 4):
         kind = PACKED[bits]
         entries = table["activation_side"]["half" + kind]
         for entry in entries if bits > 2 else (entries[0], entries[-1]):

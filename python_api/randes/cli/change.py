@@ -43,8 +43,10 @@ def _change(store: Path, model: str, change: Callable[[Superposition, str, Path,
 def pack(
     store: Store,
     out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
-    bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4 or 2.")] = 4,
-    group: Annotated[int, typer.Option(help="Columns that share a scale, at 4 and 2 bits.")] = 64,
+    bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4, 2 or 1.")] = 4,
+    group: Annotated[
+        int | None, typer.Option(help="Columns that share a step, 0 for whole rows. By default 64, and at 1 bit 0.")
+    ] = None,
     coordinates: Annotated[
         int | None,
         typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4. By default as D, 4 at least."),

@@ -14,15 +14,17 @@ from randes.superposition.packed_tensors import Packing, coordinates_of
 from randes.superposition.state import State
 from randes.superposition.store.manifest import checksum_of
 from randes_kernels import pack
+from randes_kernels.packing import BITS, group_for
 
 S = TypeVar("S", bound=State)
 
 
-def packed(superposition: S, bits: int, group: int, coordinates: int | None, step: Callable[[int], None]) -> S:
+def packed(superposition: S, bits: int, group: int | None, coordinates: int | None, step: Callable[[int], None]) -> S:
     """A superposition for serving alone: see ``Superposition.pack``."""
     if superposition.packing is not None:
         raise ValueError("a packed superposition cannot be packed again; pack the one that it was made of")
-    one_of("bits", bits, (8, 4, 2))
+    one_of("bits", bits, BITS)
+    group = group_for(bits) if group is None else group
     coordinates = coordinates_for(bits) if coordinates is None else coordinates
     packing = Packing(bits, group, coordinates, "")
     made = type(superposition)(

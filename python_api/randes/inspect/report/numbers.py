@@ -22,7 +22,7 @@ from randes.superposition.members import Member, Sizes
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
 from randes.superposition.packing import coordinates_for
 from randes.superposition.superposition import Superposition
-from randes_kernels.packing import packed_bytes
+from randes_kernels.packing import BITS, packed_bytes
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def measure(
         names=names,
         members={name: sup.members[name] for name in names},
         sizes=sup.sizes,
-        packed={bits: packed_sizes(sup, bits) for bits in (8, 4, 2)},
+        packed={bits: packed_sizes(sup, bits) for bits in BITS},
         cosines=_cosines(sup, names, given, progress),
         cells=_cells(sup, names, verified),
         layers=layers(sup.superposed),
@@ -159,7 +159,7 @@ def packed_sizes(superposition: Superposition, bits: int) -> Sizes:
     sup, packing = superposition, superposition.packing
     if packing is not None and packing.bits == bits:
         return sup.sizes
-    group, sizes = packing.group if packing else 64, sup.sizes
+    group, sizes = packing.group if packing and packing.bits == bits else None, sup.sizes
     shapes = [tuple(headers(sup.base)[tensor].shape) for held in sup.held.values() for tensor in held]
     own = [
         packed_bytes(headers(sup.bases)[tensor].shape[1], headers(sup.base)[tensor].shape[0], coordinates_for(bits))

@@ -64,8 +64,8 @@ def _header(numbers: Numbers, title: str) -> str:
 
 
 def _sizes(numbers: Numbers) -> str:
-    stored = f"this store, packed in {numbers.packing.bits} bits" if numbers.packing else "this store"
-    others = {f"packed in {bits} bits": sizes for bits, sizes in numbers.packed.items()
+    stored = f"this store, packed in {_bits(numbers.packing.bits)}" if numbers.packing else "this store"
+    others = {f"packed in {_bits(bits)}": sizes for bits, sizes in numbers.packed.items()
               if numbers.packing is None or numbers.packing.bits != bits}  # fmt: skip
     of = {stored: numbers.sizes, **others}
     count = sum(name != "__base__" for name in numbers.names)
@@ -275,3 +275,7 @@ def _shared(names: Sequence[Sequence[str]]) -> int:
     """How many parts all begin with, so that each has one left."""
     most = min(map(len, names)) - 1 if len(names) > 1 else 0
     return next((place for place in range(most) if len({parts[place] for parts in names}) > 1), most)
+
+
+def _bits(count: int) -> str:
+    return f"{count} bit" + "s" * (count > 1)
