@@ -174,7 +174,8 @@ def test_kernels_equal_the_specification(data: st.DataObject) -> None:
     case = packed_case(
         bits, runs * draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 300)), transform,
         draw(st.sampled_from([0, 64, 128, 192])), runs=runs, models=draw(st.integers(1, 9)),
-        slots=draw(st.integers(1, 3)), dtype=dtype, bias=bias, own_biases=bias and draw(st.booleans()), seed=draw(st.integers(0, 2**32)),
+        slots=draw(st.integers(1, 3)), dtype=dtype, bias=bias, own_biases=bias and draw(st.booleans()),
+        seed=draw(st.integers(0, 2**32)),
     )  # fmt: skip
     tile = Tile(16, 32, 128 if bits < 8 else 32, warps=4, stages=2)
     if side == "weight side":

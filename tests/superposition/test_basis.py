@@ -153,6 +153,26 @@ def test_auto_keeps_the_directions_that_hold_a_share_and_where_there_are_none_no
         assert torch.linalg.eigvalsh(gram)[-1] < shared_basis.SHARE
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_any_number_of_threads_makes_the_same_bytes(calibrated: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(linear(320, 320), linear(640, 320, seed=1))
+    models = loud(base, count=3)
+    x = torch.randn(2000, 320)
+    moments = randes.calibrate(base, [x]) if calibrated else None
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made = randes.compress(base, models, randes.Config(rank=4 if calibrated else "auto"), calibration=moments)
+            assert made.bases
+            found.append(stored(made, tmp_path / str(count)))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
 def test_auto_keeps_no_more_than_half_of_the_narrower_side() -> None:
     base = linear(48, 32)
     models = {f"m{number}": finetune(base, number).state_dict() for number in range(3)}  # 1 / 32 in every direction

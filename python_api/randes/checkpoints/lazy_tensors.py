@@ -13,7 +13,7 @@ from contextlib import suppress
 from hashlib import blake2b
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from queue import Empty, SimpleQueue
-from threading import Event, Semaphore, Thread
+from threading import Barrier, Event, Semaphore, Thread
 from typing import Generic, TypeAlias, TypeVar
 from weakref import WeakValueDictionary, finalize
 
@@ -209,12 +209,23 @@ class ahead(Iterator[T], Generic[T]):  # noqa: N801 (used as the functions of it
 def one_thread() -> ThreadPoolExecutor:
     """A thread in which torch splits no operator over others: those would have to be waited for at each of them, beside
     threads that read and hash."""
-    others = torch.get_num_threads()
-    thread = ThreadPoolExecutor(1)
-    thread.submit(torch.get_num_threads).result()  # the first call in a thread sets it
-    thread.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(others)  # the thread told all those to come
-    return thread
+    return unsplit_threads(1)
+
+
+def unsplit_threads(count: int) -> ThreadPoolExecutor:
+    """So many of them. What one computes does not depend on how many there are, in the last bits either."""
+    others, all_there = torch.get_num_threads(), Barrier(count)
+
+    def begin() -> None:
+        torch.get_num_threads()  # the first call in a thread sets it
+        torch.set_num_threads(1)
+        all_there.wait()  # so that none takes two of these
+
+    threads = ThreadPoolExecutor(count)
+    for begun in [threads.submit(begin) for _ in range(count)]:
+        begun.result()
+    torch.set_num_threads(others)  # the threads told all those to come
+    return threads
 
 
 class Blocks:

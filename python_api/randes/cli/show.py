@@ -43,9 +43,8 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"{'' if config.per_layer else ', one transform for all tensors'}"
     )
     if (packing := superposition.packing) is not None:
-        say(
-            f"packed for serving in {packing.bits} bit{'s' * (packing.bits > 1)}, of the store with checksum {packing.master}"
-        )
+        bits = f"{packing.bits} bit" + "s" * (packing.bits > 1)
+        say(f"packed for serving in {bits}, of the store with checksum {packing.master}")
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
         for tensor, described in tensors.items():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
-from randes.checkpoints.lazy_tensors import Progress, chunk_bounds, chunks, headers, silent, size
+from randes.checkpoints.lazy_tensors import Progress, chunk_bounds, chunks, headers, one_thread, silent, size
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import replaced
 from randes.config import TOGETHER, Config
@@ -78,9 +78,10 @@ def compress(
         step = progress("shared bases", read * len(sources))
         unseen = [name for name in matrices_alone if name not in moments]
         bases = loudest(sources, stored, unseen, config.rank, config.seed, step)
-        for name, seen in moments.items():
-            found = calibrated(name, *seen, sources, stored, config.rank, step)
-            bases |= {name: found} if found.shape[1] else {}
+        with one_thread() as computing:
+            for name, seen in moments.items():
+                found = computing.submit(calibrated, name, *seen, sources, stored, config.rank, step).result()
+                bases |= {name: found} if found.shape[1] else {}
     if config.centre or config.rank:
         model_files, layout = superposition.model_files, superposition.layout
         config = replace(config, include=superposition.config.include)

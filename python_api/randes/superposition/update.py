@@ -138,7 +138,11 @@ def _measure(
         for part, _ in pairs:
             check_finite(tensor, part)
         u = sup.bases[tensor].double() * shared_basis.UNIT
-        inside = torch.cat([(part.double() - base.double()) @ u for part, base in pairs])
+
+        def products() -> Tensor:
+            return torch.cat([(part.double() - base.double()) @ u for part, base in pairs])
+
+        inside = computing.submit(products).result()  # where no number of threads changes the last bits
         model.coordinates[tensor], model.units[tensor] = shared_basis.rounded(inside)
         sums = [total for pair in _differences(sup, model, tensor, pairs) for total in slices.squares(*pair)]
 

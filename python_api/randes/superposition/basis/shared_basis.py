@@ -15,13 +15,14 @@ one machine has superposed another can take away.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.lazy_tensors import headers, unsplit_threads
 from randes.checkpoints.lazy_tensors import rows as rows_of
 from randes.checkpoints.on_disk import in_files
 from randes.checkpoints.sources import Tensors, check_finite
@@ -40,7 +41,9 @@ MOST = 50
 SPARE = 8
 """Directions beyond the rank that the search keeps, so that the last ones converge too."""
 PASSES = 3
-BLOCK = 1 << 20
+AT_A_TIME = 2
+"""Tensors whose bases are looked for at once: parts of each are in memory."""
+BLOCK = 1 << 19
 """Elements that are in fp32 at a time. A number of its own: sums in another order would give another basis."""
 
 
@@ -56,8 +59,15 @@ def loudest(
     models: by name, each with the base's names and shapes. step: called with the bytes read.
     Raises ``CheckpointError`` for a delta that is not finite.
     """
-    key = model_key(seed, "")
-    found = {name: _loudest_of(name, models, base, rank, key, step) for name in superposed}
+    key, names = model_key(seed, ""), list(superposed)
+    # A tensor a thread, whose products torch does not split: the same bytes on any number of cores.
+    with unsplit_threads(min(AT_A_TIME, os.cpu_count() or 1)) as threads:
+        try:
+            made = threads.map(lambda name: _loudest_of(name, models, base, rank, key, step), names)
+            found = dict(zip(names, made, strict=True))
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     return {name: basis for name, basis in found.items() if basis.shape[1]}
 
 
