@@ -43,7 +43,7 @@ SPARE = 8
 PASSES = 3
 AT_A_TIME = 2
 """Tensors whose bases are looked for at once: parts of each are in memory."""
-BLOCK = 1 << 19
+BLOCK = 1 << 18
 """Elements that are in fp32 at a time. A number of its own: sums in another order would give another basis."""
 
 
