@@ -1,6 +1,7 @@
 """Small networks and fine-tunes of them, shared by the tests."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,16 @@ def deep(layers: int = 4) -> nn.Module:
 def tokens(rows: int, length: int = 4) -> Tensor:
     """What a ``Net`` takes."""
     return torch.randint(0, 11, (rows, length), generator=torch.Generator().manual_seed(rows))
+
+
+def uses(
+    sup: randes.Superposition, base: nn.Module, tuned: nn.Module, folder: Path
+) -> tuple[Callable[[], object], ...]:
+    """All that a superposition of ``base`` with ``tuned`` as "m0" is used for."""
+    return (
+        lambda: sup.add("m1", tuned),
+        lambda: sup.remove("m0", tuned),
+        lambda: sup.retrieve("m0"),
+        lambda: sup.save(folder),
+        lambda: randes.SuperposedModel(base, sup),
+    )

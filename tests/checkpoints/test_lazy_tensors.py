@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import finetune, linear, net, stored
+from models import finetune, linear, net, stored, uses
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -239,13 +239,7 @@ def test_a_base_file_that_changes_underneath_is_noticed(replaced: bool, tmp_path
         sources.write_file(path, tuned.state_dict())
     else:
         save_file(tuned.state_dict(), path)
-    for use in (
-        lambda: sup.add("m1", tuned),
-        lambda: sup.remove("m0", tuned),
-        lambda: sup.retrieve("m0"),
-        lambda: sup.save(tmp_path / "store"),
-        lambda: randes.SuperposedModel(base, sup),
-    ):
+    for use in uses(sup, base, tuned, tmp_path / "store"):
         with pytest.raises(
             randes.BaseMismatchError, match="of the base was changed after the superposition was created"
         ):

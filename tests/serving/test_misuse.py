@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import finetune, linear, net, superposed
+from models import finetune, linear, net, superposed, uses
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -86,13 +86,7 @@ def test_a_base_that_was_trained_on_is_refused_everywhere(tmp_path: Path) -> Non
     sup.add("m0", tuned)
     with torch.no_grad():
         next(base.parameters()).add_(1)
-    for use in (
-        lambda: sup.add("m1", tuned),
-        lambda: sup.remove("m0", tuned),
-        lambda: sup.retrieve("m0"),
-        lambda: sup.save(tmp_path / "store"),
-        lambda: randes.SuperposedModel(base, sup),
-    ):
+    for use in uses(sup, base, tuned, tmp_path / "store"):
         with pytest.raises(randes.BaseMismatchError, match="was changed after the superposition was created"):
             use()
     assert not (tmp_path / "store").exists()
