@@ -82,8 +82,23 @@ def superposed_linear(
         kernel = cpu.superposed_linear if x.device.type == "cpu" else _on_gpu("superposed_linear")
         y = kernel(*tensors, tensor, transform, False, *packed, *own)
     else:
+        if not torch.compiler.is_compiling():
+            _refuse_forward_mode(x, weight, bias, biases)
         y = torch.ops.randes.superposed_linear(*tensors, tensor, list(map(int, transform)), False, *packed, *own)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _refuse_forward_mode(*operands: Tensor | None) -> None:
+    """Raise ``NotImplementedError`` where a derivative is taken on the way forward, which no kernel here does."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) or (
+        forward_ad._current_level >= 0
+        and any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in operands)
+    ):
+        raise NotImplementedError(
+            "a superposed layer has no forward-mode derivative (jvp, jacfwd, dual tensors): take it in reverse (vjp,"
+            " jacrev, backward), or of the plain model that merge_and_unload gives"
+        )
 
 
 def _nobody_watches(*operands: Tensor | None) -> bool:

@@ -235,3 +235,22 @@ def test_tools_that_watch_see_the_operator() -> None:
         y = run(case)
     assert "randes.superposed_linear.default" in seen
     assert torch.equal(y, run(case))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_a_derivative_on_the_way_forward_is_refused_and_never_wrong() -> None:
+    case = linear_case(6, 16, 12, runs=3)
+    tangent = torch.ones_like(case.x)
+
+    def layer(x: Tensor) -> Tensor:
+        return run(case._replace(x=x))
+
+    for taken in (torch.func.jvp, lambda f, x, t: torch.func.jacfwd(f)(*x)):
+        with pytest.raises(NotImplementedError, match="a superposed layer has no forward-mode derivative"):
+            taken(layer, (case.x,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="take it in reverse"):
+        layer(forward_ad.make_dual(case.x, tangent))
+    with forward_ad.dual_level():
+        assert torch.equal(layer(case.x), run(case))  # nothing is derived here
+    _, pulled = torch.func.vjp(layer, case.x)
+    assert torch.equal(pulled(torch.ones(6, 16))[0], torch.autograd.functional.vjp(layer, case.x, torch.ones(6, 16))[1])
