@@ -96,8 +96,8 @@ def _refuse_forward_mode(*operands: Tensor | None) -> None:
         and any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in operands)
     ):
         raise NotImplementedError(
-            "a superposed layer has no forward-mode derivative (jvp, jacfwd, dual tensors): take it in reverse (vjp,"
-            " jacrev, backward), or of the plain model that merge_and_unload gives"
+            "a superposed layer has no forward-mode derivative (jvp, jacfwd, dual tensors): take it in reverse"
+            " (backward), or of the plain model that merge_and_unload gives"
         )
 
 

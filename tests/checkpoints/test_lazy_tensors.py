@@ -19,7 +19,8 @@ from torch import Tensor
 
 import randes
 from randes.checkpoints import lazy_tensors, safetensors, sources
-from randes.checkpoints.lazy_tensors import ahead, chunks, digests, one_thread
+from randes.checkpoints.lazy_tensors import chunks, digests
+from randes.checkpoints.threads import AHEAD, ahead, one_thread
 from randes.inspect.summary import verify
 from randes.superposition import update
 from randes.superposition.basis.shared_basis import PASSES
@@ -54,7 +55,7 @@ def test_values_come_in_order_and_a_few_ahead_only() -> None:
     with ahead(hundred(made)) as numbers:
         assert next(numbers) == 0
         time.sleep(0.05)
-        assert len(made) <= 1 + lazy_tensors.AHEAD + 1
+        assert len(made) <= 1 + AHEAD + 1
         assert list(numbers) == list(range(1, 100))
         assert list(numbers) == []
 

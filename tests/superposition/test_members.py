@@ -159,3 +159,32 @@ def test_a_model_turned_around_and_one_of_nothing_are_models(tmp_path: Path) -> 
     sup.add("m1", finetune(base, 1), alpha=0)
     sup.save(tmp_path)
     assert randes.Superposition.load(tmp_path).member("m0").alpha == -1
+
+
+def unlisted(manifest: dict[str, Any], stem: str) -> None:
+    del manifest["files"][next(name for name in manifest["files"] if name.startswith(stem))]
+
+
+LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no model's file": (lambda found: unlisted(found, "model-"), "model 'm[01]' must have its own values of"),
+    "no group's file": (lambda found: unlisted(found, "group-0"), "must have a superposition in group 0 of"),
+    "another group": (lambda found: found["models"]["m0"].update(group=3), "must have a superposition in group 3 of"),
+    "another name": (lambda found: found["models"].update(z=found["models"].pop("m0")), "is the file of no model"),
+    "another seed": (lambda found: found["config"].update(seed=7), "is the file of no model"),
+    "a gain of nothing": (
+        lambda found: found["models"]["m0"]["gains"].update(nothing=1.0), "must have a superposed delta of nothing",
+    ),
+    "other bits": (lambda found: found["packed"].update(bits=2), "must have .* bytes in 2 bits of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_does_not_go_with_its_files_is_refused(lie: str, tmp_path: Path) -> None:
+    base = net()
+    sup = randes.Superposition.create(base)
+    for number in range(2):
+        sup.add(f"m{number}", finetune(base, number))
+    (sup.pack(4) if lie == "other bits" else sup).save(tmp_path)
+    change, said = LIES[lie]
+    rewritten(tmp_path, change)
+    refused(tmp_path, f"manifest.json cannot be used: .*{said}")

@@ -16,7 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import ahead, blocks, chunk_bounds, chunks, headers, raw
+from randes.checkpoints.lazy_tensors import blocks, chunk_bounds, chunks, headers, raw
+from randes.checkpoints.threads import ahead
 from randes.errors import CheckpointError
 
 DTYPES = {

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import Progress, ahead, chunks, digests, headers, silent, size
+from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.sources import Checkpoint
+from randes.checkpoints.threads import ahead
 from randes.superposition.packed_tensors import ERROR, coordinates_of, values_of
 from randes.superposition.retrieve import matrices
 from randes.superposition.superposition import Superposition

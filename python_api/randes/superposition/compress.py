@@ -8,9 +8,10 @@ from torch import Tensor
 
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
-from randes.checkpoints.lazy_tensors import Progress, chunk_bounds, chunks, headers, one_thread, silent, size
+from randes.checkpoints.lazy_tensors import Progress, chunk_bounds, chunks, headers, silent, size
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import replaced
+from randes.checkpoints.threads import one_thread
 from randes.config import TOGETHER, Config
 from randes.superposition import update
 from randes.superposition.basis.calibration import calibrated, matched

@@ -7,9 +7,10 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import Digest, ahead, chunk_bounds, chunks, headers, one_thread
+from randes.checkpoints.lazy_tensors import Digest, chunk_bounds, chunks, headers
 from randes.checkpoints.lora import AdapterTensors
 from randes.checkpoints.tensor_views import source_of
+from randes.checkpoints.threads import ahead, one_thread
 from randes.superposition.members import NewModel
 from randes.superposition.state import State
 

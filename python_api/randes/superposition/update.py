@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import ahead, chunks, headers, one_thread
+from randes.checkpoints.lazy_tensors import chunks, headers
 from randes.checkpoints.on_disk import own
 from randes.checkpoints.sources import check_finite
+from randes.checkpoints.threads import ahead, one_thread
 from randes.errors import CheckpointError, RandesError
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import averaged, check_average, gain_of, narrow, rate

@@ -22,10 +22,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import headers, unsplit_threads
+from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.lazy_tensors import rows as rows_of
 from randes.checkpoints.on_disk import in_files
 from randes.checkpoints.sources import Tensors, check_finite
+from randes.checkpoints.threads import unsplit_threads
 from randes.config import Rank
 from randes_kernels import Packed, Transform, model_key, superposed_linear, tensor_id
 from randes_kernels.format import Stream, signs

@@ -4,16 +4,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from randes.checkpoints.huggingface import model_files
+from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
+from randes.checkpoints.lazy_tensors import described as headers_of
 from randes.checkpoints.on_disk import Overlay, StoredTensors
+from randes.config import Config
 from randes.errors import StoreError
-from randes.superposition.packed_tensors import STEPS, PackedTensors, SuperposedDelta
+from randes.superposition.members import Member
+from randes.superposition.packed_tensors import STEPS, PackedTensors, Packing, SuperposedDelta
 from randes.superposition.state import State
 from randes.superposition.store.files import open_tensors, stored_now
-from randes.superposition.store.manifest import COORDINATES, described, digest_of, model_file, read_manifest
+from randes.superposition.store.manifest import COORDINATES, MANIFEST, described, digest_of, model_file, read_manifest
+from randes_kernels.packing import packed_bytes
 
 S = TypeVar("S", bound=State)
 
@@ -26,7 +31,7 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    config, layout, packing, members = described(folder, manifest)
+    found = described(folder, manifest)
     contents: dict[str, StoredTensors] = {
         name.rsplit("-", 1)[0]: open_tensors(folder, name, digests) for name, digests in manifest["files"].items()
     }
@@ -34,6 +39,28 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
         step = progress("checking", sum(map(size, contents.values())))
         for tensors in contents.values():
             tensors.check(step)
+    try:
+        superposition = _put_together(kind, manifest, found, contents)
+        _check_whole(superposition)
+    except (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
+    superposition.model_files = model_files(folder)
+    for name, known_text in manifest.get("companions", {}).items():
+        if name not in superposition.model_files or digest_of(superposition.model_files[name]) != known_text:
+            raise StoreError(
+                f"{folder / name} was altered or is missing: its checksum does not match the manifest. Models answer by"
+                " what it says; to change it, change it beside the base and make the store anew"
+            )
+    superposition.stored = stored_now(folder, manifest)
+    return superposition
+
+
+def _put_together(
+    kind: type[S], manifest: dict[str, Any], found: tuple[Config, Layout, Packing | None, dict[str, Member]],
+    contents: dict[str, StoredTensors],
+) -> S:  # fmt: skip
+    """The superposition of what a manifest describes and its files hold, by the part of their names before a digest."""
+    config, layout, packing, members = found
     stored = contents.pop("base")
     assert stored.known is not None
     base = layout.split(stored)
@@ -54,6 +81,8 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
         kept = {tensor: tensor for tensor in own if tensor not in held.values()}
         superposition.members[name] = replace(member, kept=own.renamed(kept), coordinates=coordinates)
     superposition.averages = Overlay({}, contents.pop("average")) if "average" in contents else {}
+    if strangers := [stem for stem in contents if not stem.startswith("group-")]:
+        raise ValueError(f"{strangers[0]} is the file of no model in it")
     groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
     if packing is None:
         superposition.deltas = {number: Overlay({}, tensors) for number, tensors in groups.items()}
@@ -62,12 +91,29 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
         superposition.few_bits = {
             number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
         }
-    superposition.model_files = model_files(folder)
-    for name, known_text in manifest.get("companions", {}).items():
-        if name not in superposition.model_files or digest_of(superposition.model_files[name]) != known_text:
-            raise StoreError(
-                f"{folder / name} was altered or is missing: its checksum does not match the manifest. Models answer by"
-                " what it says; to change it, change it beside the base and make the store anew"
-            )
-    superposition.stored = stored_now(folder, manifest)
     return superposition
+
+
+def _check_whole(superposition: State) -> None:
+    """Raise ``ValueError`` where a model lacks what its record says that it has: it would answer as the base there."""
+    for name, member in superposition.members.items():
+
+        def must(right: bool, tensor: str, what: str, name: str = name) -> None:
+            if not right:
+                raise ValueError(f"model {name!r} must have {what} of {tensor}, which is not there")
+
+        held = superposition.held.get(member.group, {})
+        for tensor in member.gains:
+            must(tensor in superposition.superposed, tensor, "a superposed delta")
+            must(superposition.place(name, tensor) in held, tensor, f"a superposition in group {member.group}")
+            if (packing := superposition.packing) is not None:
+                rows, columns = headers(superposition.base)[tensor].shape
+                nbytes = packed_bytes(rows, columns, packing.bits, packing.group)
+                own = headers_of(held)[superposition.place(name, tensor)]
+                must(own.nbytes == nbytes, tensor, f"{nbytes} bytes in {packing.bits} bits")
+        for tensor in member.units:
+            must(tensor in member.gains and tensor in superposition.bases, tensor, "a shared basis")
+        if superposition.config.others == "keep":
+            for tensor in superposition.base.keys() - set(superposition.superposed):
+                changed = member.digests[tensor] != superposition.base_digests[tensor]
+                must(tensor in member.kept or not changed, tensor, "its own values")
