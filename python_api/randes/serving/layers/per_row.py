@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.module_parameters import base_of, move
+from randes.serving.layers.norms import multiplies_by_element
 from randes.serving.layers.per_model import PerModelTensor, Routed, key_of, routed_class
 from randes.serving.routing import Router
 
@@ -237,7 +238,7 @@ def routing_of(layer: nn.Module, tables: Collection[str]) -> type[Routed]:
     own = dict(layer.named_parameters(recurse=False))
     named_norm = type(layer).__name__.endswith("Norm") and not type(layer).__module__.startswith("torch.")
     if named_norm and own.keys() == set(tables) == {"weight"} and own["weight"].dim() == 1:
-        return RoutedNorm
+        return RoutedNorm if multiplies_by_element(layer) else RoutedByModel
     return RoutedByModel
 
 
