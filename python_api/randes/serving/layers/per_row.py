@@ -5,7 +5,7 @@ routed here, by the kind of the layer. Any other layer is run once for each mode
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.module_parameters import base_of, move
+from randes.serving.layers.by_model import by_model, can_be_split
 from randes.serving.layers.norms import multiplies_by_element
 from randes.serving.layers.per_model import PerModelTensor, Routed, key_of, routed_class
 from randes.serving.routing import Router
@@ -34,12 +35,12 @@ class RoutedLinear(Routed, nn.Linear):
         if not tables:
             return super().forward(input)
         batch = self._router.batch()
-        by_model = base_of(self, "weight").numel() > FEW_ELEMENTS and not (
+        large = base_of(self, "weight").numel() > FEW_ELEMENTS and not (
             torch.compiler.is_compiling() or batch.refillable
         )
         ragged = any(table.ragged for table in tables)
-        if batch.mixed and (ragged or by_model):
-            return _by_model(self._router, super().forward, (input,), {}, ragged=ragged)
+        if batch.mixed and (ragged or large):
+            return by_model(self._router, super().forward, (input,), {}, ragged=ragged)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
         assert weight is not None
         if len(ids) == 1:
@@ -148,65 +149,9 @@ class RoutedByModel(Routed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
-        if not self._router.batch().mixed or not _can_be_split(self, (*args, *kwargs.values())):
+        if not self._router.batch().mixed or not can_be_split(self, (*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
-        return _by_model(self._router, super().forward, args, kwargs)
-
-
-def _can_be_split(layer: nn.Module, values: tuple[Any, ...]) -> bool:
-    plain = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
-    whole = hasattr(layer, "config") and hasattr(layer, "get_input_embeddings")  # its outputs may compare rows (CLIP's)
-    return not whole and any(isinstance(v, Tensor) for v in values) and all(isinstance(v, plain) for v in values)
-
-
-def _by_model(
-    router: Router, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, ragged: bool = False
-) -> Any:
-    """``function`` of each model's rows; its outputs in the rows' order, or as a list of them where they are ragged."""
-    batch = router.batch()
-    ids = batch.numbers
-    runs: dict[int, Tensor] = {}
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            runs[id(value)] = torch.unflatten(batch.spread(value), 0, (len(ids), -1))
-    lengths = {run.shape[1] for run in runs.values()}
-    # Or with its positions flattened into it, as routers of experts return them.
-    outputs_may_have = lengths | {run.shape[1] * run.shape[2] for run in runs.values() if run.dim() > 3}
-    parts: list[tuple[Tensor | None, ...]] = []
-    places: list[int] = []
-    single = True
-    for model in sorted(set(ids)):
-        chosen = [place for place, other in enumerate(ids) if other == model]
-
-        def part(value: Any, chosen: list[int] = chosen) -> Any:
-            return runs[id(value)][chosen].flatten(0, 1) if isinstance(value, Tensor) else value
-
-        with router.during(batch.of_one(model)):
-            y = function(*map(part, args), **{name: part(value) for name, value in kwargs.items()})
-        single = isinstance(y, Tensor)
-        outputs = (y,) if single else y
-        if not isinstance(outputs, tuple) or not all(
-            out is None or (isinstance(out, Tensor) and out.dim() and out.shape[0] / len(chosen) in outputs_may_have)
-            for out in outputs
-        ):
-            raise ValueError(
-                f"a {type(getattr(function, '__self__', function)).__name__} with tensors kept per model must return"
-                " tensors with the batch first to serve a mixed batch"
-            )
-        parts.append(tuple(None if out is None else torch.unflatten(out, 0, (len(chosen), -1)) for out in outputs))
-        places += chosen
-    order = torch.tensor(places).argsort()
-    if ragged:
-        rows = [row for (own,) in parts if own is not None for row in own]
-        return [rows[place].squeeze(0) if lengths == {1} else rows[place] for place in order.tolist()]
-    joined = tuple(_in_order(outputs, order) for outputs in zip(*parts, strict=True))
-    return joined[0] if single else joined
-
-
-def _in_order(outputs: tuple[Tensor | None, ...], order: Tensor) -> Tensor | None:
-    """One output of each model, (rows, ...) each, as one of the rows in ``order``; None where there is none."""
-    held = [out for out in outputs if out is not None]
-    return torch.cat(held)[order.to(held[0].device)].flatten(0, 1) if held else None
+        return by_model(self._router, super().forward, args, kwargs)
 
 
 class RoutedBias(Routed):
