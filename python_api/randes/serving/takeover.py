@@ -17,7 +17,15 @@ from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedLayer, kind_of
 from randes.serving.layers.per_model import PerModelTensor, Routed
-from randes.serving.layers.per_row import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
+from randes.serving.layers.per_row import (
+    RoutedBias,
+    RoutedByModel,
+    RoutedEmbedding,
+    RoutedRecurrent,
+    route_layer,
+    routing_of,
+)
+from randes.serving.layers.recomputed import recomputed_in
 from randes.serving.layers.superposed import Superposed, SuperposedMatrix, check_is_base
 from randes.serving.routing import Router
 from randes.superposition.members import BASE_NAME
@@ -78,7 +86,7 @@ def layers_of(module: nn.Module, superposition: Superposition, wanted: Collectio
     if wanted is not None:
         for layer in layers.values():
             own = others.union(wanted).intersection(layer.tensors.values())
-            if not layer.views and not own and routing_of(layer.module, layer.kept) is RoutedByModel:
+            if not layer.views and not own and issubclass(routing_of(layer.module, layer.kept), RoutedByModel):
                 layer.kept = {}
     return [layer for layer in layers.values() if layer.views or layer.kept]
 
@@ -145,6 +153,12 @@ def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
         if "forward" in vars(layer.module):
             raise ValueError(
                 f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
+            )
+        if layer.views and (made := recomputed_in(layer.module)):
+            tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
+            raise ValueError(
+                f"{tensors} is superposed, but {layer.path}.{made[0]} is made anew before each call (torch.nn.utils'"
+                " weight_norm, spectral_norm or prune): exclude it when the superposition is created, or remove those"
             )
         if layer.views and not _is_plain(layer) and (_is_relative(layer) or not kind_of(layer.module, layer.views)):
             tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
@@ -267,6 +281,10 @@ def route_containers(module: nn.Module, router: Router) -> None:
         inside = isinstance(layer, nn.MultiheadAttention) and any(isinstance(part, Routed) for part in layer.modules())
         if inside and not isinstance(layer, Routed):
             route_layer(layer, {}, router, RoutedByModel)
+    for layer in list(module.modules()):
+        inside = isinstance(layer, nn.RNNBase) and any(isinstance(part, Routed) for part in layer.modules())
+        if inside and not isinstance(layer, Routed):  # whose parametrizations are
+            route_layer(layer, {}, router, RoutedRecurrent)
     for layer in _with(module, "relative_attention_bias", nn.Embedding):
         if hasattr(layer, "compute_bias") and not isinstance(layer, Routed):
             route_layer(layer, {}, router, RoutedBias)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.per_model import PerModelTensor
+from randes.serving.layers.recomputed import recomputed_in
 from randes.serving.routing import Router
 
 
@@ -97,8 +98,9 @@ def _tensors_in(layer: nn.Module) -> dict[str, tuple[list[Tensor], list[tuple[in
     found = {}
     for path, part in layer.named_modules():
         if not isinstance(part, PerModelTensor | DeltaPool):
+            passing = {*_OF_ANY_MODULE, *recomputed_in(part)}
             for name, value in vars(part).items():
-                if name not in _OF_ANY_MODULE and (tensors := list(_leaves(value))):
+                if name not in passing and (tensors := list(_leaves(value))):
                     states = [(id(leaf), -1 if leaf.is_inference() else leaf._version) for leaf in tensors]
                     found[f"{path}.{name}".lstrip(".")] = tensors, states
     return found

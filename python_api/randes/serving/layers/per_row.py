@@ -17,6 +17,7 @@ from randes.checkpoints.module_parameters import base_of, move
 from randes.serving.layers.by_model import by_model, can_be_split
 from randes.serving.layers.norms import multiplies_by_element
 from randes.serving.layers.per_model import PerModelTensor, Routed, key_of, routed_class
+from randes.serving.layers.recomputed import OwnFlatWeights, recomputed_in
 from randes.serving.routing import Router
 
 FEW_ELEMENTS = 1 << 16
@@ -154,6 +155,10 @@ class RoutedByModel(Routed):
         return by_model(self._router, super().forward, args, kwargs)
 
 
+class RoutedRecurrent(OwnFlatWeights, RoutedByModel):
+    """An LSTM and the like."""
+
+
 class RoutedBias(Routed):
     """Self-attention that makes a bias of relative positions, one for all rows of a model (T5's)."""
 
@@ -176,6 +181,10 @@ ROUTED: dict[type[nn.Module], type[Routed]] = {
 
 def routing_of(layer: nn.Module, tables: Collection[str]) -> type[Routed]:
     """How a layer takes each row's own of its tensors ``tables``."""
+    if isinstance(layer, nn.RNNBase):
+        return RoutedRecurrent
+    if recomputed_in(layer):
+        return RoutedByModel
     if type(layer) in ROUTED:
         return ROUTED[type(layer)]
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and calls_super(layer):  # max_norm rewrites the table
@@ -203,8 +212,9 @@ def route_layer(
     """
     made: Any = layer
     made_class = routed_class(
-        kind or routing_of(layer, tables), type(layer), tuple(sorted(tables)), tuple(sorted(superposed))
-    )
+        kind or routing_of(layer, tables), type(layer), tuple(sorted(tables)), tuple(sorted(superposed)),
+        recomputed_in(layer),
+    )  # fmt: skip
     made._router = router
     made._tables = nn.ModuleDict({key_of(name): table for name, table in tables.items()})
     move(layer, made_class.moved, made_class)  # last: another thread may be about to call it
