@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import CLOSE, linear
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import randes
 
@@ -172,3 +172,45 @@ def test_a_superposed_layer_whose_bias_is_made_anew_is_refused() -> None:
             | {name: value for name, value in make().state_dict().items() if "mask" in name})  # fmt: skip
     with pytest.raises(ValueError, match=r"0\.weight is superposed, but 0\.bias is made anew before each call"):
         randes.SuperposedModel(make(), sup)
+
+
+class Gained(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(32))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gain
+
+
+def gained(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Gained())
+
+
+@pytest.mark.parametrize("make", [parametrizations.weight_norm, gained])
+@torch.no_grad()
+def test_a_cache_of_parametrizations_would_give_one_models_weight_to_another(make: Callable[..., nn.Module]) -> None:
+    model, plain = served(lambda: make(nn.Linear(32, 32)))
+    x = rows()
+    agree(model, plain, x)
+    for name in ("m0", "m1"):
+        with pytest.raises(ValueError, match=r"parametrize.cached\(\) must not be around"), parametrize.cached():
+            model(x, adapter_names=[name] * 4)
+    agree(model, plain, x)
+
+
+@torch.no_grad()
+def test_the_rows_of_a_weight_are_not_taken_for_a_batchs() -> None:
+    base = nn.Sequential(linear(32, 32), gained(nn.Linear(32, 4)))
+    sup = randes.Superposition.create(base, randes.Config(exclude=("1.*",)))
+    gain = "1.parametrizations.weight.0.gain"
+    for number in range(2):
+        sup.add(f"m{number}", base.state_dict() | {gain: torch.full((32,), 2.0 + number)})
+    plain = copy.deepcopy(base)
+    model, x = randes.SuperposedModel(base, sup), rows()[:, 0]
+    plain.load_state_dict(sup.retrieve("m1"))
+    torch.testing.assert_close(model(x, adapter_names=["m1"] * 4), plain(x), **CLOSE)
+    with pytest.raises(randes.WeightReadError, match="run one model at a time"):
+        model(x, adapter_names=MIX)
+    with pytest.raises(ValueError, match="must not be around"), parametrize.cached():
+        model(x, adapter_names=["m1"] * 4)

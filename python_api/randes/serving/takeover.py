@@ -1,6 +1,6 @@
 """A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -18,10 +18,8 @@ from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedLayer, kind_of
 from randes.serving.layers.per_model import PerModelTensor, Routed
 from randes.serving.layers.per_row import (
-    RoutedBias,
     RoutedByModel,
     RoutedEmbedding,
-    RoutedRecurrent,
     route_layer,
     routing_of,
 )
@@ -268,29 +266,3 @@ def _is_plain(layer: Layer) -> bool:
     return type(layer.module) is nn.Linear and layer.views.keys() == {"weight"} and (
         set(layer.views["weight"].parts) == {layer.tensors["weight"]} and not layer.views["weight"].transposed
     )  # fmt: skip
-
-
-def route_containers(module: nn.Module, router: Router) -> None:
-    """What is around layers that do not get the batch: attention's relative positions, experts that are layers of their
-    own and get the tokens that chose them, attention that reads weights without calling layers. It runs once for each
-    model of a mixed batch."""
-    for layer in _with(module, "experts", nn.ModuleList, nn.ModuleDict):
-        if not isinstance(layer, Routed):
-            route_layer(layer, {}, router, RoutedByModel)
-    for layer in list(module.modules()):
-        inside = isinstance(layer, nn.MultiheadAttention) and any(isinstance(part, Routed) for part in layer.modules())
-        if inside and not isinstance(layer, Routed):
-            route_layer(layer, {}, router, RoutedByModel)
-    for layer in list(module.modules()):
-        inside = isinstance(layer, nn.RNNBase) and any(isinstance(part, Routed) for part in layer.modules())
-        if inside and not isinstance(layer, Routed):  # whose parametrizations are
-            route_layer(layer, {}, router, RoutedRecurrent)
-    for layer in _with(module, "relative_attention_bias", nn.Embedding):
-        if hasattr(layer, "compute_bias") and not isinstance(layer, Routed):
-            route_layer(layer, {}, router, RoutedBias)
-
-
-def _with(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Iterator[nn.Module]:
-    for parent in list(module.modules()):
-        if isinstance(getattr(parent, name, None), kinds):
-            yield parent

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from randes.checkpoints.module_parameters import base_of, move
+from randes.errors import WeightReadError
 from randes.serving.layers.by_model import by_model, can_be_split
 from randes.serving.layers.norms import multiplies_by_element
 from randes.serving.layers.per_model import PerModelTensor, Routed, key_of, routed_class
@@ -159,6 +161,27 @@ class RoutedRecurrent(OwnFlatWeights, RoutedByModel):
     """An LSTM and the like."""
 
 
+class RoutedParametrization(RoutedByModel):
+    """What ``torch.nn.utils.parametrize`` makes a weight of."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Its own forward. Raises ``ValueError`` where ``parametrize.cached()`` would give that to other models' calls,
+        and ``WeightReadError`` for a mix: the rows of a weight are not the batch's."""
+        if parametrize._cache_enabled:
+            raise ValueError(
+                "torch.nn.utils.parametrize.cached() must not be around calls of a model that serves many: it would"
+                " give the weights of one to the others"
+            )
+        if self._router.batch().mixed and any(
+            isinstance(part, PerModelTensor) and part.used for part in self.modules()
+        ):
+            raise WeightReadError(
+                "a weight that torch.nn.utils.parametrize makes of tensors that are kept per model cannot be read for"
+                " rows of several models at once: run one model at a time"
+            )
+        return super().forward(*args, **kwargs)
+
+
 class RoutedBias(Routed):
     """Self-attention that makes a bias of relative positions, one for all rows of a model (T5's)."""
 
@@ -183,6 +206,8 @@ def routing_of(layer: nn.Module, tables: Collection[str]) -> type[Routed]:
     """How a layer takes each row's own of its tensors ``tables``."""
     if isinstance(layer, nn.RNNBase):
         return RoutedRecurrent
+    if isinstance(layer, parametrize.ParametrizationList):
+        return RoutedParametrization
     if recomputed_in(layer):
         return RoutedByModel
     if type(layer) in ROUTED:
