@@ -339,3 +339,44 @@ def test_what_a_layer_does_beside_its_answer_is_not_lost_in_a_mix(does: str, mod
         said = "must leave its inputs as they are" if "input" in does else f"but its forward sets {does}"
         with pytest.raises(ValueError, match=said):
             model(x, adapter_names=MIX)
+
+
+class Scales(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+class Reads(nn.Module):
+    def __init__(self, kind: type[nn.Embedding], words: int) -> None:
+        super().__init__()
+        self.embed, self.linear = kind(words, 32), linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.embed(x))
+
+
+@pytest.mark.parametrize("capacity", [None, 6])
+@pytest.mark.parametrize("kind", [nn.Embedding, Scales])
+@torch.no_grad()
+def test_vocabularies_of_other_sizes_are_each_models_own(kind: type[nn.Embedding], capacity: int | None) -> None:
+    base = Reads(kind, 11)
+    sup = randes.Superposition.create(base)
+    for number, words in enumerate((11, 14, 9)):
+        sup.add(f"m{number}", finetune(Reads(kind, words), number, 0.3).state_dict() | {
+            name: value + 0.1 for name, value in base.state_dict().items() if "linear" in name
+        })  # fmt: skip
+    plain: dict[str, nn.Module] = {"__base__": copy.deepcopy(base)}
+    for number, words in enumerate((11, 14, 9)):
+        plain[f"m{number}"] = Reads(kind, words)
+        plain[f"m{number}"].load_state_dict(sup.retrieve(f"m{number}"))
+    model = randes.SuperposedModel(base, sup, capacity=capacity)
+    x = torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(1))
+    mix = ["m2", "__base__", "m1", "m0"]
+    for names in (mix, mix[::-1], *([name] * 4 for name in mix)):
+        expected = torch.cat([plain[name](row[None]) for name, row in zip(names, x, strict=True)])
+        torch.testing.assert_close(model(x, adapter_names=names), expected, **CLOSE)
+    x[1] = 13  # a word of one model
+    torch.testing.assert_close(model(x, adapter_names=["m0", "m1", "m2", "m0"])[1], plain["m1"](x[1:2])[0], **CLOSE)
+    for names in (mix, ["m0"] * 4):
+        with pytest.raises(IndexError):
+            model(x, adapter_names=names)

@@ -129,6 +129,9 @@ class RoutedEmbedding(Routed, nn.Embedding):
             input = input[None]  # the same for all rows, and each model's own
         input, ids = self._spread(input)
         table = self._table("weight")
+        if ids is not None and table is not None and table.ragged:  # vocabularies of other sizes
+            batch = self._router.batch()
+            return by_model(self._router, self._of_one, (input,), {}) if batch.mixed else self._of_one(input)
         base = F.embedding(input, base_of(self, "weight"))
         if ids is None or table is None:
             return base
@@ -141,6 +144,11 @@ class RoutedEmbedding(Routed, nn.Embedding):
         flat = table.values.flatten(0, 1)
         own = F.embedding(input + row.clamp(min=0) * self.num_embeddings, flat)
         return torch.where((row >= 0)[..., None], own, base)
+
+    def _of_one(self, input: Tensor) -> Tensor:
+        """Looked up in the table of the batch's one model."""
+        base, table = base_of(self, "weight"), self._table("weight")
+        return F.embedding(input, base if table is None else table.of(self._router.batch().number, base))
 
 
 class RoutedByModel(Routed):
