@@ -3,12 +3,13 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.layout import tied_in
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.module_parameters import plain_state
+from randes.checkpoints.other_references import gone_through, held_elsewhere
 from randes.checkpoints.sources import digest
 from randes.checkpoints.tensor_views import View
 from randes.checkpoints.weight_reads import weights_read
@@ -147,6 +148,7 @@ def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
                 f"{path or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
                 " instead, and would silently answer as the base"
             )
+    _check_references(module, layers)
     for layer in layers:
         if "forward" in vars(layer.module):
             raise ValueError(
@@ -163,6 +165,29 @@ def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
             raise ValueError(
                 f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
                 " it is stored (docs/transformers.md lists what can); exclude it when the superposition is created"
+            )
+
+
+def _check_references(module: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise ``ValueError`` where a tensor that models differ in is found past its name, as the base's for all."""
+    moved: dict[str, Tensor] = {}
+    holders: dict[int, str] = {}
+    for layer in layers:
+        for name in (*layer.views, *layer.kept):
+            moved[f"{layer.path}.{name}".lstrip(".")] = getattr(layer.module, name)
+        holders[id(layer.module)] = layer.path
+    made = {f"{layer.path}.{name}".lstrip(".") for layer in layers for name in recomputed_in(layer.module)}
+    for attribute, name in held_elsewhere(module, moved, made):
+        raise ValueError(
+            f"{attribute} holds {name}, and would give the base's values for every model: remove it, or look the"
+            " parameter up by its name in each call"
+        )
+    for owner, method, whose in gone_through(module):
+        if found := [holders[id(part)] for part in whose.modules() if id(part) in holders]:
+            raise ValueError(
+                f"{type(owner).__name__}.{method} goes through parameters, those of {found[0] or 'the model'} among"
+                " them, and would get the base's values for every model: have it call the layers, or read the"
+                " parameters by their names"
             )
 
 
