@@ -279,3 +279,104 @@ def test_an_embedding_looks_up_one_number_and_none() -> None:
             own = alone(base, sup, "m1").layer(tokens)
             assert torch.equal(model.base_model.layer(tokens), own)
             assert own.shape == (*tokens.shape, 32)
+
+
+class Leaves(nn.Module):
+    """Does something beside returning its answer."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(32))
+        self.inner = nn.Identity()
+        self.does, self.seen, self.skip, self.held = does, 0, None, torch.zeros(32)
+        self.past: list[Tensor] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.seen += 1
+        if self.does == "its input":
+            x += self.gain
+            return x
+        if self.does == "a view of its input":
+            x[:, 0].zero_()
+        if self.does == "a later input":
+            assert mask is not None
+            mask.mul_(self.gain)
+        if self.does == "skip":
+            self.skip = x * self.gain
+        if self.does == "past":
+            self.past.append(x)
+        if self.does == "held":
+            self.held.add_(x.detach().sum(0))
+        if self.does == "inner.skip":
+            self.inner.skip = (x,)
+        return x * self.gain
+
+
+class GivesMask(nn.Module):
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.linear, self.layer = linear(32, 32), Leaves(does)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(1 * self.linear(x), mask=torch.ones_like(x))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "does", ["its input", "a view of its input", "a later input", "skip", "past", "held", "inner.skip", "nothing"]
+)
+def test_what_a_layer_does_beside_its_answer_is_not_lost_in_a_mix(does: str, mode: Any) -> None:
+    base = GivesMask(does)
+    sup, _ = superposed(base, 2, size=0.3)
+    model, x = randes.SuperposedModel(copy.deepcopy(base), sup), floats(4, 32)
+    with mode():
+        for name in ("m0", "m1", "__base__"):
+            torch.testing.assert_close(model(x, adapter_names=[name] * 4), alone(base, sup, name)(x), **CLOSE)
+        if does == "nothing":
+            expected = torch.cat([alone(base, sup, name)(row[None]) for name, row in zip(MIX, x, strict=True)])
+            torch.testing.assert_close(model(x, adapter_names=MIX), expected, **CLOSE)
+            return
+        said = "must leave its inputs as they are" if "input" in does else f"but its forward sets {does}"
+        with pytest.raises(ValueError, match=said):
+            model(x, adapter_names=MIX)
+
+
+class Scales(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+class Reads(nn.Module):
+    def __init__(self, kind: type[nn.Embedding], words: int) -> None:
+        super().__init__()
+        self.embed, self.linear = kind(words, 32), linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.embed(x))
+
+
+@pytest.mark.parametrize("capacity", [None, 6])
+@pytest.mark.parametrize("kind", [nn.Embedding, Scales])
+@torch.no_grad()
+def test_vocabularies_of_other_sizes_are_each_models_own(kind: type[nn.Embedding], capacity: int | None) -> None:
+    base = Reads(kind, 11)
+    sup = randes.Superposition.create(base)
+    for number, words in enumerate((11, 14, 9)):
+        sup.add(f"m{number}", finetune(Reads(kind, words), number, 0.3).state_dict() | {
+            name: value + 0.1 for name, value in base.state_dict().items() if "linear" in name
+        })  # fmt: skip
+    plain: dict[str, nn.Module] = {"__base__": copy.deepcopy(base)}
+    for number, words in enumerate((11, 14, 9)):
+        plain[f"m{number}"] = Reads(kind, words)
+        plain[f"m{number}"].load_state_dict(sup.retrieve(f"m{number}"))
+    model = randes.SuperposedModel(base, sup, capacity=capacity)
+    x = torch.randint(0, 9, (4, 3), generator=torch.Generator().manual_seed(1))
+    mix = ["m2", "__base__", "m1", "m0"]
+    for names in (mix, mix[::-1], *([name] * 4 for name in mix)):
+        expected = torch.cat([plain[name](row[None]) for name, row in zip(names, x, strict=True)])
+        torch.testing.assert_close(model(x, adapter_names=names), expected, **CLOSE)
+    x[1] = 13  # a word of one model
+    torch.testing.assert_close(model(x, adapter_names=["m0", "m1", "m2", "m0"])[1], plain["m1"](x[1:2])[0], **CLOSE)
+    for names in (mix, ["m0"] * 4):
+        with pytest.raises(IndexError):
+            model(x, adapter_names=names)

@@ -71,6 +71,9 @@ READS: dict[str, Callable[[nn.Linear, Tensor], Any]] = {
     "scaled": lambda lin, x: 2 * lin.weight,
     "norm": lambda lin, x: torch.linalg.norm(lin.weight),
     "clone": lambda lin, x: lin.weight.clone(),
+    "equal": lambda lin, x: lin.weight == 0,
+    "not equal": lambda lin, x: x * (lin.weight != 0),
+    "equal to a tensor": lambda lin, x: torch.zeros(32, 32) == lin.weight,
     "numpy": lambda lin, x: lin.weight.numpy(),
     "item": lambda lin, x: float(lin.weight),
     "iterated": lambda lin, x: list(lin.weight),
@@ -235,3 +238,23 @@ def test_a_weight_is_not_replaced_by_assignment() -> None:
         with pytest.raises((KeyError, AttributeError)):
             model.base_model.lin.weight = value
     assert isinstance(model.base_model.lin.weight, ServedWeight)
+
+
+def test_what_is_assigned_to_a_weight_is_not_dropped() -> None:
+    model, _, _ = served(Calls(by_linear))
+    layer = model.base_model.lin
+    for name in ("m0", "__base__"):
+        model.set_adapter(name)
+        for field, value in (("data", torch.zeros(32, 32)), ("requires_grad", False), ("grad", None), ("tag", 1)):
+            with pytest.raises(randes.WeightReadError, match=f"its {field} cannot be set; .* is base_weight"):
+                setattr(layer.weight, field, value)
+    assert layer.weight.requires_grad
+    assert len({layer.weight, layer.weight}) == 2  # as tensors are: each is itself
+    assert (weight := layer.weight) in [weight]
+
+
+def test_a_bases_weight_is_compared() -> None:
+    model, _, base = served(Calls(by_linear))
+    with model.disable_adapter():
+        assert bool((model.base_model.lin.weight == base.lin.weight).all())
+        assert not bool((model.base_model.lin.weight != base.lin.weight).any())

@@ -20,11 +20,14 @@ DESCRIBED = frozenset((
 
 
 def base_of(layer: nn.Module, name: str) -> Tensor:
-    """A layer's own parameter or buffer, the base's, whether it has moved or not."""
+    """A layer's own parameter or buffer, the base's, whether it has moved or not; or what it last made of others."""
     for held in (layer._parameters, layer._buffers):
         for place in (PREFIX + name, name):
             if (value := held.get(place)) is not None:
                 return value
+    made: Any = vars(layer).get(name)
+    if isinstance(made, Tensor):
+        return made
     raise AttributeError(f"a {type(layer).__name__} has no parameter {name}")
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from randes.errors import CapacityError, CheckpointError
 from randes.serving.batch import Version
+from randes.serving.containers import route_containers
 from randes.serving.layers.delta_pool import DeltaPool, group_rows
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedEmbedding
@@ -32,7 +33,6 @@ from randes.serving.takeover import (
     layers_of,
     make_pools,
     make_tables,
-    route_containers,
     take_over,
 )
 from randes.serving.unload import Original

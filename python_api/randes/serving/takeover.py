@@ -1,14 +1,15 @@
 """A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.layout import tied_in
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.module_parameters import plain_state
+from randes.checkpoints.other_references import gone_through, held_elsewhere
 from randes.checkpoints.sources import digest
 from randes.checkpoints.tensor_views import View
 from randes.checkpoints.weight_reads import weights_read
@@ -17,7 +18,13 @@ from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedLayer, kind_of
 from randes.serving.layers.per_model import PerModelTensor, Routed
-from randes.serving.layers.per_row import RoutedBias, RoutedByModel, RoutedEmbedding, route_layer, routing_of
+from randes.serving.layers.per_row import (
+    RoutedByModel,
+    RoutedEmbedding,
+    route_layer,
+    routing_of,
+)
+from randes.serving.layers.recomputed import recomputed_in
 from randes.serving.layers.superposed import Superposed, SuperposedMatrix, check_is_base
 from randes.serving.routing import Router
 from randes.superposition.members import BASE_NAME
@@ -78,7 +85,7 @@ def layers_of(module: nn.Module, superposition: Superposition, wanted: Collectio
     if wanted is not None:
         for layer in layers.values():
             own = others.union(wanted).intersection(layer.tensors.values())
-            if not layer.views and not own and routing_of(layer.module, layer.kept) is RoutedByModel:
+            if not layer.views and not own and issubclass(routing_of(layer.module, layer.kept), RoutedByModel):
                 layer.kept = {}
     return [layer for layer in layers.values() if layer.views or layer.kept]
 
@@ -141,16 +148,46 @@ def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
                 f"{path or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
                 " instead, and would silently answer as the base"
             )
+    _check_references(module, layers)
     for layer in layers:
         if "forward" in vars(layer.module):
             raise ValueError(
                 f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
+            )
+        if layer.views and (made := recomputed_in(layer.module)):
+            tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
+            raise ValueError(
+                f"{tensors} is superposed, but {layer.path}.{made[0]} is made anew before each call (torch.nn.utils'"
+                " weight_norm, spectral_norm or prune): exclude it when the superposition is created, or remove those"
             )
         if layer.views and not _is_plain(layer) and (_is_relative(layer) or not kind_of(layer.module, layer.views)):
             tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
             raise ValueError(
                 f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
                 " it is stored (docs/transformers.md lists what can); exclude it when the superposition is created"
+            )
+
+
+def _check_references(module: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raise ``ValueError`` where a tensor that models differ in is found past its name, as the base's for all."""
+    moved: dict[str, Tensor] = {}
+    holders: dict[int, str] = {}
+    for layer in layers:
+        for name in (*layer.views, *layer.kept):
+            moved[f"{layer.path}.{name}".lstrip(".")] = getattr(layer.module, name)
+        holders[id(layer.module)] = layer.path
+    made = {f"{layer.path}.{name}".lstrip(".") for layer in layers for name in recomputed_in(layer.module)}
+    for attribute, name in held_elsewhere(module, moved, made):
+        raise ValueError(
+            f"{attribute} holds {name}, and would give the base's values for every model: remove it, or look the"
+            " parameter up by its name in each call"
+        )
+    for owner, method, whose in gone_through(module):
+        if found := [holders[id(part)] for part in whose.modules() if id(part) in holders]:
+            raise ValueError(
+                f"{type(owner).__name__}.{method} goes through parameters, those of {found[0] or 'the model'} among"
+                " them, and would get the base's values for every model: have it call the layers, or read the"
+                " parameters by their names"
             )
 
 
@@ -254,25 +291,3 @@ def _is_plain(layer: Layer) -> bool:
     return type(layer.module) is nn.Linear and layer.views.keys() == {"weight"} and (
         set(layer.views["weight"].parts) == {layer.tensors["weight"]} and not layer.views["weight"].transposed
     )  # fmt: skip
-
-
-def route_containers(module: nn.Module, router: Router) -> None:
-    """What is around layers that do not get the batch: attention's relative positions, experts that are layers of their
-    own and get the tokens that chose them, attention that reads weights without calling layers. It runs once for each
-    model of a mixed batch."""
-    for layer in _with(module, "experts", nn.ModuleList, nn.ModuleDict):
-        if not isinstance(layer, Routed):
-            route_layer(layer, {}, router, RoutedByModel)
-    for layer in list(module.modules()):
-        inside = isinstance(layer, nn.MultiheadAttention) and any(isinstance(part, Routed) for part in layer.modules())
-        if inside and not isinstance(layer, Routed):
-            route_layer(layer, {}, router, RoutedByModel)
-    for layer in _with(module, "relative_attention_bias", nn.Embedding):
-        if hasattr(layer, "compute_bias") and not isinstance(layer, Routed):
-            route_layer(layer, {}, router, RoutedBias)
-
-
-def _with(module: nn.Module, name: str, *kinds: type[nn.Module]) -> Iterator[nn.Module]:
-    for parent in list(module.modules()):
-        if isinstance(getattr(parent, name, None), kinds):
-            yield parent

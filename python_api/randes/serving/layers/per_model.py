@@ -10,6 +10,7 @@ from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.module_parameters import base_of, has
 from randes.errors import CheckpointError
 from randes.serving.batch import Version
+from randes.serving.layers.recomputed import recomputed_property
 from randes.serving.layers.served_weights import ServedWeight
 from randes.serving.routing import Router
 from randes.serving.table_rows import Row, Rows, put
@@ -203,10 +204,14 @@ _CLASSES: dict[tuple[Any, ...], type[Routed]] = {}
 
 
 def routed_class(
-    kind: type[Routed], plain: type[nn.Module], kept: tuple[str, ...], superposed: tuple[str, ...]
-) -> type[Routed]:
-    """The class of ``plain`` layers that take each row's own of these tensors as ``kind`` does: one for all of them."""
-    made_of = kind, plain, kept, superposed
+    kind: type[Routed], plain: type[nn.Module], kept: tuple[str, ...], superposed: tuple[str, ...],
+    recomputed: tuple[str, ...] = (),
+) -> type[Routed]:  # fmt: skip
+    """The class of ``plain`` layers that take each row's own of these tensors as ``kind`` does: one for all of them.
+
+    recomputed: the names of weights that are made of them before each call.
+    """
+    made_of = kind, plain, kept, superposed, recomputed
     if made_of in _CLASSES:
         return _CLASSES[made_of]
     bases: tuple[type, ...] = (kind, plain)
@@ -216,13 +221,15 @@ def routed_class(
         bases = (plain, kind)  # its own forward, around the routed look-up
     way = "Superposed" if kind.__name__.startswith("Superposed") else "Routed"
     reads = {name: _kept_property(name) for name in kept} | {name: _superposed_property(name) for name in superposed}
-    about = {"moved": frozenset(reads), "made_of": made_of, "__module__": kind.__module__}
-    return _CLASSES.setdefault(made_of, type(f"{way}{plain.__name__}", bases, reads | about))
+    made = {name: recomputed_property(name) for name in recomputed}
+    about: dict[str, Any] = {"moved": frozenset(reads), "made_of": made_of, "__module__": kind.__module__}
+    return _CLASSES.setdefault(made_of, type(f"{way}{plain.__name__}", bases, reads | made | about))
 
 
 def new_layer(
-    kind: type[Routed], plain: type[nn.Module], kept: tuple[str, ...], superposed: tuple[str, ...]
-) -> nn.Module:
+    kind: type[Routed], plain: type[nn.Module], kept: tuple[str, ...], superposed: tuple[str, ...],
+    recomputed: tuple[str, ...] = (),
+) -> nn.Module:  # fmt: skip
     """A layer of such a class, without its state: for copies and for pickle."""
-    made = routed_class(kind, plain, kept, superposed)
+    made = routed_class(kind, plain, kept, superposed, recomputed)
     return made.__new__(made)

@@ -5,16 +5,21 @@ routed here, by the kind of the layer. Any other layer is run once for each mode
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from randes.checkpoints.module_parameters import base_of, move
+from randes.errors import WeightReadError
+from randes.serving.layers.by_model import by_model, can_be_split
+from randes.serving.layers.norms import multiplies_by_element
 from randes.serving.layers.per_model import PerModelTensor, Routed, key_of, routed_class
+from randes.serving.layers.recomputed import OwnFlatWeights, recomputed_in
 from randes.serving.routing import Router
 
 FEW_ELEMENTS = 1 << 16
@@ -33,12 +38,12 @@ class RoutedLinear(Routed, nn.Linear):
         if not tables:
             return super().forward(input)
         batch = self._router.batch()
-        by_model = base_of(self, "weight").numel() > FEW_ELEMENTS and not (
+        large = base_of(self, "weight").numel() > FEW_ELEMENTS and not (
             torch.compiler.is_compiling() or batch.refillable
         )
         ragged = any(table.ragged for table in tables)
-        if batch.mixed and (ragged or by_model):
-            return _by_model(self._router, super().forward, (input,), {}, ragged=ragged)
+        if batch.mixed and (ragged or large):
+            return by_model(self._router, super().forward, (input,), {}, ragged=ragged)
         weight, bias = self._own("weight", ids), self._own("bias", ids)
         assert weight is not None
         if len(ids) == 1:
@@ -124,6 +129,9 @@ class RoutedEmbedding(Routed, nn.Embedding):
             input = input[None]  # the same for all rows, and each model's own
         input, ids = self._spread(input)
         table = self._table("weight")
+        if ids is not None and table is not None and table.ragged:  # vocabularies of other sizes
+            batch = self._router.batch()
+            return by_model(self._router, self._of_one, (input,), {}) if batch.mixed else self._of_one(input)
         base = F.embedding(input, base_of(self, "weight"))
         if ids is None or table is None:
             return base
@@ -137,6 +145,11 @@ class RoutedEmbedding(Routed, nn.Embedding):
         own = F.embedding(input + row.clamp(min=0) * self.num_embeddings, flat)
         return torch.where((row >= 0)[..., None], own, base)
 
+    def _of_one(self, input: Tensor) -> Tensor:
+        """Looked up in the table of the batch's one model."""
+        base, table = base_of(self, "weight"), self._table("weight")
+        return F.embedding(input, base if table is None else table.of(self._router.batch().number, base))
+
 
 class RoutedByModel(Routed):
     """Any other layer: run once for each model of a mixed batch, on its rows alone.
@@ -147,65 +160,34 @@ class RoutedByModel(Routed):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
-        if not self._router.batch().mixed or not _can_be_split(self, (*args, *kwargs.values())):
+        if not self._router.batch().mixed or not can_be_split(self, (*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
-        return _by_model(self._router, super().forward, args, kwargs)
+        return by_model(self._router, super().forward, args, kwargs)
 
 
-def _can_be_split(layer: nn.Module, values: tuple[Any, ...]) -> bool:
-    plain = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
-    whole = hasattr(layer, "config") and hasattr(layer, "get_input_embeddings")  # its outputs may compare rows (CLIP's)
-    return not whole and any(isinstance(v, Tensor) for v in values) and all(isinstance(v, plain) for v in values)
+class RoutedRecurrent(OwnFlatWeights, RoutedByModel):
+    """An LSTM and the like."""
 
 
-def _by_model(
-    router: Router, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, ragged: bool = False
-) -> Any:
-    """``function`` of each model's rows; its outputs in the rows' order, or as a list of them where they are ragged."""
-    batch = router.batch()
-    ids = batch.numbers
-    runs: dict[int, Tensor] = {}
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            runs[id(value)] = torch.unflatten(batch.spread(value), 0, (len(ids), -1))
-    lengths = {run.shape[1] for run in runs.values()}
-    # Or with its positions flattened into it, as routers of experts return them.
-    outputs_may_have = lengths | {run.shape[1] * run.shape[2] for run in runs.values() if run.dim() > 3}
-    parts: list[tuple[Tensor | None, ...]] = []
-    places: list[int] = []
-    single = True
-    for model in sorted(set(ids)):
-        chosen = [place for place, other in enumerate(ids) if other == model]
+class RoutedParametrization(RoutedByModel):
+    """What ``torch.nn.utils.parametrize`` makes a weight of."""
 
-        def part(value: Any, chosen: list[int] = chosen) -> Any:
-            return runs[id(value)][chosen].flatten(0, 1) if isinstance(value, Tensor) else value
-
-        with router.during(batch.of_one(model)):
-            y = function(*map(part, args), **{name: part(value) for name, value in kwargs.items()})
-        single = isinstance(y, Tensor)
-        outputs = (y,) if single else y
-        if not isinstance(outputs, tuple) or not all(
-            out is None or (isinstance(out, Tensor) and out.dim() and out.shape[0] / len(chosen) in outputs_may_have)
-            for out in outputs
-        ):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Its own forward. Raises ``ValueError`` where ``parametrize.cached()`` would give that to other models' calls,
+        and ``WeightReadError`` for a mix: the rows of a weight are not the batch's."""
+        if parametrize._cache_enabled:
             raise ValueError(
-                f"a {type(getattr(function, '__self__', function)).__name__} with tensors kept per model must return"
-                " tensors with the batch first to serve a mixed batch"
+                "torch.nn.utils.parametrize.cached() must not be around calls of a model that serves many: it would"
+                " give the weights of one to the others"
             )
-        parts.append(tuple(None if out is None else torch.unflatten(out, 0, (len(chosen), -1)) for out in outputs))
-        places += chosen
-    order = torch.tensor(places).argsort()
-    if ragged:
-        rows = [row for (own,) in parts if own is not None for row in own]
-        return [rows[place].squeeze(0) if lengths == {1} else rows[place] for place in order.tolist()]
-    joined = tuple(_in_order(outputs, order) for outputs in zip(*parts, strict=True))
-    return joined[0] if single else joined
-
-
-def _in_order(outputs: tuple[Tensor | None, ...], order: Tensor) -> Tensor | None:
-    """One output of each model, (rows, ...) each, as one of the rows in ``order``; None where there is none."""
-    held = [out for out in outputs if out is not None]
-    return torch.cat(held)[order.to(held[0].device)].flatten(0, 1) if held else None
+        if self._router.batch().mixed and any(
+            isinstance(part, PerModelTensor) and part.used for part in self.modules()
+        ):
+            raise WeightReadError(
+                "a weight that torch.nn.utils.parametrize makes of tensors that are kept per model cannot be read for"
+                " rows of several models at once: run one model at a time"
+            )
+        return super().forward(*args, **kwargs)
 
 
 class RoutedBias(Routed):
@@ -230,6 +212,12 @@ ROUTED: dict[type[nn.Module], type[Routed]] = {
 
 def routing_of(layer: nn.Module, tables: Collection[str]) -> type[Routed]:
     """How a layer takes each row's own of its tensors ``tables``."""
+    if isinstance(layer, nn.RNNBase):
+        return RoutedRecurrent
+    if isinstance(layer, parametrize.ParametrizationList):
+        return RoutedParametrization
+    if recomputed_in(layer):
+        return RoutedByModel
     if type(layer) in ROUTED:
         return ROUTED[type(layer)]
     if isinstance(layer, nn.Embedding) and layer.max_norm is None and calls_super(layer):  # max_norm rewrites the table
@@ -237,7 +225,7 @@ def routing_of(layer: nn.Module, tables: Collection[str]) -> type[Routed]:
     own = dict(layer.named_parameters(recurse=False))
     named_norm = type(layer).__name__.endswith("Norm") and not type(layer).__module__.startswith("torch.")
     if named_norm and own.keys() == set(tables) == {"weight"} and own["weight"].dim() == 1:
-        return RoutedNorm
+        return RoutedNorm if multiplies_by_element(layer) else RoutedByModel
     return RoutedByModel
 
 
@@ -257,8 +245,9 @@ def route_layer(
     """
     made: Any = layer
     made_class = routed_class(
-        kind or routing_of(layer, tables), type(layer), tuple(sorted(tables)), tuple(sorted(superposed))
-    )
+        kind or routing_of(layer, tables), type(layer), tuple(sorted(tables)), tuple(sorted(superposed)),
+        recomputed_in(layer),
+    )  # fmt: skip
     made._router = router
     made._tables = nn.ModuleDict({key_of(name): table for name, table in tables.items()})
     move(layer, made_class.moved, made_class)  # last: another thread may be about to call it

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randes.checkpoints.module_parameters import DESCRIBED, base_of
+from randes.checkpoints.module_parameters import DESCRIBED, PREFIX, base_of
 from randes.errors import WeightReadError
 from randes.serving.routing import Router
 
+_FIELDS = "_layer", "_name", "_router", "_refusal"
 _DESCRIBING = {torch.is_floating_point, torch.is_complex, torch.numel}
 
 
@@ -26,9 +27,21 @@ class ServedWeight:
     otherwise: with whose values to compute is not known.
     """
 
+    _layer: nn.Module
+    _name: str
+    _router: Router
+    _refusal: str
+
     def __init__(self, layer: nn.Module, name: str, router: Router, refusal: str) -> None:
         """layer: whose parameter ``name`` this is. refusal: what the error says."""
-        self._layer, self._name, self._router, self._refusal = layer, name, router, refusal
+        for field, value in zip(_FIELDS, (layer, name, router, refusal), strict=True):
+            object.__setattr__(self, field, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise WeightReadError(
+            f"{self._name} of a {type(self._layer).__name__} is another for each model, so that its {name} cannot be"
+            f" set; the base's parameter is {PREFIX}{self._name}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
@@ -94,7 +107,7 @@ def _operator(name: str) -> Any:
 
 _OPERATORS = (
     "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul neg pos abs invert"
-    " and or xor lt le gt ge iadd isub imul itruediv getitem setitem iter array bool float int"
+    " and or xor eq ne lt le gt ge iadd isub imul itruediv getitem setitem iter array bool float int"
 )
 for _name in _OPERATORS.split():
     setattr(ServedWeight, f"__{_name}__", _operator(f"__{_name}__"))
