@@ -11,7 +11,7 @@ from models import CLOSE, alone, finetune, linear, superposed
 from torch import Tensor, nn
 
 import randes
-from randes.checkpoints.weight_reads import weights_read
+from randes.checkpoints.modules.weight_reads import weights_read
 
 transformers = pytest.importorskip("transformers")
 

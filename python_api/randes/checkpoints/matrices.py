@@ -10,8 +10,8 @@ from randes.checkpoints import sources
 from randes.checkpoints.huggingface import skeleton
 from randes.checkpoints.layout import SUPERPOSABLE, Layout, layout_of
 from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.sources import Checkpoint, Tensors
-from randes.checkpoints.weight_reads import weights_read
 from randes.config import Config
 from randes.errors import CheckpointError
 from randes_kernels.mixing import MOST_DENSE_COLUMNS

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.layout import tied_in
 from randes.checkpoints.lazy_tensors import headers
-from randes.checkpoints.module_parameters import plain_state
-from randes.checkpoints.other_references import gone_through, held_elsewhere
+from randes.checkpoints.modules.other_references import gone_through, held_elsewhere
+from randes.checkpoints.modules.parameters import plain_state
+from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.sources import digest
 from randes.checkpoints.tensor_views import View
-from randes.checkpoints.weight_reads import weights_read
 from randes.errors import BaseMismatchError, CheckpointError
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.linear import SuperposedLinear

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randes.checkpoints.module_parameters import move_back, moved_in, plain_state
+from randes.checkpoints.modules.parameters import move_back, moved_in, plain_state
 from randes.serving.takeover import base_names
 from randes.superposition.superposition import Superposition
 

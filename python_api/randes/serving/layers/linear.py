@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randes.checkpoints.module_parameters import move
+from randes.checkpoints.modules.parameters import move
 from randes.serving.batch import Batch, Version
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.served_weights import ServedWeight

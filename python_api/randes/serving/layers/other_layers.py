@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.layout import is_conv1d
-from randes.checkpoints.module_parameters import base_of
+from randes.checkpoints.modules.parameters import base_of
 from randes.checkpoints.tensor_views import View
 from randes.serving.batch import Version
 from randes.serving.layers.per_model import Routed

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from randes.checkpoints.lazy_tensors import headers
-from randes.checkpoints.module_parameters import base_of, has
+from randes.checkpoints.modules.parameters import base_of, has
 from randes.errors import CheckpointError
 from randes.serving.batch import Version
 from randes.serving.layers.recomputed import recomputed_property

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from randes.checkpoints.module_parameters import base_of, move
+from randes.checkpoints.modules.parameters import base_of, move
 from randes.errors import WeightReadError
 from randes.serving.layers.by_model import by_model, can_be_split
 from randes.serving.layers.norms import multiplies_by_element

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randes.checkpoints.module_parameters import DESCRIBED, PREFIX, base_of
+from randes.checkpoints.modules.parameters import DESCRIBED, PREFIX, base_of
 from randes.errors import WeightReadError
 from randes.serving.routing import Router
 

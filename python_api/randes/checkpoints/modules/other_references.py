@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from randes.checkpoints.module_parameters import DESCRIBED
+from randes.checkpoints.modules.parameters import DESCRIBED
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()
 

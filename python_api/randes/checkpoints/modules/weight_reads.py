@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randes.checkpoints.module_parameters import DESCRIBED, move
+from randes.checkpoints.modules.parameters import DESCRIBED, move
 
 TOKENS = 8
 SAMPLES = 16000
