@@ -1,8 +1,8 @@
 """``SuperposedModel``: a whole model whose rows may belong to different fine-tunes."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -262,19 +262,15 @@ class SuperposedModel(nn.Module):
             base: Any = self.base_model
             return base.generate(*args, **kwargs)
 
-    @contextmanager
     def generating(
         self, names: Sequence[str] | Batch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
         batch = self.router.current() if names is None else self.router.of(names)
         if batch is None or (names is None and not batch.mixed):
-            with self.router.during(batch):
-                yield
-            return
+            return self.router.during(batch)
         check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
-        with self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs))):
-            yield
+        return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the superposition as it is now to a store, also its models that are not served, with the base's

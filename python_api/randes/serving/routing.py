@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randes.errors import UnknownModelError
 from randes.serving.batch import Batch, Named, Version
-from randes.serving.scopes import Scope, Scoped, SuspendableScope, innermost, suspendable_frame
+from randes.serving.scopes import Scope, Scoped, SuspendableScope, Using, inherits, innermost
 from randes.superposition.members import BASE_NAME
 
 INPUTS = (
@@ -66,6 +66,7 @@ class Router:
         self._lock = threading.RLock()
         self._scoped = Scoped()
         self._suspendable: list[SuspendableScope] = []
+        self._under_way: set[Scope] = set()  # of all threads
         self.versions: Mapping[str, Version] = self._with_base(
             Version(name, number) for number, name in enumerate(names)
         )
@@ -95,7 +96,10 @@ class Router:
     def current(self) -> Batch | None:
         """The batch under way, if there is one."""
         scope = self._scoped.scope
-        if self._suspendable:
+        if scope.closed:
+            scope = self._scoped.open()
+        # A call that is under way has looked at its context already.
+        if self._suspendable or (scope.owner is None and not torch.compiler.is_compiling() and inherits()):
             scope = innermost(scope, self._suspendable)
         return self.chosen if scope.batch is None else scope.batch
 
@@ -136,16 +140,15 @@ class Router:
         base = torch.tensor([-1], dtype=torch.int32, device="cpu")
         return Batch(base, True, Named(self, (Version(BASE_NAME, -1),), (-1,)), base)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
-        scoped = self._scoped
-        scoped.before.append(scoped.scope)
+    def of_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
+        """The batch for a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised. None
+        where it goes on with what there is."""
         if kwargs.get("adapter_names") is not None:
-            return  # the call will choose, and come again
+            return None  # the call will choose, and come again
         batch = self.batch()
         first = first_input(args, kwargs)
         if first is None:
-            return
+            return None
         over = batch.over(first)
         if over.mixed and type(module).__name__.startswith(OTHER_ROWS):
             raise ValueError(
@@ -157,29 +160,25 @@ class Router:
                 f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
                 f" got {batch.rows}; parts with other numbers of rows are called one by one, each within using(names)"
             )
-        scoped.scope = Scope(over)
-
-    def leave(self, *_: Any) -> None:
-        """After a call that was entered, whether it failed or not."""
-        self._scoped.scope = self._scoped.before.pop()
+        return over
 
     @contextmanager
     def during(self, batch: Batch | None) -> Iterator[None]:
-        """Choose a batch for the calls that this thread makes inside, which waits for nobody there."""
+        """Choose a batch for the calls that this thread makes inside, which waits for nobody there. Entered by a
+        ``with`` alone: the frame that has it says which other scopes are inside this one."""
         before = self._scoped.scope
-        self._scoped.scope = Scope(batch)
+        scope = Scope(batch, before, None if torch.compiler.is_compiling() else sys._getframe(2))
+        self._scoped.scope = scope
         try:
             yield
         finally:
+            scope.owner = None
             self._scoped.scope = before
 
-    def using(self, batch: Batch) -> AbstractContextManager[None]:
+    def using(self, batch: Batch) -> Using:
         """The same, also inside what may be suspended meanwhile: a task that awaits, a generator that yields. The batch
         is for the calls of that task or generator, and for nobody else's that run while it waits."""
-        owner = suspendable_frame(sys._getframe(1))
-        if owner is None:
-            return self.during(batch)
-        return SuspendableScope(batch, owner, self._scoped.scope, self._suspendable)
+        return Using(batch, self._scoped, self._suspendable, self._under_way)
 
     def _with_base(self, versions: Iterable[Version]) -> dict[str, Version]:
         # Where deltas are centred the base is superposed too, and has a number of its own.
