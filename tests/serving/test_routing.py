@@ -2,11 +2,13 @@
 
 import asyncio
 import copy
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +41,11 @@ def test_every_unknown_name_is_listed_beside_the_known_ones() -> None:
         Router([]).of(["a"])
 
 
-@pytest.mark.parametrize("names", ["a", "", [], ()])
-def test_a_bare_string_and_nothing_at_all_are_refused(names: list[str]) -> None:
-    with pytest.raises(ValueError, match="list with one name a row"):
+@pytest.mark.parametrize("names", ["a", "", [], (), {"a"}, {"a": 1}, {"a": 1}.keys(), iter(["a"]), b"a", None])
+def test_what_has_no_order_of_rows_is_refused(names: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"adapter_names must be a list with one name a row, got {re.escape(repr(names))}"
+    ):
         Router(["a"]).of(names)
 
 
@@ -87,12 +91,21 @@ def test_a_copy_starts_from_the_choice_for_all_calls() -> None:
 @pytest.mark.parametrize("shape", [(2, 8), (2, 5, 8), (6, 8)])
 def test_an_input_whose_rows_are_the_batch_or_equal_runs_of_it_fits(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape)
-    assert Router(["a", "b"]).of(["a", "b"]).over(torch.empty(2, 3)).spread(x) is x
+    for first in (torch.zeros(2, 3, dtype=torch.int64), torch.empty(2, 3, 8)):
+        assert Router(["a", "b"]).of(["a", "b"]).over(first).spread(x) is x
+
+
+@pytest.mark.parametrize("first", [torch.empty(2, 3, 4, 4), torch.empty(2, 3), torch.zeros(2, 3, 8, dtype=torch.int64)])
+def test_what_is_no_position_is_not_flattened_into_rows(first: torch.Tensor) -> None:
+    # Three crops of two images are as many rows as two images of three positions.
+    batch = Router(["a", "b"]).of(["a", "b"]).over(first)
+    with pytest.raises(ValueError, match="first dimension must be the batch"):
+        batch.spread(torch.empty(6, 8))
 
 
 def test_tokens_that_are_no_whole_rows_are_refused() -> None:
     # Four of six tokens, as an expert layer picks them: whose they are cannot be known.
-    batch = Router(["a", "b"]).of(["a", "b"]).over(torch.empty(2, 3))
+    batch = Router(["a", "b"]).of(["a", "b"]).over(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="first dimension must be the batch"):
         batch.spread(torch.empty(4, 8))
 

@@ -120,7 +120,7 @@ class Router:
                 others = names.named.router.names
                 raise ValueError(f"adapter_names must be a batch of this model, of {self.names}, got one of {others}")
             return names
-        if isinstance(names, str) or not names:
+        if isinstance(names, str | bytes) or not isinstance(names, Sequence) or not names:
             raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
         versions = self.versions  # may be replaced meanwhile
         if unknown := [name for name in names if not isinstance(name, str) or name not in versions]:
