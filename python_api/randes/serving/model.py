@@ -16,7 +16,7 @@ from randes.serving.pretrained import load_base
 from randes.serving.routing import Router, check_rows, first_input, sequences_of
 from randes.serving.served_models import ServedModels
 from randes.serving.takeover import check_layers, take_centre
-from randes.serving.transformers_models import follow_calls, mark_served
+from randes.serving.transformers_models import follow_calls, mark_served, of_one_choice
 from randes.serving.unload import Unloaded, give, merged_tensors
 from randes.serving.warm_up import run_each_kind
 from randes.superposition import update
@@ -249,10 +249,10 @@ class SuperposedModel(nn.Module):
         model was chosen at all.
         """
         if adapter_names is None:
-            with self.router.during(self.router.current()):  # what is chosen for all may change under way
+            with self.router.during(self.router.current(), whole=True):  # what is chosen for all may change under way
                 return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
-        with self.router.during(batch.over(check_rows(batch, first_input(args, kwargs)))):
+        with self.router.during(batch.over(check_rows(batch, first_input(args, kwargs))), whole=True):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
@@ -268,9 +268,9 @@ class SuperposedModel(nn.Module):
         """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
         batch = self.router.current() if names is None else self.router.of(names)
         if batch is None or (names is None and not batch.mixed):
-            return self.router.during(batch)
+            return self.router.during(batch, whole=True)
         check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
-        return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)))
+        return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)), whole=True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the superposition as it is now to a store, also its models that are not served, with the base's
@@ -279,13 +279,14 @@ class SuperposedModel(nn.Module):
             self.superposition.save(path)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the base model has: its configuration, device, and what pipelines ask for."""
+        """Whatever else the base model has: its configuration, device, and what pipelines ask for. A call of one of its
+        methods is answered as what is chosen when it begins."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_model":
                 raise
-        return getattr(self.base_model, name)
+        return of_one_choice(getattr(self.base_model, name), self.base_model, self.router)
 
 
 def _names_of(batch: Batch) -> list[str]:

@@ -93,24 +93,42 @@ class Router:
         with self._lock:
             self.chosen = self.of([name])
 
-    def current(self) -> Batch | None:
-        """The batch under way, if there is one."""
+    def _scope(self) -> Scope:
         scope = self._scoped.scope
         if scope.closed:
             scope = self._scoped.open()
         # A call that is under way has looked at its context already.
         if self._suspendable or (scope.owner is None and not torch.compiler.is_compiling() and inherits()):
-            scope = innermost(scope, self._suspendable)
-        return self.chosen if scope.batch is None else scope.batch
+            return innermost(scope, self._suspendable)
+        return scope
+
+    def current(self) -> Batch | None:
+        """The batch under way, if there is one."""
+        batch = self._scope().batch
+        return self.chosen if batch is None else batch
 
     def batch(self) -> Batch:
-        """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
-        batch = self.current()
+        """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default; and in a
+        thread that chose none while others answer as other models, since it may be one that a call of theirs started.
+        """
+        batch = self._scope().batch
+        if batch is not None:
+            return batch
+        batch = self.chosen
         if batch is None:
             raise RuntimeError(
                 "no model is chosen: call set_adapter(name), pass adapter_names=[...],"
                 " or use disable_adapter() for the base"
             )
+        if not torch.compiler.is_compiling() and self._under_way:
+            versions = batch.named.versions
+            others = (scope.batch.named.versions for scope in tuple(self._under_way) if scope.batch is not None)
+            if any(other != versions for other in others):
+                raise RuntimeError(
+                    "a layer was called in a thread that chose no model while another thread answers as others than"
+                    f" {versions[0].name!r}, which set_adapter chose: whether it is part of that call cannot be known;"
+                    " call the whole model, or hold using(names) in this thread"
+                )
         return batch
 
     def of(self, names: "Sequence[str] | Batch") -> Batch:
@@ -163,17 +181,28 @@ class Router:
         return over
 
     @contextmanager
-    def during(self, batch: Batch | None) -> Iterator[None]:
+    def during(self, batch: Batch | None, *, whole: bool = False) -> Iterator[None]:
         """Choose a batch for the calls that this thread makes inside, which waits for nobody there. Entered by a
-        ``with`` alone: the frame that has it says which other scopes are inside this one."""
-        before = self._scoped.scope
-        scope = Scope(batch, before, None if torch.compiler.is_compiling() else sys._getframe(2))
+        ``with`` alone: the frame that has it says which other scopes are inside this one.
+
+        whole: it is for a call of the whole model, of which other threads may run parts.
+        """
+        before, compiling = self._scoped.scope, torch.compiler.is_compiling()
+        scope = Scope(batch, before, None if compiling else sys._getframe(2))
         self._scoped.scope = scope
+        if whole and not compiling:
+            self._under_way.add(scope)
         try:
             yield
         finally:
             scope.owner = None
             self._scoped.scope = before
+            if whole and not compiling:
+                self._under_way.discard(scope)
+
+    def holds(self) -> bool:
+        """Whether this thread has a choice of its own, which no other changes."""
+        return self._scoped.scope.batch is not None and not self._scoped.scope.closed and not self._suspendable
 
     def using(self, batch: Batch) -> Using:
         """The same, also inside what may be suspended meanwhile: a task that awaits, a generator that yields. The batch
