@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from models import (
     tokens,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import randes
 
@@ -290,6 +292,29 @@ def test_a_module_that_is_served_is_exported_and_asked_for_its_arguments_as_befo
     torch.testing.assert_close(program(x), expected(base, sup, x, ["m1"] * 3), **CLOSE)
     again = pickle.loads(pickle.dumps(model.base_model))
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_recomputed_forward_answers_as_its_context_says(in_a_thread: bool) -> None:
+    # The backward pass of a GPU runs in a thread of its own, which has no choice of models.
+    base, x = Encoder(), torch.randn(3, 48, requires_grad=True)
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    model.set_adapter("m0")
+    (right,) = torch.autograd.grad(alone(base, sup, "m1")(x).sum(), x)
+
+    def gradient(**settings: Any) -> Tensor:
+        with model.using(["m1"]):
+            y = checkpoint(model.base_model, x, use_reentrant=False, **settings).sum()
+            if not in_a_thread:
+                return torch.autograd.grad(y, x)[0]
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(torch.autograd.grad, y, x).result()[0]
+
+    contexts = {"context_fn": lambda: (nullcontext(), model.using(["m1"]))}
+    torch.testing.assert_close(gradient(**contexts), right, **CLOSE)
+    if not in_a_thread:
+        torch.testing.assert_close(gradient(), right, **CLOSE)
 
 
 def test_disabling_adapters_in_one_thread_leaves_the_others_alone(served: Any) -> None:

@@ -219,8 +219,9 @@ class SuperposedModel(nn.Module):
         """Answer as these models inside the ``with``: one name a row, or one for all rows.
 
         For calls that take no ``adapter_names``, and for backward passes that run the forward again (activation
-        checkpointing). It holds for this thread, and inside a coroutine or a generator for that one alone: others that
-        run while it awaits or has yielded have scopes of their own.
+        checkpointing). It holds for the thread that enters it, and inside a coroutine or a generator for that one
+        alone: others that run while it awaits or has yielded have scopes of their own. Which threads and tasks that are
+        started inside have it, and which need ``adapter_names``, says docs/guarantees.md.
         """
         return self.router.using(self.router.of(names))
 
