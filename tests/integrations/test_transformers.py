@@ -388,6 +388,33 @@ def test_a_class_of_transformers_own_has_the_verbs_and_is_merged_to_itself(folde
     assert torch.equal(again(**tokens()).logits, plain(**tokens()).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["call", "names", "wrapper", "part", "generate", "using"])
+def test_an_interrupted_call_leaves_no_choice_behind(folders: Path, way: str) -> None:
+    # No hook of a module is called then, not even those that are always called.
+    model: Any = hf.AutoModelForCausalLM.from_pretrained(folders / "store").eval()
+    ids = tokens()["input_ids"]
+    ways: dict[str, Any] = {
+        "call": lambda: model(input_ids=ids),
+        "names": lambda: model(input_ids=ids, adapter_names=["m0"] * len(ids)),
+        "wrapper": lambda: randes.transformers.served(model)(input_ids=ids),
+        "part": lambda: model.base_model(input_ids=ids),
+        "generate": lambda: model.generate(input_ids=ids, max_new_tokens=2),
+        "using": lambda: model.using(["m0"])(model)(input_ids=ids),
+    }
+    model.set_adapter("m1")
+    right = model(input_ids=ids).logits
+    model.set_adapter("m0")
+    layer = next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))[0]
+    hook = layer.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ways[way]()
+    hook.remove()
+    model.set_adapter("m1")
+    assert model.active_adapters() == ["m1"]
+    assert torch.equal(model(input_ids=ids).logits, right)
+
+
 def test_without_the_method_transformers_finds_no_weights(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.quantizers import auto
 

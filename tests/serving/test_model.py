@@ -1,10 +1,14 @@
 """A whole model whose rows belong to different fine-tunes: each is answered as its model alone would be."""
 
 import copy
+import inspect
 import itertools
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ from models import (
     tokens,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import randes
 
@@ -216,6 +221,100 @@ def test_threads_with_different_models_get_their_own_answers(served: Any) -> Non
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class Encoder(nn.Module):
+    """Two layers, in threads where it is told to, and a method that is not ``forward``."""
+
+    def __init__(self, in_threads: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.in_threads = linear(48, 48), linear(48, 48), in_threads
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.in_threads:
+            return self.encode(x)
+        with ThreadPoolExecutor(2) as threads:
+            one, other = threads.map(lambda layer: layer(x), (self.a, self.b))
+        return one + other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["call", "method", "base", "base's method in a scope"])
+def test_a_call_has_one_choice_from_its_beginning_to_its_end(way: str) -> None:
+    base, x = Encoder(), torch.randn(3, 48)
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "call": model, "method": model.encode, "base": model.base_model,
+        "base's method in a scope": model.using(["m0"])(model.base_model.encode),
+    }  # fmt: skip
+    model.set_adapter("m0")
+    hook = model.base_model.a.register_forward_hook(lambda *_: model.set_adapter("m1"))  # as another thread may
+    y = ways[way](x)
+    hook.remove()
+    torch.testing.assert_close(y, expected(base, sup, x, ["m0"] * 3), **CLOSE)
+    assert model.active_adapter == "m1"
+
+
+@torch.no_grad()
+def test_threads_that_a_call_starts_never_answer_as_what_was_chosen_for_all() -> None:
+    base, x = Encoder(in_threads=True), torch.randn(3, 48)
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    model.set_adapter("m0")
+    torch.testing.assert_close(model(x), expected(base, sup, x, ["m0"] * 3), **CLOSE)
+    refused = "called in a thread that chose no model while another thread answers as others than 'm0'"
+    for names in (["m1"] * 3, ["m0", "m1", "m0"], ["__base__"] * 3):
+        with pytest.raises(RuntimeError, match=refused):
+            model(x, adapter_names=names)
+        with pytest.raises(RuntimeError, match=refused), model.using(names):
+            model(x)
+    hook = model.base_model.register_forward_pre_hook(lambda *_: model.set_adapter("m1"))
+    with pytest.raises(RuntimeError, match="others than 'm1'"):
+        model(x)
+    hook.remove()
+    with ThreadPoolExecutor(1) as other, model.using(["m0"] * 3):  # whole models are called in any thread
+        torch.testing.assert_close(other.submit(model.encode, x).result(), Encoder.encode(alone(base, sup, "m1"), x))
+    torch.testing.assert_close(model(x), expected(base, sup, x, ["m1"] * 3), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_module_that_is_served_is_exported_and_asked_for_its_arguments_as_before() -> None:
+    base, x = Encoder(), torch.randn(3, 48)
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    model.set_adapter("m1")
+    assert inspect.signature(model.base_model.forward) == inspect.signature(base.forward)
+    program = torch.export.export(model.base_model, (x,)).module()
+    torch.testing.assert_close(program(x), expected(base, sup, x, ["m1"] * 3), **CLOSE)
+    again = pickle.loads(pickle.dumps(model.base_model))
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_a_recomputed_forward_answers_as_its_context_says(in_a_thread: bool) -> None:
+    # The backward pass of a GPU runs in a thread of its own, which has no choice of models.
+    base, x = Encoder(), torch.randn(3, 48, requires_grad=True)
+    sup, _ = superposed(base, 2)
+    model = randes.SuperposedModel(copy.deepcopy(base), sup)
+    model.set_adapter("m0")
+    (right,) = torch.autograd.grad(alone(base, sup, "m1")(x).sum(), x)
+
+    def gradient(**settings: Any) -> Tensor:
+        with model.using(["m1"]):
+            y = checkpoint(model.base_model, x, use_reentrant=False, **settings).sum()
+            if not in_a_thread:
+                return torch.autograd.grad(y, x)[0]
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(torch.autograd.grad, y, x).result()[0]
+
+    contexts = {"context_fn": lambda: (nullcontext(), model.using(["m1"]))}
+    torch.testing.assert_close(gradient(**contexts), right, **CLOSE)
+    if not in_a_thread:
+        torch.testing.assert_close(gradient(), right, **CLOSE)
 
 
 def test_disabling_adapters_in_one_thread_leaves_the_others_alone(served: Any) -> None:

@@ -2,10 +2,13 @@
 
 import asyncio
 import copy
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +41,11 @@ def test_every_unknown_name_is_listed_beside_the_known_ones() -> None:
         Router([]).of(["a"])
 
 
-@pytest.mark.parametrize("names", ["a", "", [], ()])
-def test_a_bare_string_and_nothing_at_all_are_refused(names: list[str]) -> None:
-    with pytest.raises(ValueError, match="list with one name a row"):
+@pytest.mark.parametrize("names", ["a", "", [], (), {"a"}, {"a": 1}, {"a": 1}.keys(), iter(["a"]), b"a", None])
+def test_what_has_no_order_of_rows_is_refused(names: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"adapter_names must be a list with one name a row, got {re.escape(repr(names))}"
+    ):
         Router(["a"]).of(names)
 
 
@@ -86,12 +91,21 @@ def test_a_copy_starts_from_the_choice_for_all_calls() -> None:
 @pytest.mark.parametrize("shape", [(2, 8), (2, 5, 8), (6, 8)])
 def test_an_input_whose_rows_are_the_batch_or_equal_runs_of_it_fits(shape: tuple[int, ...]) -> None:
     x = torch.empty(shape)
-    assert Router(["a", "b"]).of(["a", "b"]).over(torch.empty(2, 3)).spread(x) is x
+    for first in (torch.zeros(2, 3, dtype=torch.int64), torch.empty(2, 3, 8)):
+        assert Router(["a", "b"]).of(["a", "b"]).over(first).spread(x) is x
+
+
+@pytest.mark.parametrize("first", [torch.empty(2, 3, 4, 4), torch.empty(2, 3), torch.zeros(2, 3, 8, dtype=torch.int64)])
+def test_what_is_no_position_is_not_flattened_into_rows(first: torch.Tensor) -> None:
+    # Three crops of two images are as many rows as two images of three positions.
+    batch = Router(["a", "b"]).of(["a", "b"]).over(first)
+    with pytest.raises(ValueError, match="first dimension must be the batch"):
+        batch.spread(torch.empty(6, 8))
 
 
 def test_tokens_that_are_no_whole_rows_are_refused() -> None:
     # Four of six tokens, as an expert layer picks them: whose they are cannot be known.
-    batch = Router(["a", "b"]).of(["a", "b"]).over(torch.empty(2, 3))
+    batch = Router(["a", "b"]).of(["a", "b"]).over(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="first dimension must be the batch"):
         batch.spread(torch.empty(4, 8))
 
@@ -193,7 +207,7 @@ def test_what_a_task_starts_in_a_thread_or_a_task_has_its_scope() -> None:
                 assert await asyncio.to_thread(named, router) == name
             assert await asyncio.create_task(later()) == name
             left = asyncio.create_task(later())
-        assert await left is None  # it runs when the scope has ended
+        assert await left == name  # it runs when the scope has ended, as its context says
 
     async def later() -> str | None:
         await asyncio.sleep(0)
@@ -222,3 +236,174 @@ def test_generators_that_yield_inside_a_scope_do_not_meet() -> None:
         assert named(router) == "b"
     in_threads.close()
     assert router._suspendable == []
+
+
+@contextmanager
+def wrapped(router: Router, name: str) -> Iterator[None]:
+    with router.using(router.of([name])):
+        yield
+
+
+def test_a_generator_keeps_its_scope_whoever_consumes_it() -> None:
+    router = Router(["a", "b", "c"])
+    router.choose("a")
+    its = asks(router, "c", times=12)
+    next(its)
+    with router.using(router.of(["b"])):
+        next(its)
+        assert named(router) == "b"
+        with wrapped(router, "a"), router.during(router.of(["b"])):
+            next(its)
+            assert named(router) == "b"
+    begun_inside = asks(router, "b")
+    with router.using(router.of(["c"])):
+        next(begun_inside)
+    with router.using(router.of(["a"])):
+        next(begun_inside)
+        assert named(router) == "a"
+
+    async def consume() -> None:
+        opened_before = asks(router, "a")
+        next(opened_before)
+        with router.using(router.of(["b"])):
+            next(its)
+            next(opened_before)
+            await asyncio.to_thread(next, opened_before)
+            await asyncio.create_task(in_a_task(its))
+            assert named(router) == "b"
+
+    async def in_a_task(its: Iterator[None]) -> None:
+        next(its)
+        assert named(router) == "b"  # of the task that started this one
+        with router.using(router.of(["a"])):
+            next(its)
+            assert named(router) == "a"
+
+    def around(its: Iterator[None]) -> Iterator[None]:
+        with router.using(router.of(["b"])):
+            for _ in its:
+                assert named(router) == "b"
+                yield
+                asyncio.run(consume())
+
+    next(around(its))
+    asyncio.run(consume())
+    next(it for it in [around(its)] if next(it) is None)
+    its.close()
+    begun_inside.close()
+
+
+def test_a_scope_inside_a_call_inside_a_coroutine_is_the_innermost() -> None:
+    router = Router(["a", "b", "c"])
+
+    async def ask() -> None:
+        with router.using(router.of(["a"])), router.during(router.of(["b"])):
+            with router.using(router.of(["c"])):
+                assert named(router) == "c"
+                with router.during(router.of(["a"])):
+                    assert named(router) == "a"
+                assert named(router) == "c"
+            assert named(router) == "b"
+
+    asyncio.run(ask())
+
+
+def test_async_generators_keep_their_scope_and_what_they_start_elsewhere_is_refused() -> None:
+    router = Router(["a", "b", "c"])
+    router.choose("a")
+
+    async def later() -> str | None:
+        return named(router)
+
+    async def with_its_own(name: str) -> None:
+        with router.using(router.of([name])):
+            assert named(router) == name
+            assert await asyncio.to_thread(named, router) == name
+
+    async def stream() -> AsyncIterator[str | None]:
+        with router.using(router.of(["c"])):
+            while True:
+                yield named(router)
+                with pytest.raises(RuntimeError, match=r"async generator: .* pass adapter_names"):
+                    await asyncio.to_thread(named, router)
+                for start in (asyncio.create_task, asyncio.gather, lambda work: asyncio.wait_for(work, 5)):
+                    with pytest.raises(RuntimeError, match=r"async generator: .* pass adapter_names"):
+                        await start(later())
+                await with_its_own("b")
+                assert named(router) == "c"
+
+    async def consume() -> None:
+        its = stream()
+        assert await anext(its) == "c"
+        assert named(router) == "a"
+        with router.using(router.of(["b"])):
+            assert await anext(its) == "c"
+            assert named(router) == "b"
+            with pytest.raises(RuntimeError, match="by who iterates over it"):
+                await asyncio.to_thread(named, router)
+            await asyncio.create_task(with_its_own("b"))
+            assert await anext(its) == "c"
+        with pytest.raises(RuntimeError, match="by who iterates over it"):  # silence would be wrong for one of the two
+            await asyncio.create_task(later())
+        await its.aclose()
+        assert await asyncio.create_task(later()) == "a"
+
+    asyncio.run(consume())
+    assert router._suspendable == []
+
+
+# ---------------------------------------------------------------- how a scope is entered and left
+
+
+def test_a_scope_belongs_to_who_enters_it_and_not_to_who_made_it() -> None:
+    router = Router(["a", "b"])
+    router.choose("a")
+    made = router.using(router.of(["b"]))
+
+    async def one(done: asyncio.Event) -> None:
+        with made:
+            assert named(router) == "b"
+            await done.wait()
+            assert named(router) == "b"
+
+    async def both() -> None:
+        done = asyncio.Event()
+        task = asyncio.create_task(one(done))
+        await asyncio.sleep(0)
+        assert named(router) == "a"
+        with pytest.raises(RuntimeError, match="entered already"), made:
+            pass
+        done.set()
+        await task
+
+    asyncio.run(both())
+    with made:  # once more, now that it was left
+        assert named(router) == "b"
+    assert router.using(router.of(["b"]))(named)(router) == "b"
+    assert named(router) == "a"
+    with pytest.raises(RuntimeError, match="not entered"):
+        made.__exit__(None, None, None)
+
+
+def test_scopes_left_in_the_wrong_order_or_in_another_thread_leave_nothing_behind() -> None:
+    router = Router(["a", "b", "c"])
+    router.choose("a")
+    one, other = router.using(router.of(["b"])), router.using(router.of(["c"]))
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert named(router) == "c"
+    other.__exit__(None, None, None)
+    assert named(router) == "a"
+    with ThreadPoolExecutor(1) as here, ThreadPoolExecutor(1) as there:
+        for scope in (router.using(router.of(["b"])), wrapped(router, "b")):
+            here.submit(scope.__enter__).result()
+            with pytest.raises(RuntimeError, match="entered in one thread and left in another"):
+                there.submit(scope.__exit__, None, None, None).result()
+            assert here.submit(named, router).result() == there.submit(named, router).result() == "a"
+    outer = router.using(router.of(["c"]))
+    outer.__enter__()
+    with router.during(router.of(["b"])):
+        outer.__exit__(None, None, None)
+        assert named(router) == "b"
+    assert named(router) == "a"

@@ -137,11 +137,14 @@ class Batch:
         return Batch(one.to(self.ids.device), number == -1, named, one, self.length)
 
     def over(self, first: Tensor) -> "Batch":
-        """The same batch for a model whose first input is ``first``, (B, length, ...): on its device.
+        """The same batch for a model whose first input is ``first``, (B, length) integers or (B, length, width) floats
+        where it has positions: on its device.
 
         A program that is being compiled gets a number for every row, whatever the batch: then it serves them all.
         """
-        length = first.shape[1] if first.dim() > 1 else 1
+        # Tokens, or what is embedded of them. The channels of images are no positions, nor are features.
+        embedded = first.is_floating_point() or first.is_complex()
+        length = first.shape[1] if first.dim() == (3 if embedded else 2) else 1
         of_rows, ids = self.of_rows, self.ids
         # No other number: images' patches, in one row after the other, are no multiple of anything.
         if self.spreads > 1 and self.mixed and first.shape[0] == self.rows * self.spreads:

@@ -1,8 +1,8 @@
 """``SuperposedModel``: a whole model whose rows may belong to different fine-tunes."""
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from randes.serving.pretrained import load_base
 from randes.serving.routing import Router, check_rows, first_input, sequences_of
 from randes.serving.served_models import ServedModels
 from randes.serving.takeover import check_layers, take_centre
-from randes.serving.transformers_models import follow_calls, mark_served
+from randes.serving.transformers_models import follow_calls, mark_served, of_one_choice
 from randes.serving.unload import Unloaded, give, merged_tensors
 from randes.serving.warm_up import run_each_kind
 from randes.superposition import update
@@ -219,8 +219,9 @@ class SuperposedModel(nn.Module):
         """Answer as these models inside the ``with``: one name a row, or one for all rows.
 
         For calls that take no ``adapter_names``, and for backward passes that run the forward again (activation
-        checkpointing). It holds for this thread, and inside a coroutine or a generator for that one alone: others that
-        run while it awaits or has yielded have scopes of their own.
+        checkpointing). It holds for the thread that enters it, and inside a coroutine or a generator for that one
+        alone: others that run while it awaits or has yielded have scopes of their own. Which threads and tasks that are
+        started inside have it, and which need ``adapter_names``, says docs/guarantees.md.
         """
         return self.router.using(self.router.of(names))
 
@@ -249,10 +250,10 @@ class SuperposedModel(nn.Module):
         model was chosen at all.
         """
         if adapter_names is None:
-            with self.router.during(self.router.current()):  # what is chosen for all may change under way
+            with self.router.during(self.router.current(), whole=True):  # what is chosen for all may change under way
                 return self.base_model(*args, **kwargs)
         batch = self.router.of(adapter_names)
-        with self.router.during(batch.over(check_rows(batch, first_input(args, kwargs)))):
+        with self.router.during(batch.over(check_rows(batch, first_input(args, kwargs))), whole=True):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
@@ -262,19 +263,15 @@ class SuperposedModel(nn.Module):
             base: Any = self.base_model
             return base.generate(*args, **kwargs)
 
-    @contextmanager
     def generating(
         self, names: Sequence[str] | Batch | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Answer as these models inside the ``with``, for one call of ``generate`` with these arguments."""
         batch = self.router.current() if names is None else self.router.of(names)
         if batch is None or (names is None and not batch.mixed):
-            with self.router.during(batch):
-                yield
-            return
+            return self.router.during(batch, whole=True)
         check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
-        with self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs))):
-            yield
+        return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)), whole=True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the superposition as it is now to a store, also its models that are not served, with the base's
@@ -283,13 +280,14 @@ class SuperposedModel(nn.Module):
             self.superposition.save(path)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the base model has: its configuration, device, and what pipelines ask for."""
+        """Whatever else the base model has: its configuration, device, and what pipelines ask for. A call of one of its
+        methods is answered as what is chosen when it begins."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_model":
                 raise
-        return getattr(self.base_model, name)
+        return of_one_choice(getattr(self.base_model, name), self.base_model, self.router)
 
 
 def _names_of(batch: Batch) -> list[str]:

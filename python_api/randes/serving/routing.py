@@ -3,7 +3,7 @@
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randes.errors import UnknownModelError
 from randes.serving.batch import Batch, Named, Version
-from randes.serving.scopes import Scope, Scoped, SuspendableScope, innermost, suspendable_frame
+from randes.serving.scopes import Scope, Scoped, SuspendableScope, Using, inherits, innermost
 from randes.superposition.members import BASE_NAME
 
 INPUTS = (
@@ -66,6 +66,7 @@ class Router:
         self._lock = threading.RLock()
         self._scoped = Scoped()
         self._suspendable: list[SuspendableScope] = []
+        self._under_way: set[Scope] = set()  # of all threads
         self.versions: Mapping[str, Version] = self._with_base(
             Version(name, number) for number, name in enumerate(names)
         )
@@ -92,21 +93,42 @@ class Router:
         with self._lock:
             self.chosen = self.of([name])
 
+    def _scope(self) -> Scope:
+        scope = self._scoped.scope
+        if scope.closed:
+            scope = self._scoped.open()
+        # A call that is under way has looked at its context already.
+        if self._suspendable or (scope.owner is None and not torch.compiler.is_compiling() and inherits()):
+            return innermost(scope, self._suspendable)
+        return scope
+
     def current(self) -> Batch | None:
         """The batch under way, if there is one."""
-        scope = self._scoped.scope
-        if self._suspendable:
-            scope = innermost(scope, self._suspendable)
-        return self.chosen if scope.batch is None else scope.batch
+        batch = self._scope().batch
+        return self.chosen if batch is None else batch
 
     def batch(self) -> Batch:
-        """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default."""
-        batch = self.current()
+        """The batch under way. Raises ``RuntimeError`` where no model was chosen: the base is never a default; and in a
+        thread that chose none while others answer as other models, since it may be one that a call of theirs started.
+        """
+        batch = self._scope().batch
+        if batch is not None:
+            return batch
+        batch = self.chosen
         if batch is None:
             raise RuntimeError(
                 "no model is chosen: call set_adapter(name), pass adapter_names=[...],"
                 " or use disable_adapter() for the base"
             )
+        if not torch.compiler.is_compiling() and self._under_way:
+            versions = batch.named.versions
+            others = (scope.batch.named.versions for scope in tuple(self._under_way) if scope.batch is not None)
+            if any(other != versions for other in others):
+                raise RuntimeError(
+                    "a layer was called in a thread that chose no model while another thread answers as others than"
+                    f" {versions[0].name!r}, which set_adapter chose: whether it is part of that call cannot be known;"
+                    " call the whole model, or hold using(names) in this thread"
+                )
         return batch
 
     def of(self, names: "Sequence[str] | Batch") -> Batch:
@@ -116,7 +138,7 @@ class Router:
                 others = names.named.router.names
                 raise ValueError(f"adapter_names must be a batch of this model, of {self.names}, got one of {others}")
             return names
-        if isinstance(names, str) or not names:
+        if isinstance(names, str | bytes) or not isinstance(names, Sequence) or not names:
             raise ValueError(f"adapter_names must be a list with one name a row, got {names!r}")
         versions = self.versions  # may be replaced meanwhile
         if unknown := [name for name in names if not isinstance(name, str) or name not in versions]:
@@ -136,16 +158,15 @@ class Router:
         base = torch.tensor([-1], dtype=torch.int32, device="cpu")
         return Batch(base, True, Named(self, (Version(BASE_NAME, -1),), (-1,)), base)
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised."""
-        scoped = self._scoped
-        scoped.before.append(scoped.scope)
+    def of_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch | None:
+        """The batch for a call of a whole model inside: its rows are the batch's, or ``ValueError`` is raised. None
+        where it goes on with what there is."""
         if kwargs.get("adapter_names") is not None:
-            return  # the call will choose, and come again
+            return None  # the call will choose, and come again
         batch = self.batch()
         first = first_input(args, kwargs)
         if first is None:
-            return
+            return None
         over = batch.over(first)
         if over.mixed and type(module).__name__.startswith(OTHER_ROWS):
             raise ValueError(
@@ -157,29 +178,36 @@ class Router:
                 f"adapter_names must have one name a row of the batch of a {type(module).__name__}, {first.shape[0]},"
                 f" got {batch.rows}; parts with other numbers of rows are called one by one, each within using(names)"
             )
-        scoped.scope = Scope(over)
-
-    def leave(self, *_: Any) -> None:
-        """After a call that was entered, whether it failed or not."""
-        self._scoped.scope = self._scoped.before.pop()
+        return over
 
     @contextmanager
-    def during(self, batch: Batch | None) -> Iterator[None]:
-        """Choose a batch for the calls that this thread makes inside, which waits for nobody there."""
-        before = self._scoped.scope
-        self._scoped.scope = Scope(batch)
+    def during(self, batch: Batch | None, *, whole: bool = False) -> Iterator[None]:
+        """Choose a batch for the calls that this thread makes inside, which waits for nobody there. Entered by a
+        ``with`` alone: the frame that has it says which other scopes are inside this one.
+
+        whole: it is for a call of the whole model, of which other threads may run parts.
+        """
+        before, compiling = self._scoped.scope, torch.compiler.is_compiling()
+        scope = Scope(batch, before, None if compiling else sys._getframe(2))
+        self._scoped.scope = scope
+        if whole and not compiling:
+            self._under_way.add(scope)
         try:
             yield
         finally:
+            scope.owner = None
             self._scoped.scope = before
+            if whole and not compiling:
+                self._under_way.discard(scope)
 
-    def using(self, batch: Batch) -> AbstractContextManager[None]:
+    def holds(self) -> bool:
+        """Whether this thread has a choice of its own, which no other changes."""
+        return self._scoped.scope.batch is not None and not self._scoped.scope.closed and not self._suspendable
+
+    def using(self, batch: Batch) -> Using:
         """The same, also inside what may be suspended meanwhile: a task that awaits, a generator that yields. The batch
         is for the calls of that task or generator, and for nobody else's that run while it waits."""
-        owner = suspendable_frame(sys._getframe(1))
-        if owner is None:
-            return self.during(batch)
-        return SuspendableScope(batch, owner, self._scoped.scope, self._suspendable)
+        return Using(batch, self._scoped, self._suspendable, self._under_way)
 
     def _with_base(self, versions: Iterable[Version]) -> dict[str, Version]:
         # Where deltas are centred the base is superposed too, and has a number of its own.
