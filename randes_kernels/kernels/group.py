@@ -53,7 +53,7 @@ def group(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Launch over ``x``: its rows in order, ``order`` and their ids."""
     m, k = x.shape
     grouped = torch.empty((m, k), dtype=x.dtype, device=x.device)
-    order, grouped_ids = torch.empty((2, m), dtype=torch.int32, device=x.device)
+    order, grouped_ids = (torch.empty(m, dtype=torch.int32, device=x.device) for _ in range(2))
     group_kernel[(-(-m // TILE_ROWS),)](
         grouped, order, grouped_ids, x, ids, m, ids.shape[0], max(1, m // ids.shape[0]), k, *x.stride(),
         BLOCK_M=TILE_ROWS, BLOCK_RUNS=TILE_RUNS, BLOCK_K=TILE_COLUMNS, enable_fp_fusion=True,

@@ -9,9 +9,11 @@ import pytest
 import torch
 from cases import TENSOR, linear_case, run
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from randes_kernels import gpu, reference, retrieve, superpose_
 from randes_kernels.format import Transform, model_key
+from randes_kernels.kernels.weight_side import described
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = model_key(0, "model")
@@ -108,3 +110,13 @@ def test_an_unknown_model_is_nan_in_the_backward_pass_too(transform: Transform) 
     grad_x = gpu.superposed_linear(*case.to(DEVICE), True).cpu()
     assert grad_x[1].isnan().all()
     assert not grad_x[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (1, 8), (64, 128)])
+def test_descriptors_are_what_tritons_own_would_be(shape: tuple[int, int]) -> None:
+    x, block = torch.zeros(shape, dtype=torch.float16), [16, 64]
+    made, own = described(x, *shape, block), TensorDescriptor.from_tensor(x, block)
+    assert type(made) is type(own)
+    assert made.base is own.base
+    assert (made.shape, made.strides) == (list(own.shape), list(own.strides))
+    assert (made.block_shape, made.padding) == (own.block_shape, own.padding)
