@@ -23,6 +23,8 @@ SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 """What one program may use, bytes."""
 
 SHORT = ("fp16", "bf16")
+DETOUR = {"weight side fp16 (256, 128, 128, 8, 2) 1 bits bulk grouped"}
+"""What goes through shared memory once more: planes of 16 columns that are rebuilt in fp32 (docs/kernels.md)."""
 Row = dict[str, Any]
 
 
@@ -114,7 +116,7 @@ def test_hopper_rebuilds_the_weight_as_the_register_operand_of_wgmma(compiled: l
     assert [row for row in bulk if not (row["register_operands"] == row["matrix_instructions"] > 0)] == []
     assert [row for row in bulk if not row["bulk_copies"]] == []
     # From shared memory into the product's layout at once, not back into it.
-    assert [row for row in bulk if row["loop_stores"]] == []
+    assert {row["kernel"] for row in bulk if row["loop_stores"]} == DETOUR
 
 
 @pytest.mark.parametrize("kernel", ["activation", "weight", "group", "superpose", "retrieve"])
