@@ -140,6 +140,7 @@ class ServedModels:
         if averages_stay:
             shared = {tensor for tensor in superposition.averages if not superposition.has_own(tensor)}
         averages = {t: row for version in before.values() for t, row in version.kept.items() if t in shared}
+        tables = _parts(module, PerModelTensor)
         stay, new = [], []
         for name, member in members.items():
             old = before.get(name)
@@ -148,7 +149,7 @@ class ServedModels:
                 stay.append(old)
                 continue
             kept: dict[str, Row] = {}
-            for table in _parts(module, PerModelTensor):
+            for table in tables:
                 row = old.kept.get(table.tensor) if old is not None and same else None
                 changed = table.tensor in superposition.averages and table.tensor not in shared
                 if row is None or changed or superposition.has_own(table.tensor):

@@ -6,7 +6,6 @@ that is to be another for each fine-tune cannot be served.
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from types import FunctionType
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import DESCRIBED
+from randes.checkpoints.modules.source import methods_of, names_after_self
 
 _OF_ANY_MODULE = vars(nn.Module()).keys()
 
@@ -125,16 +125,8 @@ def _loops(kind: type) -> set[tuple[str, tuple[str, ...]]]:
 
 def _methods(kind: type) -> dict[str, list[ast.FunctionDef]]:
     methods: dict[str, list[ast.FunctionDef]] = {}
-    for made in kind.__mro__:
-        if made is object or made.__module__.startswith(("torch.", "transformers.")):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(made)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                methods.setdefault(node.name, []).append(node)
+    for method in methods_of(kind, but_of=("torch.", "transformers.")):
+        methods.setdefault(method.name, []).append(method)
     return methods
 
 
@@ -142,14 +134,10 @@ def _read_through(method: ast.FunctionDef) -> Iterator[tuple[str, ...]]:
     """Whose parameters a method goes through and reads, as the names after ``self``; () where that is not said."""
     parents = {id(inner): node for node in ast.walk(method) for inner in ast.iter_child_nodes(node)}
     for node in ast.walk(method):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ALL:
-            names: list[str] = []
-            owner = node.func.value
-            while isinstance(owner, ast.Attribute):
-                names.append(owner.attr)
-                owner = owner.value
-            if _reads(node, parents, method):
-                yield tuple(reversed(names)) if isinstance(owner, ast.Name) and owner.id == "self" else ()
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ALL):
+            continue
+        if _reads(node, parents, method):
+            yield names_after_self(node.func.value)
 
 
 def _reads(node: ast.AST, parents: dict[int, ast.AST], method: ast.FunctionDef) -> bool:

@@ -9,7 +9,6 @@ searched. What both miss is refused when it is read.
 import ast
 import inspect
 import sys
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import DESCRIBED, move
+from randes.checkpoints.modules.source import methods_of, names_after_self
 
 TOKENS = 8
 SAMPLES = 16000
@@ -155,16 +155,9 @@ def _chains(kind: type) -> set[tuple[str, ...]]:
     if kind in _CHAINS:
         return _CHAINS[kind]
     found = _CHAINS[kind] = set()
-    for made in kind.__mro__:
-        if made is object or made.__module__.startswith("torch."):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(made)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for method in ast.walk(tree):
-            if isinstance(method, ast.FunctionDef) and method.name not in _BEFORE:
-                found |= set(_reads(method))
+    for method in methods_of(kind, but_of=("torch.",)):
+        if method.name not in _BEFORE:
+            found |= set(_reads(method))
     return found
 
 
@@ -176,15 +169,6 @@ def _reads(method: ast.FunctionDef) -> Iterator[tuple[str, ...]]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("F.linear", "functional.linear")):
             answered |= {id(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))}
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in answered:
-            chain = _chain(node)
+            chain = names_after_self(node)
             if len(chain) > 1:
                 yield chain
-
-
-def _chain(node: ast.expr) -> tuple[str, ...]:
-    """The names after ``self``; none for anything else."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
