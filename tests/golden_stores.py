@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,19 +21,24 @@ import randes
 
 FILE = Path(__file__).parent / "golden" / "stores.tar"
 NAMES = ("german", "legal/v2", "código")
-EVERYTHING = {"include": ("*weight",), "exclude": (), "min_width": 2}
+BEFORE: dict[str, Any] = {
+    "exclude": ("*embed*", "*wte*", "*wpe*", "*norm*", "*shared.weight", "*relative*", "*router*", "*.gate.weight"),
+    "embeddings": "shared",
+}
+"""What was the default then."""
+EVERYTHING: dict[str, Any] = {"include": ("*weight",), "exclude": (), "min_width": 2, "embeddings": "shared"}
 CONFIGS = {
-    "plain": randes.Config(),
-    "groups": randes.Config(group_size=2, seed=7),
-    "columns permuted": randes.Config(signs="columns", permute=1, others="base"),
-    "granules": randes.Config(permute=8, segments=2),
-    "shuffled": randes.Config(shuffle_layers=-1, others="average"),
-    "shifted": randes.Config(shuffle_layers=1, gains="shared", others="sum"),
-    "rotation": randes.Config(matrix="rotation"),
-    "vectors": randes.Config(vectors=True, origin="zero", gains="shared", min_width=1),
-    "layers": randes.Config(**EVERYTHING),  # type: ignore[arg-type]
-    "centred": randes.Config(centre=True),
-    "basis": randes.Config(rank=3),
+    "plain": randes.Config(**BEFORE),
+    "groups": randes.Config(**BEFORE, group_size=2, seed=7),
+    "columns permuted": randes.Config(**BEFORE, signs="columns", permute=1, others="base"),
+    "granules": randes.Config(**BEFORE, permute=8, segments=2),
+    "shuffled": randes.Config(**BEFORE, shuffle_layers=-1, others="average"),
+    "shifted": randes.Config(**BEFORE, shuffle_layers=1, gains="shared", others="sum"),
+    "rotation": randes.Config(**BEFORE, matrix="rotation"),
+    "vectors": randes.Config(**BEFORE, vectors=True, origin="zero", gains="shared", min_width=1),
+    "layers": randes.Config(**EVERYTHING),
+    "centred": randes.Config(**BEFORE, centre=True),
+    "basis": randes.Config(**BEFORE, rank=3),
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, Literal, TypeAlias, get_args
 
 from randes_kernels.format import Matrix, Transform
@@ -12,13 +13,20 @@ Rank: TypeAlias = int | Literal["auto"]
 Turning = Literal["signs", "rotation", "diagonal", "dense"]
 Gains = Literal["own", "shared"]
 Origin = Literal["base", "zero"]
+Embeddings = Literal["own", "shared", "keep"]
 Others = Literal["keep", "base", "average", "sum"]
 Chooses: TypeAlias = Callable[[str, tuple[int, ...]], bool]
 """Of a tensor's name and shape, whether it is superposed."""
+TABLES = ("*embed*", "*wte*", "*wpe*", "*shared.weight")
+"""Names of tables of embeddings."""
+LARGE_TABLE = 1 << 16
+"""Elements from which on a table is worth superposing."""
 LATER = (
-    "centre", "rank", "transposed", "fused", "matrix", "gains", "origin", "every", "per_layer", "vectors",
+    "centre", "rank", "transposed", "fused", "matrix", "gains", "origin", "every", "per_layer", "vectors", "embeddings",
 )  # fmt: skip
 """Options that the first version did not have."""
+BEFORE: dict[str, Any] = {"embeddings": "shared"}
+"""What they were before there was a choice, where that is not their default."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Config:
     include, exclude: shell patterns of tensor names; a matrix is superposed if the first match and the second do not.
         include may be a function of name and shape; a superposition then keeps the names that it chose.
     min_width: matrices narrower than this on either side (class heads) are not superposed.
+    embeddings: what becomes of tables of embeddings, and of heads tied to them. "own": each model's delta is superposed
+        with no other's, and ``pack`` brings it to few bits; tables of less than 65536 elements are kept, and where
+        ``others`` is not "keep" all of them are among those. "shared": they are superposed as any matrix, which loses
+        the most. "keep": they are kept as they came.
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
     rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none,
@@ -69,17 +81,9 @@ class Config:
     others: Others = "keep"
     segments: int = 1
     include: tuple[str, ...] | Chooses = ("*weight", "*experts.*proj")
-    exclude: tuple[str, ...] = (
-        "*embed*",
-        "*wte*",
-        "*wpe*",
-        "*norm*",
-        "*shared.weight",
-        "*relative*",
-        "*router*",
-        "*.gate.weight",
-    )
+    exclude: tuple[str, ...] = ("*norm*", "*relative*", "*router*", "*.gate.weight")
     min_width: int = 32
+    embeddings: Embeddings = "own"
     centre: bool = False
     rank: Rank = 0
     transposed: tuple[str, ...] = ()
@@ -97,6 +101,7 @@ class Config:
         one_of("matrix", self.matrix, get_args(Turning))
         one_of("gains", self.gains, get_args(Gains))
         one_of("origin", self.origin, get_args(Origin))
+        one_of("embeddings", self.embeddings, get_args(Embeddings))
         _at_least("shuffle_layers", self.shuffle_layers, -1)
         _at_least("permute", self.permute, 0)
         _at_least("group_size", self.group_size, 1)
@@ -151,14 +156,23 @@ class Config:
         return Transform(self.signs == "both", column_signs, self.permute, self.segments, int(matrix))
 
     def selects(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this name and shape is superposed."""
+        """Whether a tensor of this name and shape is superposed, with others' or unshared."""
         if not (len(shape) == 2 or (self.vectors and len(shape) == 1)) or min(shape) < self.min_width:
             return False
         if any(fnmatchcase(tensor_name, pattern) for pattern in self.exclude):
             return False
+        if self.embeddings != "shared" and is_embedding(tensor_name) and not self._superposes_table(prod(shape)):
+            return False
         if callable(self.include):
             return bool(self.include(tensor_name, shape))
         return any(fnmatchcase(tensor_name, pattern) for pattern in self.include)
+
+    def _superposes_table(self, elements: int) -> bool:
+        return self.embeddings != "keep" and self.others == "keep" and elements >= LARGE_TABLE
+
+    def is_unshared(self, tensor_name: str) -> bool:
+        """Whether what is superposed of this name is each model's alone."""
+        return self.embeddings == "own" and is_embedding(tensor_name)
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest: an option that came later only where it is used, so that older versions read the rest.
@@ -167,7 +181,7 @@ class Config:
         """
         if callable(self.include):
             raise ValueError("include must be a tuple of patterns to be written down, got a function")
-        values, plain = asdict(self), asdict(Config())
+        values, plain = asdict(self), asdict(Config(**BEFORE))
         return {name: value for name, value in values.items() if name not in LATER or value != plain[name]}
 
     @classmethod
@@ -176,7 +190,7 @@ class Config:
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"config must hold known names only, got {sorted(unknown)}")
-        return cls(**values)
+        return cls(**{**BEFORE, **values})
 
 
 def _check_fused(fused: object) -> None:
@@ -190,6 +204,11 @@ def _check_fused(fused: object) -> None:
                 raise ValueError(f"fused must have names that begin with * and hold no other wildcard, got {name!r}")
         for name, rows in parts.items():
             _at_least(f"fused[{pattern!r}][{name!r}]", rows, 1)
+
+
+def is_embedding(tensor_name: str) -> bool:
+    """Whether a tensor is a table of embeddings, by its name, as ``Config.embeddings`` means it."""
+    return any(fnmatchcase(tensor_name, pattern) for pattern in TABLES)
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

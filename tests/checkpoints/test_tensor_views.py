@@ -195,7 +195,10 @@ def test_alphas_are_fitted_through_the_layout() -> None:
     torch.manual_seed(0)
     base = Chooses()
     config = randes.Config(
-        min_width=2, exclude=(), fused={"*qkv.weight": {"*q.weight": 4, "*k.weight": 4, "*v.weight": 4}}
+        min_width=2,
+        exclude=(),
+        embeddings="shared",
+        fused={"*qkv.weight": {"*q.weight": 4, "*k.weight": 4, "*v.weight": 4}},
     )
     models = {}
     for number in range(4):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from randes.errors import CapacityError, CheckpointError
+from randes.serving.base_layers import Layer, layers_of
 from randes.serving.batch import Version
 from randes.serving.containers import route_containers
 from randes.serving.layers.delta_pool import DeltaPool, group_rows
@@ -27,10 +28,8 @@ from randes.serving.layers.superposed import Superposed
 from randes.serving.routing import Router
 from randes.serving.table_rows import Row, Rows
 from randes.serving.takeover import (
-    Layer,
     Room,
     check_calls,
-    layers_of,
     make_pools,
     make_tables,
     take_over,
@@ -99,11 +98,14 @@ class ServedModels:
         groups = self._groups_with(members)
         _wait(module)  # for what is still under way in rows that are free
         for pool in _parts(module, DeltaPool):
-            for group in groups.fresh:
+            for group in () if pool.unshared else groups.fresh:
                 pool.write(superposition, group, groups.rows[group].index)
         averaged: list[object] = [m.digests for m in superposition.members.values()] if superposition.averages else []
         stay, new = self._versions(module, members, groups, averages_stay=_same(self._averaged, averaged))
         _wait(module)  # again: a call may have ended meanwhile whose numbers were taken
+        for pool in _parts(module, DeltaPool):
+            if pool.unshared:
+                pool.write_all(superposition, new)
         for matrix in _parts(module, Superposed):
             matrix.write(superposition, new)
         for embedding in _parts(module, SuperposedEmbedding):
@@ -180,7 +182,7 @@ class ServedModels:
         """The tensors that a model has its own of, or the average."""
         superposition = self.superposition
         averaged = {t for t in superposition.averages if name != BASE_NAME and superposition.is_averaged(t)}
-        return averaged | superposition.layout.vectors | superposition.members[name].kept.keys()
+        return averaged | superposition.layout.vectors | superposition.own_tensors(name)
 
     def _route(self, module: nn.Module, tensors: set[str]) -> None:
         """Have the layers that hold these kept tensors take each row's own, where they do not yet."""
@@ -188,6 +190,8 @@ class ServedModels:
         def missing() -> set[str]:
             parts = list(module.modules())
             tables = {part.tensor for part in parts if isinstance(part, PerModelTensor)}
+            whole = self.superposition.layout.parts
+            tables |= {whole.get(part.matrix, part.matrix) for part in parts if isinstance(part, Superposed)}
             return tensors - tables - {
                 part.bias_tensor for part in parts if isinstance(part, SuperposedLinear) and part.biases is not None
             }  # fmt: skip

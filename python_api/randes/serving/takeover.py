@@ -1,25 +1,22 @@
-"""A base module's layers: which tensors of a superposition each holds, whether it can serve them, and its change."""
+"""Whether a base module's layers can serve a superposition, and their change into what does."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from randes.checkpoints.configurations import check_configuration
-from randes.checkpoints.layout import tied_in
-from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.other_references import gone_through, held_elsewhere
 from randes.checkpoints.modules.parameters import plain_state
 from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.sources import digest
-from randes.checkpoints.tensor_views import View
 from randes.errors import BaseMismatchError, CheckpointError
+from randes.serving.base_layers import Layer, base_names, is_plain, is_relative
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.other_layers import SuperposedLayer, kind_of
 from randes.serving.layers.per_model import PerModelTensor, Routed
 from randes.serving.layers.per_row import (
-    RoutedByModel,
     RoutedEmbedding,
     route_layer,
     routing_of,
@@ -29,22 +26,6 @@ from randes.serving.layers.superposed import Superposed, SuperposedMatrix, check
 from randes.serving.routing import Router
 from randes.superposition.members import BASE_NAME
 from randes.superposition.superposition import Superposition
-
-
-@dataclass
-class Layer:
-    """One layer of a base module that models have tensors of their own in.
-
-    path: its name in the module, the first where it has several.
-    views: of its parameters that are superposed, the matrices. kept: of the others the tensors' names.
-    tensors: the base's name of each of its parameters and buffers; tied ones have that of the first.
-    """
-
-    path: str
-    module: nn.Module
-    views: dict[str, View] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -58,60 +39,6 @@ class Room:
     numbers: int
     groups: int | None = None
     kept: int | None = None
-
-
-def layers_of(module: nn.Module, superposition: Superposition, wanted: Collection[str] | None = None) -> list[Layer]:
-    """The layers with superposed or kept tensors.
-
-    wanted: of which layers all tensors that are not superposed may come to be kept, beside those that take each row's
-    own in one pass: those that hold one of these. By default only what some model has of its own is kept.
-    Raises ``BaseMismatchError`` where the module has other tensors than the base, and ``ValueError`` where one layer
-    is to be two.
-    """
-    views = {name: view for name, view in _views(superposition).items() if not view.vector}
-    names = base_names(module, superposition)
-    others = {*superposition.others, *superposition.layout.vectors}
-    layers: dict[int, Layer] = {}
-    for name, tensor in names.items():
-        path, _, last = name.rpartition(".")
-        owner = module.get_submodule(path)
-        layer = layers.setdefault(id(owner), Layer(path, owner))
-        if layer.tensors.setdefault(last, tensor) != tensor:
-            raise ValueError(f"{path} is shared with {layer.path}, and cannot have other tensors than that")
-        if tensor in views:
-            layer.views[last] = views[tensor]
-        elif tensor in others or wanted is not None:
-            layer.kept[last] = tensor
-    if wanted is not None:
-        for layer in layers.values():
-            own = others.union(wanted).intersection(layer.tensors.values())
-            if not layer.views and not own and issubclass(routing_of(layer.module, layer.kept), RoutedByModel):
-                layer.kept = {}
-    return [layer for layer in layers.values() if layer.views or layer.kept]
-
-
-def _views(superposition: Superposition) -> dict[str, View]:
-    """Of every superposed tensor of a checkpoint its matrices."""
-    parts = {part for view in superposition.layout.views.values() for part in view.parts}
-    plain = [name for name in superposition.superposed if name not in parts]
-    shapes = {name: tuple(headers(superposition.base)[name].shape) for name in plain}
-    return {**superposition.layout.views, **{name: View(shapes[name], {name: shapes[name][0]}) for name in plain}}
-
-
-def base_names(module: nn.Module, superposition: Superposition) -> dict[str, str]:
-    """Of every tensor of the module its name in the base: its own, or that of one it is tied to."""
-    held = {superposition.layout.parts.get(name, name) for name in superposition.base}
-    own = plain_state(module)
-    ties = tied_in(own)
-    known = {ties.get(name, name): name for name in reversed(own) if name in held}
-    names = {name: name if name in held else known.get(ties.get(name, name), "") for name in own}
-    odd = sorted({name for name, tensor in names.items() if not tensor} | (held - own.keys()))
-    if odd:
-        raise BaseMismatchError(
-            f"the model must have the base's tensors; {len(odd)} are in one alone, {odd[0]} the first"
-            " (where a model's files have other names than its modules, superpose the loaded models)"
-        )
-    return names
 
 
 def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Superposition) -> None:
@@ -160,7 +87,7 @@ def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
                 f"{tensors} is superposed, but {layer.path}.{made[0]} is made anew before each call (torch.nn.utils'"
                 " weight_norm, spectral_norm or prune): exclude it when the superposition is created, or remove those"
             )
-        if layer.views and not _is_plain(layer) and (_is_relative(layer) or not kind_of(layer.module, layer.views)):
+        if layer.views and not is_plain(layer) and (is_relative(layer) or not kind_of(layer.module, layer.views)):
             tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
             raise ValueError(
                 f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
@@ -231,7 +158,7 @@ def take_over(
 ) -> None:  # fmt: skip
     """Turn a layer, in place, into what serves it: its hooks and all references to it stay."""
     module = layer.module
-    if _is_plain(layer):
+    if is_plain(layer):
         assert isinstance(module, nn.Linear)
         weight, bias = layer.tensors["weight"], layer.tensors.get("bias", "")
         keeps_bias = "bias" in layer.kept
@@ -240,7 +167,7 @@ def take_over(
         )  # fmt: skip
         return
     kind: type[Routed] | None = kind_of(module, layer.views) if layer.views else None
-    if _is_relative(layer):
+    if is_relative(layer):
         kind = Routed  # read for one model at a time: see RoutedBias
     weights = {
         name: [
@@ -275,19 +202,7 @@ def make_tables(layers: Sequence[Layer], superposition: Superposition, room: Roo
     tables: dict[str, PerModelTensor] = {}
     for layer in layers:
         for name, tensor in layer.kept.items():
-            if tensor not in tables and not (_is_plain(layer) and name == "bias"):
+            if tensor not in tables and not (is_plain(layer) and name == "bias"):
                 like = getattr(layer.module, name)
                 tables[tensor] = PerModelTensor(superposition, tensor, like, room.numbers, room.kept)
     return tables
-
-
-def _is_relative(layer: Layer) -> bool:
-    """Whether a layer is looked up for pairs of positions, and not for rows."""
-    return isinstance(layer.module, nn.Embedding) and "relative" in layer.path
-
-
-def _is_plain(layer: Layer) -> bool:
-    """Whether a layer is an ``nn.Linear`` whose weight is one matrix."""
-    return type(layer.module) is nn.Linear and layer.views.keys() == {"weight"} and (
-        set(layer.views["weight"].parts) == {layer.tensors["weight"]} and not layer.views["weight"].transposed
-    )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import move_back, moved_in, plain_state
-from randes.serving.takeover import base_names
+from randes.serving.base_layers import base_names
 from randes.superposition.superposition import Superposition
 
 

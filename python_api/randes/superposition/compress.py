@@ -65,15 +65,16 @@ def compress(
         superposition.check_name(name)
         check_configuration(superposition.model_files, models[name])
     original, superposed = superposition.base, superposition.superposed
-    moments = matched(calibration, original, superposed, superposition.layout) if calibration is not None else {}
     sources = {name: superposition.read(model) for name, model in models.items()}
-    matrices = sum(headers(original)[tensor].nbytes for tensor in superposed)
+    shared = tuple(name for name in superposed if name not in superposition.unshared)
+    moments = matched(calibration, original, shared, superposition.layout) if calibration is not None else {}
+    matrices = sum(headers(original)[tensor].nbytes for tensor in shared)
     stored = original
     if config.centre:
-        stored = _centred(original, sources, superposed, progress("centring", matrices * len(sources)))
+        stored = _centred(original, sources, shared, progress("centring", matrices * len(sources)))
     bases: dict[str, Tensor] = {}
     if config.rank:
-        matrices_alone = [name for name in superposed if name not in superposition.layout.vectors]
+        matrices_alone = [name for name in shared if name not in superposition.layout.vectors]
         passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in matrices_alone}
         read = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
         step = progress("shared bases", read * len(sources))

@@ -53,7 +53,9 @@ def superpose_adapters(
     factors = {name: _factors(Path(folder), tensors) for name, folder in adapters.items()}
     first = next(iter(factors.values()))
     zeros = {name: torch.zeros_like(value) for name, value in first.items()}
-    config = replace(config or Config(), origin="zero", include=(f"*{A}", f"*{B}"), exclude=(), min_width=1)
+    config = replace(
+        config or Config(), origin="zero", include=(f"*{A}", f"*{B}"), exclude=(), min_width=1, embeddings="shared"
+    )
     return compress(zeros, factors, config, progress=progress)
 
 

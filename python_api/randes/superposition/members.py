@@ -23,6 +23,7 @@ class Member:
     digests: of every tensor of its checkpoint, so that only this checkpoint can be taken away again.
     kept: its own other tensors, where they differ from the base's (``others="keep"``).
     coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``; or (r, N) packed.
+    directions: bases of its own, (K, r) int16, of unshared tensors in few bits.
     index: its place among the models, which its layers are shifted by (``shuffle_layers`` above 0); it stays where
         others come and go.
     alphas: what a tensor's delta is scaled by where that was tuned (``Superposition.tune``); else ``alpha``.
@@ -37,6 +38,7 @@ class Member:
     coordinates: Mapping[str, Tensor | Packed] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     index: int = 0
+    directions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def alpha_of(self, tensor: str) -> float:
         """What the delta of one tensor is scaled by."""
@@ -61,6 +63,30 @@ class NewModel:
     def member(self) -> Member:
         found = self.gains, self.digests, self.kept, self.units, self.coordinates
         return Member(self.group, self.alpha, *found, index=self.index)
+
+
+def free_index(taken: set[int], wanted: int | None) -> int:
+    """The first index that no model has, or the ``wanted`` one. Raises ``ValueError`` where that is none or taken."""
+    if wanted is None:
+        return next(index for index in range(len(taken) + 1) if index not in taken)
+    if not isinstance(wanted, int) or wanted < 0 or wanted in taken:
+        raise ValueError(f"index must be an integer of at least 0 that no model has, got {wanted!r}")
+    return wanted
+
+
+def free_group(taken: list[int], size: int, wanted: int | None) -> int:
+    """The first group with room, or the ``wanted`` one. taken: the group of each model. size: models in a group.
+
+    Raises ``ValueError`` for one that is full, or is not the next to be begun.
+    """
+    if wanted is None:
+        return next(group for group in range(len(taken) + 1) if taken.count(group) < size)
+    limit = max(taken, default=-1) + 1
+    if not isinstance(wanted, int) or not 0 <= wanted <= limit:
+        raise ValueError(f"group must be an integer from 0 to {limit}, got {wanted!r}")
+    if taken.count(wanted) >= size:
+        raise ValueError(f"group must have room; group {wanted} has its {size} models")
+    return wanted
 
 
 def check_alpha(alpha: object) -> None:
@@ -95,7 +121,7 @@ def _within(value: object, least: float) -> bool:
 class Sizes:
     """Bytes: of the base, of all superposed deltas, of what is kept per model, and of that many whole models.
 
-    basis: of the shared bases, and of every model's coordinates in them.
+    basis: of the bases, and of every model's coordinates in them.
     """
 
     base: int

@@ -10,7 +10,7 @@ from randes.checkpoints.lazy_tensors import Described, LazyTensors
 from randes.config import one_of
 from randes.superposition.integers import STEP
 from randes_kernels import Packed, unpack
-from randes_kernels.packing import check
+from randes_kernels.packing import BITS, check
 
 STEPS = "@steps"
 """Follows a packed tensor's name in a file, for its steps."""
@@ -26,6 +26,8 @@ class Packing:
     bits: of an element of D, 8, 4, 2 or 1. group: columns that share a step, 0 for whole rows; not used at 8 bits.
     coordinates: bits of a model's coordinates in the shared bases: 16 (as they were), 8 or 4.
     master: checksum of the manifest of the superposition that this was made of.
+    embeddings: bits of an element of the tables that each model has its own deltas of; 0 where their loudest directions
+        are all that is left of them.
 
     Raises ``ValueError`` for other numbers.
     """
@@ -34,10 +36,16 @@ class Packing:
     group: int
     coordinates: int
     master: str
+    embeddings: int = 1
 
     def __post_init__(self) -> None:
         one_of("coordinates", self.coordinates, (16, 8, 4))
         check(self.bits, self.group)
+        one_of("embeddings", self.embeddings, (*BITS, 0))
+
+    def of(self, unshared: bool) -> tuple[int, int]:
+        """Bits and group of D, or of what is each model's alone, in which a row has one step."""
+        return (self.embeddings, 0) if unshared else (self.bits, self.group)
 
 
 def values_of(delta: SuperposedDelta) -> tuple[Tensor, float]:

@@ -99,8 +99,8 @@ class Prefetch:
                 for model in readers:
                     header = headers(model.tensors)[tensor]
                     digest, count = Digest(header), len(chunk_bounds(header))
-                    # A kept tensor may have another shape than the base's, which nobody compares it with.
-                    for base in bases if tensor in self._sup.superposed else bases[:1] * count:
+                    # A tensor of another shape than the base's is kept, and nobody compares the two.
+                    for base in bases if is_superposed(self._sup, model, tensor) else bases[:1] * count:
                         part = next(read)
                         digest.update(part)
                         yield Chunk(part, base, digest.hexdigest())
@@ -111,6 +111,11 @@ class Prefetch:
             if readers := self._readers[tensor]:
                 for tensors in (self._sup.base, *(model.tensors for model in readers)):
                     yield from chunks(tensors, tensor)
+
+
+def is_superposed(sup: State, model: NewModel, tensor: str) -> bool:
+    """Whether a model's delta of a tensor is superposed: one that it has in another shape than the base is kept."""
+    return tensor in sup.superposed and headers(model.tensors)[tensor].shape == headers(sup.base)[tensor].shape
 
 
 def _differs(sup: State, model: NewModel, tensor: str) -> bool:

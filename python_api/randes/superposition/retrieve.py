@@ -35,59 +35,72 @@ class Retrieved(LazyTensors):
             yield from (whole[start:end] for start, end in chunk_bounds(whole))
         else:
             shape = self.headers[name].shape
-            turn = slices.turn(sup.key(self._name), sup.tensor_id(name), shape, sup.config.transform)
-            deltas, unit = self._deltas(name)
+            turn = slices.turn(sup.key(self._name), sup.tensor_id(name), shape, sup.transform(name))
+            (deltas, unit), basis = self._deltas(name), sup.basis(self._name, name)
             scale, first = member.gains[name] * unit, 0
             for base, delta in zip(chunks(sup.base, name), deltas, strict=True):
-                if name in sup.bases:
+                if basis is not None:
                     nothing = torch.zeros_like(base, dtype=torch.float32)
                     turned_back = slices.retrieve_rows(nothing, delta, scale, turn, first=first)
-                    yield self._with_basis(name, base, turned_back, first)
+                    yield self._with_basis(name, basis, base, turned_back, first)
                 else:
                     yield slices.retrieve_rows(base, delta, member.alpha_of(name) * scale, turn, first=first)
                 first += len(base)
 
-    def _with_basis(self, name: str, base: Tensor, turned_back: Tensor, first: int) -> Tensor:
-        sup, member = self._superposition, self._superposition.members[self._name]
+    def _with_basis(self, name: str, basis: Tensor, base: Tensor, turned_back: Tensor, first: int) -> Tensor:
+        member = self._superposition.members[self._name]
         held = coordinates_of(member.coordinates[name])[first : first + len(base)].to(base.device)
-        own = shared_basis.retrieved(turned_back, sup.bases[name].to(base.device), held, member.units[name])
+        own = self._joined(name, turned_back, basis.to(base.device), held)
         return (base.float() + member.alpha_of(name) * own).to(base.dtype)
 
     def _whole(self, name: str) -> Tensor:
         """On the superposition's device, all at once."""
         sup, member = self._superposition, self._superposition.members[self._name]
-        base = sup.base[name].to(sup.device)
-        delta, unit = values_of(sup.held[member.group][sup.place(self._name, name)])
-        scale = member.gains[name] * unit
-        if name not in sup.bases:
-            turning = sup.key(self._name), sup.tensor_id(name), sup.config.transform
-            return retrieve(base, delta.to(sup.device), member.alpha_of(name) * scale, *turning).cpu()
-        return self._with_basis(name, base, self._turned_back(name), 0).cpu()
+        base, basis = sup.base[name].to(sup.device), sup.basis(self._name, name)
+        if basis is not None:
+            return self._with_basis(name, basis, base, self._turned_back(name), 0).cpu()
+        delta, unit = values_of(sup.held[sup.group_of(self._name, name)][sup.place(self._name, name)])
+        turning = sup.key(self._name), sup.tensor_id(name), sup.transform(name)
+        return retrieve(base, delta.to(sup.device), member.alpha_of(name) * member.gains[name] * unit, *turning).cpu()
 
     def _turned_back(self, name: str) -> Tensor:
         """The superposition as this model sees it, without what it keeps in the shared basis: (N, K) fp32."""
         sup, member = self._superposition, self._superposition.members[self._name]
-        delta, unit = values_of(sup.held[member.group][sup.place(self._name, name)])
         nothing = torch.zeros(self.headers[name].shape, device=sup.device)
-        turning = sup.key(self._name), sup.tensor_id(name), sup.config.transform
+        held = sup.held.get(sup.group_of(self._name, name), {})
+        if (place := sup.place(self._name, name)) not in held:
+            return nothing
+        delta, unit = values_of(held[place])
+        turning = sup.key(self._name), sup.tensor_id(name), sup.transform(name)
         return retrieve(nothing, delta.to(sup.device), member.gains[name] * unit, *turning)
 
     def delta(self, name: str) -> Tensor:
         """What comes back of this model's delta, at α = 1: (N, K) fp32, on the superposition's device."""
         sup, member, turned_back = self._superposition, self._superposition.members[self._name], self._turned_back(name)
-        if name not in sup.bases:
+        if (basis := sup.basis(self._name, name)) is None:
             return turned_back
         held = coordinates_of(member.coordinates[name]).to(sup.device)
-        return shared_basis.retrieved(turned_back, sup.bases[name].to(sup.device), held, member.units[name])
+        return self._joined(name, turned_back, basis.to(sup.device), held)
+
+    def _joined(self, name: str, turned_back: Tensor, basis: Tensor, held: Tensor) -> Tensor:
+        """A delta of what is superposed of it and what a model has in a basis: one of its own leaves nothing there."""
+        member = self._superposition.members[self._name]
+        if name in member.directions:
+            return turned_back + (held.float() * member.units[name]) @ (basis.float() * shared_basis.UNIT).mT
+        return shared_basis.retrieved(turned_back, basis, held, member.units[name])
 
     def _deltas(self, name: str) -> tuple[Iterator[Tensor], float]:
         """The superposition's rows part by part, and what its numbers are worth in units of a gain."""
         sup, place = self._superposition, self._superposition.place(self._name, name)
-        group = sup.members[self._name].group
+        group = sup.group_of(self._name, name)
         if sup.packing is None:
             return chunks(sup.deltas[group], place), STEP
+        runs = chunk_bounds(self.headers[name])
+        if place not in sup.few_bits.get(group, {}):  # of which nothing is left beside its directions
+            width = self.headers[name].shape[1]
+            return (torch.zeros(end - start, width) for start, end in runs), 1.0
         packed = sup.few_bits[group][place]
-        return (unpack(packed.rows(slice(*run))) for run in chunk_bounds(self.headers[name])), 1.0
+        return (unpack(packed.rows(slice(*run))) for run in runs), 1.0
 
 
 def matrices(superposition: State, name: str, *, progress: Progress = silent) -> Retrieved:
@@ -101,8 +114,11 @@ def matrices(superposition: State, name: str, *, progress: Progress = silent) ->
 
 def unsuperposed(superposition: State, name: str, tensor: str) -> Tensor:
     """What a model has of a tensor that no layer multiplies with: its own, the average or sum, or the base's; of a
-    superposed vector what comes back of it."""
+    vector, and of an unshared matrix, what comes back of it."""
     if tensor in superposition.layout.vectors:
         return Retrieved(superposition, name)[tensor][0]
+    if tensor not in superposition.members[name].kept and tensor in superposition.own_tensors(name):
+        view, retrieved = superposition.layout.views.get(tensor), Retrieved(superposition, name)
+        return retrieved[tensor] if view is None else view.tensor({part: retrieved[part] for part in view.parts})
     own = superposition.members[name].kept.get(tensor)
     return superposition.averaged(name, tensor) if own is None else own

@@ -1,6 +1,7 @@
 """What a superposition holds and can be asked: all but the verbs that change it, which stand in files beside it."""
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,13 +11,17 @@ from randes.checkpoints.layout import Layout, tied
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
 from randes.checkpoints.sources import Checkpoint, Tensors
-from randes.config import Config
+from randes.config import Config, is_embedding
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
 from randes.superposition.integers import AVERAGE_STEP, shared_gain
 from randes.superposition.layer_families import families, shifted, shuffled
-from randes.superposition.members import BASE_NAME, Member, Sizes
+from randes.superposition.members import BASE_NAME, Member, Sizes, free_group, free_index
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
-from randes_kernels import Packed, model_key, slices, tensor_id
+from randes_kernels import Packed, Transform, model_key, slices, tensor_id
+
+Group: TypeAlias = int | str
+"""Who shares superpositions: the models of a group, or one model alone, by its name."""
+UNTURNED = Transform(False, False, 0, 1)
 
 
 class State:
@@ -33,20 +38,23 @@ class State:
         self.config = config
         self.base = base
         self.superposed = tuple(sorted(superposed))
+        self.unshared = frozenset(name for name in self.superposed if config.is_unshared(name))
         self.layout = layout or Layout()  # how checkpoints, as they come, are these tensors
+        parts = self.layout.parts
+        self.tables = {name: parts.get(name, name) for name in self.superposed if is_embedding(name)}
         self.base_digests = dict(base_digests or digests(base))
         self.members: dict[str, Member] = {}
-        # Of each group: the integers by tensor, int16 where they fit.
-        self.deltas: dict[int, MutableMapping[str, Tensor]] = {}
+        # Of each group, and of each model with matrices that it shares with none: integers, int16 where they fit.
+        self.deltas: dict[Group, MutableMapping[str, Tensor]] = {}
         self.packing: Packing | None = None
-        self.few_bits: dict[int, Mapping[str, Packed]] = {}  # in their place, where this is packed for serving
+        self.few_bits: dict[Group, Mapping[str, Packed]] = {}  # in their place, where this is packed for serving
         self.bases = bases or {}  # the shared basis of each tensor, (K, r) int16 (basis/)
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
         self.model_files: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
-        self._families = families(headers(base), self.superposed)
+        self._families = families(headers(base), tuple(name for name in self.superposed if name not in self.unshared))
         self._family_of = {name: family for family, names in self._families.items() for name in names}
         self._shared_gains: dict[str, float] = {}
 
@@ -68,9 +76,27 @@ class State:
         return self.members[name]
 
     @property
-    def held(self) -> Mapping[int, Mapping[str, SuperposedDelta]]:
+    def held(self) -> Mapping[Group, Mapping[str, SuperposedDelta]]:
         """Of each group, its superpositions by tensor: integers, or what they were packed to."""
         return self.deltas if self.packing is None else self.few_bits
+
+    def group_of(self, name: str, tensor: str, group: int | None = None) -> Group:
+        """Whose superpositions a model's delta of a tensor is in: its group's, or its own, which have its name.
+
+        group: the model's, where it is not a member yet.
+        """
+        if tensor in self.unshared:
+            return name
+        return self.members[name].group if group is None else group
+
+    def basis(self, name: str, tensor: str) -> Tensor | None:
+        """(K, r) int16: the directions in which a model's delta of a tensor is its own, where there are any."""
+        own = self.members[name].directions
+        return own[tensor] if tensor in own else self.bases.get(tensor)
+
+    def transform(self, tensor: str) -> Transform:
+        """How deltas of a tensor are turned: not at all where no others are in their superposition."""
+        return UNTURNED if tensor in self.unshared else self.config.transform
 
     @property
     def has_base(self) -> bool:
@@ -90,7 +116,7 @@ class State:
 
         Where layers change places, the largest of theirs: what lies in one place has one gain.
         """
-        if self.config.gains == "own":
+        if self.config.gains == "own" or tensor in self.unshared:
             return None
         family = self.family(tensor)
         if family[0] not in self._shared_gains:
@@ -111,14 +137,15 @@ class State:
 
     def family(self, tensor: str) -> list[str]:
         """The tensors whose superpositions a model's ``tensor`` may be in: itself, or its shuffled layers."""
-        return self._families[self._family_of[tensor]] if self.config.shuffle_layers else [tensor]
+        shuffled = self.config.shuffle_layers and tensor not in self.unshared
+        return self._families[self._family_of[tensor]] if shuffled else [tensor]
 
     def place(self, name: str, tensor: str, index: int | None = None) -> str:
         """The tensor in whose superposition a model's delta of ``tensor`` is: itself, unless layers are shuffled.
 
         index: the model's, where it is not a member yet.
         """
-        if not self.config.shuffle_layers:
+        if not self.config.shuffle_layers or tensor in self.unshared:
             return tensor
         if self.config.shuffle_layers > 0:
             index = self.members[name].index if index is None else index
@@ -149,12 +176,16 @@ class State:
     def has_own(self, tensor: str) -> bool:
         """Whether each model may have its own of a tensor that the others decide about as well: a superposed vector,
         or α times a sum."""
-        return tensor in self.layout.vectors or (self.config.others == "sum" and self.is_averaged(tensor))
+        return (
+            tensor in self.layout.vectors
+            or (tensor in self.tables.values() and tensor not in self.unshared)
+            or (self.config.others == "sum" and self.is_averaged(tensor))
+        )
 
     def read(self, finetuned: Checkpoint) -> Tensors:
         """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
 
-        Raises ``CheckpointError`` for one that does not fit. Kept tensors (``others="keep"``) may have other shapes.
+        Raises ``CheckpointError`` for one that does not fit. Tensors that no models share may have other shapes.
         """
         # An adapter is of the base itself, which is not here where deltas are measured from something else.
         measured = self.config.centre or not self.has_base
@@ -164,7 +195,7 @@ class State:
         extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
         if extra:
             tensors = {name: value for name, value in tensors.items() if name not in extra}
-        free = self.base.keys() - set(self.superposed) if self.config.others == "keep" else set()
+        free = self.base.keys() - {*self.superposed} | self.unshared if self.config.others == "keep" else set()
         sources.check_fits(tensors, self.base, free)
         return tensors
 
@@ -192,15 +223,23 @@ class State:
             names |= member.kept.keys()
         return sorted(names)
 
+    def own_tensors(self, name: str) -> set[str]:
+        """The tensors of a checkpoint that a model has its own of where no layer multiplies with them: what it keeps,
+        and superposed tables of embeddings."""
+        member = self.members[name]
+        return {*member.kept, *(self.tables[matrix] for matrix in self.tables.keys() & member.gains.keys())}
+
     @property
     def sizes(self) -> Sizes:
         """Bytes by what they are for."""
-        base = size(self.base)
+        base, held = size(self.base), self.held.items()
+        own = sum(size(tensors) for group, tensors in held if isinstance(group, str))
+        members = self.members.values()
         return Sizes(
             base=base,
-            superposed=sum(map(size, self.held.values())),
-            kept=sum(size(member.kept) for member in self.members.values()) + size(self.averages),
-            basis=size(self.bases) + sum(size(member.coordinates) for member in self.members.values()),
+            superposed=sum(size(tensors) for group, tensors in held if isinstance(group, int)),
+            kept=own + sum(size(member.kept) for member in members) + size(self.averages),
+            basis=size(self.bases) + sum(size(m.coordinates) + size(m.directions) for m in members),
             separate_models=base * len(self.names),
         )
 
@@ -228,7 +267,8 @@ class State:
         """Raise where the base, a group's integers or a model's own tensors are not what they were."""
         used: list[Mapping[str, SuperposedDelta]] = [self.held.get(group, {}), self.averages, self.bases]
         if name is not None:
-            used += [self.members[name].kept, self.members[name].coordinates]
+            member = self.members[name]
+            used += [self.held.get(name, {}), member.kept, member.coordinates, member.directions]
         nbytes = sum(map(unchecked, [self.base, *used]))
         step = (progress if nbytes else silent)("checking", nbytes)
         self.check_base(step=step)
@@ -254,21 +294,8 @@ class State:
         """A new model's place among those that are there, the first that is free; 0 where no layers are shifted."""
         if self.config.shuffle_layers <= 0:
             return 0
-        taken = {member.index for member in self.members.values()}
-        if wanted is None:
-            return next(index for index in range(len(taken) + 1) if index not in taken)
-        if not isinstance(wanted, int) or wanted < 0 or wanted in taken:
-            raise ValueError(f"index must be an integer of at least 0 that no model has, got {wanted!r}")
-        return wanted
+        return free_index({member.index for member in self.members.values()}, wanted)
 
     def place_for(self, group: int | None) -> int:
         """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
-        taken = [self.members[name].group for name in self.names]
-        if group is None:
-            return next(g for g in range(len(taken) + 1) if taken.count(g) < self.config.group_size)
-        limit = max(taken, default=-1) + 1
-        if not isinstance(group, int) or not 0 <= group <= limit:
-            raise ValueError(f"group must be an integer from 0 to {limit}, got {group!r}")
-        if taken.count(group) >= self.config.group_size:
-            raise ValueError(f"group must have room; group {group} has its {self.config.group_size} models")
-        return group
+        return free_group([self.members[name].group for name in self.names], self.config.group_size, group)

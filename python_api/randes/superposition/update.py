@@ -23,8 +23,8 @@ from randes.superposition.basis import shared_basis
 from randes.superposition.integers import averaged, check_average, gain_of, narrow, rate
 from randes.superposition.members import BASE_NAME, Member, NewModel, check_scales
 from randes.superposition.packed_tensors import coordinates_of
-from randes.superposition.prefetch import Chunk, Pairs, Prefetch
-from randes.superposition.state import State
+from randes.superposition.prefetch import Chunk, Pairs, Prefetch, is_superposed
+from randes.superposition.state import Group, State
 from randes_kernels import mixing, slices, superpose_
 from randes_kernels.format import Matrix
 
@@ -52,7 +52,7 @@ def remove_model(sup: State, name: str, tensors: Mapping[str, Tensor], step: Cal
     model = _measured(name, held, tensors)
     change(sup, model, step, subtract=True, check=partial(check_comes_back, sup, name))
     del sup.members[name]
-    tidy(sup, held.group)
+    tidy(sup, held.group, name)
 
 
 def restore_model(sup: State, name: str, member: Member, tensors: Mapping[str, Tensor]) -> None:
@@ -112,7 +112,7 @@ def change(
             try:
                 for tensor in done:
                     one(tensor, not subtract)
-                tidy(sup, model.group)
+                tidy(sup, model.group, model.name)
             except BaseException as error:
                 sup.torn = f"{model.name!r} is in part of it, and could not be read to take it out again"
                 raise RandesError(f"the superposition must be loaded again: {sup.torn}") from error
@@ -126,8 +126,8 @@ def _measure(
 
     Raises ``CheckpointError`` for what cannot be superposed.
     """
-    superposed = tensor in sup.superposed
-    pairs, sums, digest = computing.submit(_passed, sup, tensor, incoming, hold and superposed).result()
+    superposed = is_superposed(sup, model, tensor)
+    pairs, sums, digest = computing.submit(_passed, sup, tensor, incoming, superposed, hold and superposed).result()
     model.digests[tensor] = digest
     if digest == sup.base_digests[tensor]:
         return []
@@ -151,14 +151,15 @@ def _measure(
         again = pairs or zip(chunks(model.tensors, tensor), chunks(sup.base, tensor), strict=True)
         differences = _differences(sup, model, tensor, again)
         largest = max(float((part.double() - base.double()).abs().max()) for part, base in differences)
-        matrix = sup.config.transform.matrix
+        matrix = sup.transform(tensor).matrix
         if matrix in (Matrix.ROTATION, Matrix.DENSE):  # which may gather a whole row in one place
             largest = math.sqrt(max(sums))
         return largest * mixing.AMPLIFIES[Matrix(matrix)]
 
     count, shared = headers(sup.base)[tensor].numel(), sup.shared_gain(tensor)
-    growth = mixing.AMPLIFIES[Matrix(sup.config.transform.matrix)]
-    gain = gain_of(tensor, sums, count, sup.config.group_size, peak, shared=shared, growth=growth)
+    growth = mixing.AMPLIFIES[Matrix(sup.transform(tensor).matrix)]
+    models = 1 if tensor in sup.unshared else sup.config.group_size
+    gain = gain_of(tensor, sums, count, models, peak, shared=shared, growth=growth)
     if gain == 0 and not (tensor in model.coordinates and model.coordinates[tensor].any()):
         # −0.0 for 0.0: other bytes, the same weight.
         model.coordinates.pop(tensor, None)
@@ -168,13 +169,15 @@ def _measure(
     return pairs
 
 
-def _passed(sup: State, tensor: str, incoming: Iterable[Chunk], hold: bool) -> tuple[Pairs, list[float], str]:
+def _passed(
+    sup: State, tensor: str, incoming: Iterable[Chunk], superposed: bool, hold: bool
+) -> tuple[Pairs, list[float], str]:
     """What is found while the parts of a tensor go by: those to be held, sums of squares, the digest of all."""
     pairs: Pairs = []
     sums: list[float] = []
     digest = ""
     for part, base, digest in incoming:  # noqa: B007 (the last part's is of all)
-        if tensor not in sup.superposed:
+        if not superposed:
             check_finite(tensor, part)
             if sup.config.others in SUMMED:
                 check_average(tensor, part)
@@ -208,7 +211,7 @@ def _superpose(
         return
     key, place = sup.key(model.name), sup.place(model.name, tensor, model.index)
     number, steps = sup.tensor_id(tensor), rate(model.gains[tensor])
-    group = sup.deltas.setdefault(model.group, {})
+    group = sup.deltas.setdefault(sup.group_of(model.name, tensor, model.group), {})
     shape = headers(sup.base)[tensor].shape
     if place not in group:
         held = torch.from_numpy(np.zeros(shape, np.int16))  # whose pages come when they are written to
@@ -218,10 +221,10 @@ def _superpose(
     if sup.device.type != "cpu":
         finetuned, base = (torch.cat(side).to(sup.device) for side in zip(*pairs, strict=True))
         wide = held.to(sup.device, torch.int32)
-        superpose_(wide, finetuned, base, steps, key, number, sup.config.transform, subtract=subtract)
+        superpose_(wide, finetuned, base, steps, key, number, sup.transform(tensor), subtract=subtract)
         group[place] = narrow(wide).cpu()
         return
-    turn = slices.turn(key, number, shape, sup.config.transform)
+    turn = slices.turn(key, number, shape, sup.transform(tensor))
     # In a tensor that nobody sees yet, or that is replaced: who stops waiting here leaves the old one.
     group[place] = computing.submit(_added, held, pairs, steps, turn, subtract).result()
 
@@ -254,22 +257,29 @@ def _average(sup: State, model: NewModel, tensor: str, *, subtract: bool) -> Non
 
 def check_comes_back(sup: State, name: str) -> None:
     """Raise ``CheckpointError`` unless what a model alone had a delta in is zero once it was taken away."""
-    for place in sorted(_unused(sup, sup.members[name].group, without=name)):
-        if any(part.any() for part in chunks(sup.deltas[sup.members[name].group], place)):
-            raise CheckpointError(f"{place} does not come back to zero without {name!r}: its integers were altered")
+    for group in (sup.members[name].group, name):
+        for place in sorted(_unused(sup, group, without=name)):
+            if any(part.any() for part in chunks(sup.deltas[group], place)):
+                raise CheckpointError(f"{place} does not come back to zero without {name!r}: its integers were altered")
 
 
-def tidy(sup: State, group: int) -> None:
+def tidy(sup: State, *groups: Group) -> None:
     """Drop what no model has anything in any more."""
-    for place in _unused(sup, group):
-        del sup.deltas[group][place]
-    if group in sup.deltas and not sup.deltas[group]:
-        del sup.deltas[group]
+    for group in groups:
+        for place in _unused(sup, group):
+            del sup.deltas[group][place]
+        if group in sup.deltas and not sup.deltas[group]:
+            del sup.deltas[group]
     if not sup.names:
         sup.averages = {}
 
 
-def _unused(sup: State, group: int, without: str | None = None) -> set[str]:
-    members = {name: member for name, member in sup.members.items() if member.group == group and name != without}
-    used = {sup.place(name, tensor) for name, member in members.items() for tensor in member.gains}
+def _unused(sup: State, group: Group, without: str | None = None) -> set[str]:
+    used = {
+        sup.place(name, tensor)
+        for name, member in sup.members.items()
+        if name != without and group in (member.group, name)
+        for tensor in member.gains
+        if sup.group_of(name, tensor) == group
+    }
     return headers(sup.deltas.get(group, {})).keys() - used

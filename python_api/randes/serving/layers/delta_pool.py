@@ -2,13 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from randes.serving.batch import Version
 from randes.serving.table_rows import put
 from randes.superposition.packed_tensors import SuperposedDelta, values_of
+from randes.superposition.state import Group
 from randes.superposition.superposition import Superposition
 from randes_kernels import Packed, unpack
 
@@ -22,7 +24,8 @@ class DeltaPool(nn.Module):
     A module of its own because layers that are shuffled share one, and must go on sharing it when they move.
 
     rows: how many superpositions of groups to have room for. By default there is room for those that are, where they
-    have this tensor at all; ``slots`` tells of a group's row, and of the tensor's name, the slot.
+    have this tensor at all; ``slots`` tells of a group's row, and of the tensor's name, the slot. Deltas that each
+    model has to itself stand under the models' names.
 
     units: what one number of a slot is worth, in units of a gain: 1, but where models share one gain, which says
     nothing of the deltas' size; a power of two then, which brings them near 1 as half precision needs them.
@@ -34,13 +37,17 @@ class DeltaPool(nn.Module):
     def __init__(self, superposition: Superposition, tensor: str, weight: Tensor, rows: int | None = None) -> None:
         super().__init__()
         self.tensor, self.family = tensor, superposition.family(tensor)
+        self.unshared = tensor in superposition.unshared
+        known: dict[Group, Group] = {name: name for name in superposition.served}
+        if not self.unshared:
+            known = dict(group_rows(superposition).items())
         held = {
             (row, place): superposition.held[group][place]
-            for group, row in group_rows(superposition).items()
+            for group, row in known.items()
             for place in self.family
             if place in superposition.held.get(group, {})
         }
-        places = held if rows is None else itertools.product(range(rows), self.family)
+        places: Iterable[tuple[Group, str]] = held if rows is None else itertools.product(range(rows), self.family)
         self.slots = {where: slot for slot, where in enumerate(places)}
         self.units = dict.fromkeys(self.slots.values(), 1.0)
         self.packing: tuple[int, int, int] | None = None
@@ -57,7 +64,7 @@ class DeltaPool(nn.Module):
         self.register_buffer("steps", steps, persistent=False)
 
     @torch.no_grad()
-    def write(self, superposition: Superposition, group: int, row: int) -> None:
+    def write(self, superposition: Superposition, group: Group, row: Group) -> None:
         """Fill a row with a group's superpositions as they are now: one tensor at a time, which nobody reads yet.
 
         Raises ``ValueError`` where they do not fit the dtype."""
@@ -74,6 +81,15 @@ class DeltaPool(nn.Module):
                     self.units[slot] = 2.0 ** (math.frexp(peak * unit)[1] - PEAK_BITS)
                 put(self.values, slot, numbers.to(self.values.device).float().mul_(unit / self.units[slot]))
                 self._check_finite(slot)
+
+    def row_of(self, version: Version) -> Group:
+        """Where a model's delta is found."""
+        return version.name if self.unshared else version.group
+
+    def write_all(self, superposition: Superposition, versions: Iterable[Version]) -> None:
+        """Fill the rows of these models."""
+        for row, name in {self.row_of(version): version.name for version in versions}.items():
+            self.write(superposition, superposition.group_of(name, self.tensor), row)
 
     @property
     def delta(self) -> SuperposedDelta:

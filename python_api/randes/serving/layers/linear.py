@@ -80,8 +80,7 @@ class SuperposedLinear(Superposed, nn.Linear):
         versions = first_versions(superposition)
         if pool is None:
             pool = DeltaPool(superposition, tensor, linear.weight)
-            for version in {version.group: version for version in versions}.values():
-                pool.write(superposition, superposition.members[version.name].group, version.group)
+            pool.write_all(superposition, versions)
         bias = tensor_of(name, "bias")
         keeps_bias = bias in superposition.others or bias in superposition.layout.vectors
         cls.take_over(layer, superposition, tensor, bias, router, pool, len(versions), keeps_bias)

@@ -149,22 +149,30 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         weight = base_of(self, "weight")
         base = F.embedding(input, weight)
         (matrix,) = self._matrices("weight")
-        if ids is None or not matrix.pool.slots:
+        if ids is None:
             return base
         tokens = input.reshape(len(ids), -1)
+        delta = self._turned_back(matrix, tokens, ids) if matrix.pool.slots else 0.0
+        if matrix.corrections is not None:
+            own, model = matrix.corrections, ids.clamp(min=0)
+            directions = matrix.shared_basis if matrix.directions is None else matrix.directions[model]
+            assert directions is not None
+            inside = own[model[:, None], :, tokens] @ directions.mT
+            delta = delta + torch.where((ids >= 0)[:, None, None], inside, 0)
+        return base if isinstance(delta, float) else (base + delta.view(base.shape)).to(base.dtype)
+
+    def _turned_back(self, matrix: SuperposedMatrix, tokens: Tensor, ids: Tensor) -> Tensor:
+        """Rows of each model's delta, as its superposition gives them back: (B, T, K) for tokens (B, T)."""
         model = ids.clamp(min=0)[:, None]
         slot = matrix.slots[model]
-        delta = matrix.pool.rows(slot.clamp(min=0), tokens).to(torch.promote_types(weight.dtype, torch.float32))
+        delta = matrix.pool.rows(slot.clamp(min=0), tokens)
+        delta = delta.to(torch.promote_types(base_of(self, "weight").dtype, torch.float32))
         if matrix.transform.matrix:
             delta = mixing.back_by_tables(delta, model[:, 0], self.mixed, matrix.inverses, matrix.transform.matrix)
         if matrix.transform.granule:
             delta = delta.gather(-1, self.columns[model].expand_as(delta))
         delta = delta * (matrix.scale[model] * self.row_signs[model, tokens])[..., None] * self.column_signs[model]
-        if matrix.shared_basis is not None:
-            assert matrix.corrections is not None
-            delta = delta + (matrix.corrections[model, :, tokens] @ matrix.shared_basis.mT).to(delta.dtype)
-        changed = (ids[:, None] >= 0) & (slot >= 0)
-        return (base + torch.where(changed[..., None], delta, 0).view(base.shape)).to(base.dtype)
+        return torch.where(((ids[:, None] >= 0) & (slot >= 0))[..., None], delta, 0)
 
 
 class SuperposedExperts(SuperposedLayer):

@@ -39,13 +39,14 @@ class PerModelTensor(nn.Module):
     ) -> None:
         super().__init__()
         like = like.detach()
-        members = superposition.members.values()
-        own = [headers(member.kept)[tensor].shape for member in members if tensor in member.kept]
+        members = superposition.members
+        own = [name for name in members if tensor in superposition.own_tensors(name)]
+        shapes = [headers(members[name].kept).get(tensor, like).shape for name in own]
         count = len(own) + superposition.is_averaged(tensor)
         if superposition.has_own(tensor):
             count = len(members)
         self.tensor, self.shape = tensor, like.shape
-        self.ragged = any(shape != like.shape for shape in own)
+        self.ragged = any(shape != like.shape for shape in shapes)
         self.table_rows = Rows(max(count, room or 0))
         # Whether any model's tensor may be here: a layer that nobody changed costs nothing.
         self.used = count > 0 or (room is not None and like.numel() <= RESERVED_ELEMENTS)
@@ -64,7 +65,7 @@ class PerModelTensor(nn.Module):
 
         Raises ``CapacityError`` where no row is free, and ``CheckpointError`` for another shape where all have one.
         """
-        own = self.tensor in superposition.members[name].kept or self.tensor in superposition.layout.vectors
+        own = self.tensor in superposition.own_tensors(name) | superposition.layout.vectors
         if not own and (name == BASE_NAME or not superposition.is_averaged(self.tensor)):
             return None
         own = own or superposition.has_own(self.tensor)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from randes.checkpoints.lazy_tensors import headers
 from randes.errors import BaseMismatchError
 from randes.serving.batch import Version
 from randes.serving.layers.delta_pool import DeltaPool, group_rows
@@ -16,6 +17,7 @@ from randes.superposition.packed_tensors import SuperposedDelta, coordinates_of
 from randes.superposition.superposition import Superposition
 from randes_kernels import Basis, mixing, superposed_linear
 from randes_kernels.format import Matrix
+from randes_kernels.lowrank import own_product
 
 
 def first_versions(superposition: Superposition) -> list[Version]:
@@ -57,6 +59,7 @@ class Superposed(nn.Module):
     slots: Tensor
     scale: Tensor
     shared_basis: Tensor | None
+    directions: Tensor | None  # (J, K, r), of a basis a model
     corrections: Tensor | None
     inverses: Tensor | None  # of dense matrices (Config.matrix), one a model
 
@@ -68,19 +71,26 @@ class Superposed(nn.Module):
         numbers: of models that there is room for; ``write`` says which those are.
         """
         self.pool, self.matrix = pool, tensor
-        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.config.transform
-        shared = corrections = inverses = None
+        self.tensor, self.transform = superposition.tensor_id(tensor), superposition.transform(tensor)
+        shared = corrections = inverses = directions = None
         if self.transform.matrix == Matrix.DENSE:
             columns = weight.shape[1]
             inverses = torch.zeros(numbers, columns, columns, dtype=torch.float32, device=weight.device)
         if tensor in superposition.bases:  # U (K, r), and for each model what is added and taken off in it
             shared = (superposition.bases[tensor].float() * UNIT).to(weight)
             corrections = weight.new_zeros(numbers, shared.shape[1], weight.shape[0])
+        ranks = {
+            headers(m.directions)[tensor].shape[1] for m in superposition.members.values() if tensor in m.directions
+        }
+        if ranks:  # in few bits each model has a basis of its own
+            directions = weight.new_zeros(numbers, weight.shape[1], max(ranks))
+            corrections = weight.new_zeros(numbers, max(ranks), weight.shape[0])
         tables: dict[str, Tensor | None] = {
             "keys": torch.zeros(numbers, dtype=torch.int64, device=weight.device),
             "slots": torch.full((numbers,), -1, dtype=torch.int32, device=weight.device),
             "scale": torch.zeros(numbers, dtype=torch.float32, device=weight.device),
             "shared_basis": shared,
+            "directions": directions,
             "corrections": corrections,
             "inverses": inverses,
         }
@@ -94,32 +104,39 @@ class Superposed(nn.Module):
             return
         tensor, numbers = self.matrix, [version.number for version in versions]
         members = [superposition.members[version.name] for version in versions]
-        slots = [
-            self.pool.slots[version.group, superposition.place(version.name, tensor)] if tensor in member.gains else -1
+        # Of tables in no bits nothing is left beside their directions.
+        left = not (self.pool.unshared and superposition.packing is not None and superposition.packing.embeddings == 0)
+        numbered = [
+            self.pool.slots[self.pool.row_of(version), superposition.place(version.name, tensor)]
+            if left and tensor in member.gains
+            else -1
             for version, member in zip(versions, members, strict=True)
         ]
         keys = [superposition.key(version.name) for version in versions]
-        units = [self.pool.units.get(slot, 1.0) for slot in slots]
+        units = [self.pool.units.get(slot, 1.0) for slot in numbered]
         if self.inverses is not None:
             inverses, factors = mixing.inverses_of(keys, self.tensor, self.inverses.shape[1])
             put(self.inverses, numbers, inverses)
             units = [unit * factor for unit, factor in zip(units, factors, strict=True)]
         gains = [member.alpha_of(tensor) * member.gains.get(tensor, 0.0) for member in members]
-        scale = [gain * unit for gain, unit in zip(gains, units, strict=True)]
+        scaled = [gain * unit for gain, unit in zip(gains, units, strict=True)]
         put(self.keys, numbers, torch.tensor(keys, dtype=torch.int64, device="cpu"))
-        put(self.slots, numbers, torch.tensor(slots, dtype=torch.int32, device="cpu"))
-        put(self.scale, numbers, torch.tensor(scale, dtype=torch.float32, device="cpu"))
+        put(self.slots, numbers, torch.tensor(numbered, dtype=torch.int32, device="cpu"))
+        put(self.scale, numbers, torch.tensor(scaled, dtype=torch.float32, device="cpu"))
         if self.corrections is None:
             return
-        shared = superposition.bases[tensor].float() * UNIT
         held = torch.zeros(len(members), *self.corrections.shape[1:])
         for place, member in enumerate(members):
             if tensor in member.coordinates:
                 own = coordinates_of(member.coordinates[tensor])
                 held[place] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
-        tables = self.keys[numbers], self.scale[numbers], self.slots[numbers]
-        corrections = shared_basis.corrections(shared, held, self.pool.delta, *tables, self.tensor, self.transform)
-        put(self.corrections, numbers, corrections)
+            if self.directions is not None and tensor in member.directions:
+                put(self.directions, numbers[place], member.directions[tensor].float() * UNIT)
+        if self.directions is None:
+            shared = superposition.bases[tensor].float() * UNIT
+            tables = self.keys[numbers], self.scale[numbers], self.slots[numbers]
+            held = shared_basis.corrections(shared, held, self.pool.delta, *tables, self.tensor, self.transform)
+        put(self.corrections, numbers, held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
         scale, inverses = self.scale, self.inverses
@@ -134,12 +151,17 @@ class Superposed(nn.Module):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, biases: Tensor | None = None
     ) -> Tensor:
         """``x Ŵ_jᵀ + b_j`` for x (..., K) and the model j of each of B equal runs of its rows."""
-        operands = x, weight, bias, self.pool.delta, biases, self.shared_basis, self.corrections
-        x, weight, bias, delta, biases, shared, corrections = _in_one_dtype(*operands)
-        return superposed_linear(
+        operands = x, weight, bias, self.pool.delta, biases, self.shared_basis, self.corrections, self.directions
+        x, weight, bias, delta, biases, shared, corrections, directions = _in_one_dtype(*operands)
+        y = superposed_linear(
             x, weight, bias, delta, ids, self.keys, self.scale, self.slots, self.tensor, self.transform, biases=biases,
             basis=None if shared is None else Basis(shared, corrections), inverses=self.inverses,
         )  # fmt: skip
+        if directions is None:
+            return y
+        runs = x.reshape(len(ids), -1, x.shape[-1])
+        inside = torch.bmm(runs, directions[ids.clamp(min=0)])
+        return y + own_product(inside.flatten(0, 1), ids, corrections).view(y.shape)
 
 
 class SuperposedMatrix(Superposed):

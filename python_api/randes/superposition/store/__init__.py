@@ -4,6 +4,7 @@
     base-<digest>.safetensors                  the base model
     basis-<digest>.safetensors                 the shared basis of each tensor, where there is one
     group-<number>-<digest>.safetensors        integers of one group, by tensor
+    unshared-<key>-<digest>.safetensors        the same of what one model shares with no other
     model-<key>-<digest>.safetensors           what one model keeps of its own
     average-<digest>.safetensors               sums behind others="average"
     config.json, tokenizer...                  what a Transformers base has beside its weights

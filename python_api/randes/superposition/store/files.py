@@ -9,7 +9,7 @@ from randes.checkpoints.on_disk import StoredTensors, open_file
 from randes.errors import CheckpointError, StoreError
 
 OURS = re.compile(
-    r"\.?(base|basis|group-\d+|model-[0-9a-f]{16}|average)-[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?"
+    r"\.?(base|basis|group-\d+|unshared-[0-9a-f]{16}|model-[0-9a-f]{16}|average)-[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?"
     r"|\.manifest\.json\.\d+\.tmp"
 )
 

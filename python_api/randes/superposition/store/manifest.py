@@ -17,12 +17,14 @@ from randes.errors import StoreError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
 from randes.superposition.packed_tensors import Packing, flattened
-from randes.superposition.state import State
+from randes.superposition.state import Group, State
 from randes_kernels import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
 COORDINATES = "@basis"
 """Follows a tensor's name in a model's file, for its delta's coordinates in the shared basis."""
+DIRECTIONS = "@directions"
+"""The same, for the basis of its own."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -65,17 +67,18 @@ def contents_of(superposition: State) -> dict[str, Tensors]:
     """What each file holds, by the part of its name before the digest."""
     base = superposition.layout.joined(superposition.base, ties=False)
     contents: dict[str, Tensors] = {"base": base, "basis": superposition.bases}
-    contents |= {f"group-{group}": flattened(held) for group, held in sorted(superposition.held.items())}
+    contents |= {group_file(superposition, group): flattened(held) for group, held in superposition.held.items()}
     for name in superposition.served:
         member = superposition.members[name]
         own, coordinates = member.kept, member.coordinates
-        if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors):
+        if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors) and not member.directions:
             own = Overlay({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
         else:
             own = {**own, **flattened({f"{tensor}{COORDINATES}": value for tensor, value in coordinates.items()})}
+            own |= {f"{tensor}{DIRECTIONS}": value for tensor, value in member.directions.items()}
         contents[model_file(superposition, name)] = own
     contents["average"] = superposition.averages
-    return {stem: tensors for stem, tensors in contents.items() if tensors}
+    return {stem: contents[stem] for stem in sorted(contents) if contents[stem]}
 
 
 def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str, Any]:
@@ -102,7 +105,10 @@ def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str,
     if superposition.model_files:
         manifest["companions"] = {name: digest_of(text) for name, text in model_files_in(superposition, files).items()}
     if superposition.packing is not None:
-        manifest["packed"] = asdict(superposition.packing)
+        packed = asdict(superposition.packing)
+        if not superposition.unshared:  # as versions before these wrote it
+            del packed["embeddings"]
+        manifest["packed"] = packed
     manifest["checksum"] = _checksum(manifest)
     return manifest
 
@@ -124,8 +130,18 @@ def checksum_of(superposition: State) -> str:
 
 
 def model_file(superposition: State, name: str) -> str:
+    """What a model keeps of its own."""
+    return f"model-{_letters(superposition, name)}"
+
+
+def group_file(superposition: State, group: Group) -> str:
+    """A group's superpositions, or the deltas of one model that no other shares."""
+    return f"group-{group}" if isinstance(group, int) else f"unshared-{_letters(superposition, group)}"
+
+
+def _letters(superposition: State, name: str) -> str:
     # A model's name may hold what a file's name may not; its key is as unique.
-    return f"model-{superposition.key(name) & (1 << 64) - 1:016x}"
+    return f"{superposition.key(name) & (1 << 64) - 1:016x}"
 
 
 def record_of(member: Member) -> dict[str, Any]:

@@ -15,9 +15,18 @@ from randes.config import Config
 from randes.errors import StoreError
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import STEPS, PackedTensors, Packing, SuperposedDelta
-from randes.superposition.state import State
+from randes.superposition.state import Group, State
 from randes.superposition.store.files import open_tensors, stored_now
-from randes.superposition.store.manifest import COORDINATES, MANIFEST, described, digest_of, model_file, read_manifest
+from randes.superposition.store.manifest import (
+    COORDINATES,
+    DIRECTIONS,
+    MANIFEST,
+    described,
+    digest_of,
+    group_file,
+    model_file,
+    read_manifest,
+)
 from randes_kernels.packing import packed_bytes
 
 S = TypeVar("S", bound=State)
@@ -78,18 +87,25 @@ def _put_together(
             held |= {f"{tensor}{STEPS}": f"{stem}{STEPS}" for tensor, stem in held.items()}
             rows = {tensor: headers(base)[tensor].shape[0] for tensor in member.units}
             coordinates = PackedTensors(own.renamed(held), packing.coordinates, 64, rows)
-        kept = {tensor: tensor for tensor in own if tensor not in held.values()}
-        superposition.members[name] = replace(member, kept=own.renamed(kept), coordinates=coordinates)
+        directions = {stem.removesuffix(DIRECTIONS): stem for stem in own if stem.endswith(DIRECTIONS)}
+        kept = {tensor: tensor for tensor in own if tensor not in {*held.values(), *directions.values()}}
+        superposition.members[name] = replace(
+            member, kept=own.renamed(kept), coordinates=coordinates, directions=own.renamed(directions)
+        )
     superposition.averages = Overlay({}, contents.pop("average")) if "average" in contents else {}
-    if strangers := [stem for stem in contents if not stem.startswith("group-")]:
+    alone = {group_file(superposition, name): name for name in members}
+    if strangers := [stem for stem in contents if not stem.startswith("group-") and stem not in alone]:
         raise ValueError(f"{strangers[0]} is the file of no model in it")
-    groups = {int(stem.split("-")[1]): tensors for stem, tensors in contents.items()}
+    groups: dict[Group, StoredTensors] = {
+        alone[stem] if stem in alone else int(stem.split("-")[1]): held for stem, held in contents.items()
+    }
     if packing is None:
-        superposition.deltas = {number: Overlay({}, tensors) for number, tensors in groups.items()}
+        superposition.deltas = {group: Overlay({}, tensors) for group, tensors in groups.items()}
     else:
         columns = {tensor: headers(base)[tensor].shape[1] for tensor in superposition.superposed}
         superposition.few_bits = {
-            number: PackedTensors(tensors, packing.bits, packing.group, columns) for number, tensors in groups.items()
+            group: PackedTensors(tensors, *packing.of(isinstance(group, str)), columns)
+            for group, tensors in groups.items()
         }
     return superposition
 
@@ -102,17 +118,24 @@ def _check_whole(superposition: State) -> None:
             if not right:
                 raise ValueError(f"model {name!r} must have {what} of {tensor}, which is not there")
 
-        held = superposition.held.get(member.group, {})
         for tensor in member.gains:
             must(tensor in superposition.superposed, tensor, "a superposed delta")
-            must(superposition.place(name, tensor) in held, tensor, f"a superposition in group {member.group}")
-            if (packing := superposition.packing) is not None:
+            group = superposition.group_of(name, tensor)
+            held = superposition.held.get(group, {})
+            packing, unshared = superposition.packing, tensor in superposition.unshared
+            if packing is not None and unshared:
+                must(tensor in member.directions, tensor, "directions")
+                if not packing.embeddings:
+                    continue
+            must(superposition.place(name, tensor) in held, tensor, f"a superposition in group {group}")
+            if packing is not None:
                 rows, columns = headers(superposition.base)[tensor].shape
-                nbytes = packed_bytes(rows, columns, packing.bits, packing.group)
+                bits, width = packing.of(unshared)
+                nbytes = packed_bytes(rows, columns, bits, width)
                 own = headers_of(held)[superposition.place(name, tensor)]
-                must(own.nbytes == nbytes, tensor, f"{nbytes} bytes in {packing.bits} bits")
+                must(own.nbytes == nbytes, tensor, f"{nbytes} bytes in {bits} bits")
         for tensor in member.units:
-            must(tensor in member.gains and tensor in superposition.bases, tensor, "a shared basis")
+            must(tensor in member.gains and superposition.basis(name, tensor) is not None, tensor, "a basis")
         if superposition.config.others == "keep":
             for tensor in superposition.base.keys() - set(superposition.superposed):
                 changed = member.digests[tensor] != superposition.base_digests[tensor]

@@ -18,6 +18,7 @@ from randes.superposition.store.files import OURS, Stored, open_tensors, state_o
 from randes.superposition.store.manifest import (
     MANIFEST,
     contents_of,
+    group_file,
     manifest_of,
     model_files_in,
     read_manifest,
@@ -68,10 +69,11 @@ def save(superposition: State, path: str | os.PathLike[str], *, progress: Progre
 
 def _reopen(superposition: State, folder: Path, manifest: dict[str, Any]) -> None:
     """Read what came from a store from its new files, so that the old ones' space and what was held come free."""
+    groups = {group_file(superposition, group): group for group in superposition.deltas}
     for name, digests in manifest["files"].items():
         stem = name.rsplit("-", 1)[0]
-        if stem.startswith("group-"):
-            group = int(stem.split("-")[1])
+        if stem in groups:
+            group = groups[stem]
             if isinstance(held := superposition.deltas.get(group), Overlay) and held.held:
                 superposition.deltas[group] = Overlay({}, open_tensors(folder, name, digests))
         elif stem == "average" and isinstance(superposition.averages, Overlay):
