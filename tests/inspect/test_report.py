@@ -228,7 +228,7 @@ def test_it_says_what_is_kept_and_why(tmp_path: Path) -> None:
     assert {name: row[4][0] for name, row in rows.items()} == {
         "h.*.bias": "not a matrix",
         "head.weight": "narrower than min_width (32)",
-        "embed.weight": "excluded by *embed*",
+        "embed.weight": "a small table of embeddings",
         "table": "not matched by include (*weight, *experts.*proj)",
         "mask.weight": "dtype int64",
     }

@@ -23,13 +23,15 @@ from randes.serving.layers.superposed import Superposed
 
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4}
 MIX = ["m1", "__base__", "m0", "m1"]
-EVERYTHING = randes.Config(include=("*weight", "*experts.*proj"), exclude=(), min_width=2)
+EVERYTHING = randes.Config(include=("*weight", "*experts.*proj"), exclude=(), embeddings="shared", min_width=2)
 CONFIGS = {
     "two-sided": EVERYTHING,
-    "permuted": randes.Config(include=("*weight",), exclude=(), min_width=2, permute=1, signs="columns"),
-    "rank": randes.Config(include=("*weight",), exclude=(), min_width=2, rank=3),
-    "auto": randes.Config(include=("*weight",), exclude=(), min_width=2, rank="auto"),
-    "centred": randes.Config(include=("*weight",), exclude=(), min_width=2, centre=True),
+    "permuted": randes.Config(
+        include=("*weight",), exclude=(), embeddings="shared", min_width=2, permute=1, signs="columns"
+    ),
+    "rank": randes.Config(include=("*weight",), exclude=(), embeddings="shared", min_width=2, rank=3),
+    "auto": randes.Config(include=("*weight",), exclude=(), embeddings="shared", min_width=2, rank="auto"),
+    "centred": randes.Config(include=("*weight",), exclude=(), embeddings="shared", min_width=2, centre=True),
 }
 
 
@@ -246,7 +248,7 @@ def test_a_file_that_does_not_say_it_is_transposed_is_refused_until_it_is_declar
     sup = randes.Superposition.create(tmp_path / "base.safetensors", EVERYTHING)
     with pytest.raises(ValueError, match=r"0.weight is superposed, but belongs to a Conv1D"):
         randes.SuperposedModel(copy.deepcopy(base), sup)
-    declared = randes.Config(exclude=(), min_width=2, transposed=("0.*",))
+    declared = randes.Config(exclude=(), embeddings="shared", min_width=2, transposed=("0.*",))
     sup = randes.Superposition.create(tmp_path / "base.safetensors", declared)
     assert sup.base["0.weight"].shape == (12, 7)
     sup.add("m", finetune(base, 1))

@@ -22,7 +22,7 @@ CONFIGS = {name: TRANSFORMS[name] for name in ("both", "everything")} | {
     "small groups": randes.Config(group_size=2),
     "average": randes.Config(others="average"),
     "base": randes.Config(others="base"),
-    "embedding": randes.Config(include=("*weight",), exclude=("*norm*",), min_width=5),
+    "embedding": randes.Config(include=("*weight",), exclude=("*norm*",), embeddings="shared", min_width=5),
     "basis": randes.Config(rank=3),
     "centred": randes.Config(centre=True),
 }

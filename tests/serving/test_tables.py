@@ -59,8 +59,10 @@ def check(base: Net, sup: randes.Superposition) -> randes.SuperposedModel:
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
     mix = [*NAMES, "__base__", "m1"]
     x = tokens(len(mix))
-    plain: dict[str, nn.Module] = {name: alone(base, sup, name) for name in sup.served}
-    plain.setdefault("__base__", base)
+    plain: dict[str, nn.Module] = {name: alone(base, sup, name) for name in NAMES}
+    plain["__base__"] = copy.deepcopy(base)
+    if sup.config.centre:
+        plain["__base__"].load_state_dict(sup.retrieve("__base__"))
     expected = torch.cat([plain[name](row[None]) for name, row in zip(mix, x, strict=True)])
     torch.testing.assert_close(model(x, adapter_names=mix), expected, **CLOSE)
     for name in NAMES:

@@ -263,7 +263,7 @@ def test_every_kind_of_layer_serves_mixed_columns(matrix: Any) -> None:
     """An embedding by row, a convolution by window, a fused weight by part."""
     base = Kinds()
     config = randes.Config(
-        matrix=matrix, include=("*weight",), exclude=(), min_width=8,
+        matrix=matrix, include=("*weight",), exclude=(), embeddings="shared", min_width=8,
         fused={"*.fused.weight": {"*.a.weight": 16, "*.b.weight": 16}},
     )  # fmt: skip
     sup, _ = superposed(base, 2, config)

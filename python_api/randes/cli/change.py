@@ -49,15 +49,22 @@ def pack(
     ] = None,
     coordinates: Annotated[
         int | None,
-        typer.Option(help="Bits of each model's own part in shared bases: 16, 8 or 4. By default as D, 4 at least."),
+        typer.Option(help="Bits of each model's own part in bases: 16, 8 or 4. By default as D, 4 at least."),
+    ] = None,
+    embeddings: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of embedding tables beside their loudest directions: 8, 4, 2, 1, or 0 for these alone. By"
+            " default 2, and 1 with D in 1."
+        ),
     ] = None,
 ) -> None:
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with errors(), progress() as begin:
         check_new(out)
         superposition = Superposition.load(store, progress=begin)
-        step = begin("packing", superposition.sizes.superposed)
-        superposition = superposition.pack(bits, group=group, coordinates=coordinates, step=step)
+        step = begin("packing", sum(map(size, superposition.held.values())))
+        superposition = superposition.pack(bits, group=group, coordinates=coordinates, embeddings=embeddings, step=step)
         superposition.save(out, progress=begin)
     print_sizes(superposition)
 

@@ -46,6 +46,9 @@ def compress(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Pattern of tensors not to superpose; replaces the default.")
     ] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="Embedding tables: own, a delta for each model alone; shared as matrices are; or keep.")
+    ] = "own",
     min_width: Annotated[int, typer.Option(help="Narrower matrices are not superposed.")] = Config.min_width,
     centre: Annotated[
         bool, typer.Option(help="Measure deltas from the mean of the fine-tunes; the base is then superposed too.")
@@ -85,7 +88,7 @@ def compress(
             "seed": seed, "others": others, "centre": centre,
             "rank": rank_of(rank or by_default), "min_width": min_width,
             "matrix": matrix, "gains": gains, "origin": origin, "every": every, "per_layer": per_layer,
-            "vectors": vectors,
+            "vectors": vectors, "embeddings": embeddings,
         }  # fmt: skip
         models = named(model)
         chosen = Options(Config(**options), alpha, False, ())

@@ -205,7 +205,7 @@ def matrix(superposition: Superposition, name: str, tensor: str) -> Tensor:
     if tensor not in superposition.superposed:
         raise ValueError(f"tensor must be one that is superposed, got {tensor!r}")
     shape = headers(superposition.base)[tensor].shape
-    turn = slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.config.transform)
+    turn = slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.transform(tensor))
     if turn.mixer is not None:
         diagonal = superposition.config.matrix == "diagonal"
         one = torch.ones(1, shape[-1]) if diagonal else torch.eye(shape[-1])

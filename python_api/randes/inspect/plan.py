@@ -12,7 +12,7 @@ from randes.checkpoints.sources import Checkpoint
 from randes.config import TOGETHER, Config, Rank
 from randes.superposition.basis.shared_basis import widest
 from randes.superposition.packed_tensors import ERROR
-from randes.superposition.packing import coordinates_for
+from randes.superposition.packing import COLUMNS_A_DIRECTION, coordinates_for, table_bytes
 from randes_kernels.packing import BITS, packed_bytes
 
 INTEGERS = 2
@@ -24,9 +24,10 @@ class Row:
     """One choice of bits. Bytes, but for the last three.
 
     bits: of an element of D where it is served; 16 is the base's own dtype, made of the integers at loading.
-    store: on the disk, of what servers load; at 16 bits that is what models are added to, too.
-    serving: weights in memory. kept: of ``store`` and of ``serving``, at most, what each model keeps of its own: all
-        that is not superposed, if every model changed all of it. separate: as that many whole models.
+    store: on the disk, of what servers load, the base with it; at 16 bits that is what models are added to, too.
+    times: the same in units of one whole model.
+    serving: weights in memory. kept: of ``store``, at most, what each model has to itself: all that is not superposed,
+        if every model changed all of it, and its deltas of tables of embeddings. separate: as that many whole models.
     decode, decode_all: weight bytes that a decode step reads, in units of one plain model's, for rows of one group's
         models, and for rows of all groups' models.
     interference: predicted size of the noise in a retrieved delta, in units of the delta, under signs, permutations and
@@ -35,6 +36,7 @@ class Row:
 
     bits: int
     store: int
+    times: float
     serving: int
     kept: int
     separate: int
@@ -56,11 +58,12 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
         raise ValueError(f"models must be at least 1, got {models}")
     split, _, names, _ = matrices_of(base, config)
     tensors = headers(split)
-    matrices = {name: tensors[name] for name in names}
+    matrices = {name: tensors[name] for name in names if not config.is_unshared(name)}
+    tables = {name: tensors[name] for name in names if config.is_unshared(name)}
     superposed = models + config.centre
     sharing = min(superposed, config.group_size + config.centre)
     groups = -(-models // config.group_size)
-    others = size(tensors) - size(matrices)
+    others = size(tensors) - size(matrices) - size(tables)
     copies = {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
     inverses = superposed * _sum(matrices, lambda value: 4 * value.shape[1] ** 2) if config.matrix == "dense" else 0
     rows = []
@@ -69,13 +72,16 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
         stored = held if bits < 16 else _sum(matrices, lambda value: value.numel() * INTEGERS)
         basis, corrections = _basis_bytes(matrices, config.rank, superposed, bits)
         rounding = sharing * ERROR[bits] ** 2 if bits < 16 else 0.0
-        plain = size(matrices)
+        own, looked_up = _table_bytes(tables, bits)
+        plain, kept = size(matrices), copies * others + models * own
+        store = size(tensors) + groups * stored + basis + kept
         rows.append(
             Row(
                 bits=bits,
-                store=size(tensors) + groups * stored + basis + copies * others,
-                serving=size(tensors) + groups * held + corrections + copies * others + inverses,
-                kept=copies * others,
+                store=store,
+                times=store / size(tensors),
+                serving=size(tensors) + groups * held + corrections + copies * others + models * looked_up + inverses,
+                kept=kept,
                 separate=models * size(tensors),
                 decode=(plain + held + corrections / superposed) / plain,
                 decode_all=(plain + groups * held + corrections) / plain,
@@ -99,6 +105,20 @@ def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: 
         r = widest(rank, n, k)
         stored += 2 * k * r + models * (2 * r * n if bits == 16 else packed_bytes(r, n, coordinates_for(bits)))
         served += (k * r + models * n * r) * value.itemsize
+    return stored, served
+
+
+def _table_bytes(tables: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
+    """Of one model's deltas of all tables: on the disk, and in memory, where their directions are in the base's dtype
+    and where, beside D in 16 bits, the tables are whole."""
+    if bits == 16:
+        return _sum(tables, lambda value: value.numel() * INTEGERS), size(tables)
+    stored = served = 0
+    for value in tables.values():
+        rows, columns = value.shape
+        directions, left = table_bytes(rows, columns, bits)
+        stored += directions + left
+        served += left + (rows + columns) * max(1, columns // COLUMNS_A_DIRECTION) * value.itemsize
     return stored, served
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.sources import Checkpoint
 from randes.checkpoints.threads import ahead
-from randes.superposition.packed_tensors import ERROR, coordinates_of, values_of
+from randes.superposition.members import Member
+from randes.superposition.packed_tensors import ERROR, Packing, coordinates_of, values_of
 from randes.superposition.retrieve import matrices
 from randes.superposition.superposition import Superposition
 from randes_kernels.mixing import amplification, growth
@@ -74,12 +75,21 @@ def verify(
 
 
 def _predicted_error(superposition: Superposition, name: str) -> float:
-    member = superposition.members[name]
-    group = {other: m for other, m in superposition.members.items() if m.group == member.group}
-    sharing = Counter(superposition.place(other, tensor) for other, m in group.items() for tensor in m.gains)
-    found = [predicted(superposition, name, t, sharing[superposition.place(name, t)]) for t in member.gains]
+    sharing = sharing_of(superposition)
+    found = [predicted(superposition, name, t, sharing[name, t]) for t in superposition.members[name].gains]
     size, error = (sum(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0)
     return math.sqrt(error / size) if size else 0.0
+
+
+def sharing_of(superposition: Superposition) -> dict[tuple[str, str], int]:
+    """Of each model and tensor that it has a delta of, how many models' deltas are in the same superposition."""
+    lying = {
+        (name, tensor): (superposition.group_of(name, tensor), superposition.place(name, tensor))
+        for name, member in superposition.members.items()
+        for tensor in member.gains
+    }
+    counted = Counter(lying.values())
+    return {where: counted[place] for where, place in lying.items()}
 
 
 def predicted(superposition: Superposition, name: str, tensor: str, sharing: int) -> tuple[float, float]:
@@ -92,6 +102,8 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     member, packing = superposition.members[name], superposition.packing
     header = headers(superposition.base)[tensor]
     size = energy(superposition, name, tensor, sharing)
+    if tensor in superposition.unshared:
+        return _predicted_alone(member, packing, tensor, size)
     columns, matrix = header.shape[1], superposition.config.transform.matrix
     amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
     noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size * amplified
@@ -105,12 +117,23 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     return size, (1 - alpha) ** 2 * size + alpha**2 * noise
 
 
+def _predicted_alone(member: Member, packing: Packing | None, tensor: str, size: float) -> tuple[float, float]:
+    """The same of a delta that the model has to itself: the error of few bits, and of α. What they round is what is not
+    in its directions, and what those lose."""
+    error, alpha = 0.0, member.alpha_of(tensor)
+    if packing is not None:
+        own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
+        rounded = own * ERROR[packing.coordinates] ** 2 if packing.coordinates < 16 else 0.0
+        error = (max(0.0, size - own) + rounded) * (ERROR[packing.embeddings] ** 2 if packing.embeddings else 1.0)
+    return size, (1 - alpha) ** 2 * size + alpha**2 * error
+
+
 def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -> float:
     """‖δ‖² of what is superposed of a model's delta of one tensor; where gains are shared, which say nothing of it, the
     mean over the models in the buffer, from what is in there."""
     member, config = superposition.members[name], superposition.config
     header, gain = headers(superposition.base)[tensor], member.gains[tensor]
-    if config.gains == "own":
+    if config.gains == "own" or tensor in superposition.unshared:
         return gain**2 * header.numel()
     numbers, unit = values_of(superposition.held[member.group][superposition.place(name, tensor)])
     return (
@@ -144,7 +167,9 @@ def summary(superposition: Superposition) -> dict[str, Any]:
             "superposed": {
                 name: f"{text}, rank {rank}" if (rank := _rank(superposition, name)) else text
                 for name, text in _described(superposition, superposition.superposed).items()
+                if name not in superposition.unshared
             },
+            "each_model_its_own_delta": _described(superposition, sorted(superposition.unshared)),
             {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
                 superposition, sorted(kept)
             ),

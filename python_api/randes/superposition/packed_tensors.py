@@ -27,7 +27,7 @@ class Packing:
     coordinates: bits of a model's coordinates in the shared bases: 16 (as they were), 8 or 4.
     master: checksum of the manifest of the superposition that this was made of.
     embeddings: bits of an element of the tables that each model has its own deltas of; 0 where their loudest directions
-        are all that is left of them.
+        are all that is left of them, and None where there are no such tables.
 
     Raises ``ValueError`` for other numbers.
     """
@@ -36,16 +36,16 @@ class Packing:
     group: int
     coordinates: int
     master: str
-    embeddings: int = 1
+    embeddings: int | None = None
 
     def __post_init__(self) -> None:
         one_of("coordinates", self.coordinates, (16, 8, 4))
         check(self.bits, self.group)
-        one_of("embeddings", self.embeddings, (*BITS, 0))
+        one_of("embeddings", self.embeddings, (*BITS, 0, None))
 
     def of(self, unshared: bool) -> tuple[int, int]:
         """Bits and group of D, or of what is each model's alone, in which a row has one step."""
-        return (self.embeddings, 0) if unshared else (self.bits, self.group)
+        return (self.embeddings or 0, 0) if unshared else (self.bits, self.group)
 
 
 def values_of(delta: SuperposedDelta) -> tuple[Tensor, float]:

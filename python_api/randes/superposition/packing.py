@@ -22,13 +22,13 @@ from torch import Tensor
 from randes.checkpoints.threads import one_thread
 from randes.config import one_of
 from randes.superposition.basis import shared_basis
-from randes.superposition.basis.shared_basis import UNIT
+from randes.superposition.basis.shared_basis import UNIT, widest
 from randes.superposition.integers import STEP
 from randes.superposition.packed_tensors import Packing, coordinates_of
 from randes.superposition.state import State
 from randes.superposition.store.manifest import checksum_of
 from randes_kernels import Packed, pack
-from randes_kernels.packing import BITS, group_for
+from randes_kernels.packing import BITS, group_for, packed_bytes
 
 S = TypeVar("S", bound=State)
 COLUMNS_A_DIRECTION = 64
@@ -47,7 +47,9 @@ def packed(
     one_of("bits", bits, BITS)
     group = group_for(bits) if group is None else group
     coordinates = coordinates_for(bits) if coordinates is None else coordinates
-    packing = Packing(bits, group, coordinates, "", embeddings_for(bits) if embeddings is None else embeddings)
+    embeddings = embeddings_for(bits) if embeddings is None else embeddings
+    one_of("embeddings", embeddings, (*BITS, 0))
+    packing = Packing(bits, group, coordinates, "", embeddings if superposition.unshared else None)
     made = type(superposition)(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,
@@ -111,3 +113,11 @@ def coordinates_for(bits: int) -> int:
 def embeddings_for(bits: int) -> int:
     """Bits of tables beside so many of D: beside their directions two keep no more than one of eight."""
     return min(bits, 2)
+
+
+def table_bytes(rows: int, columns: int, bits: int, embeddings: int | None = None) -> tuple[int, int]:
+    """What one model's delta of a table takes beside D in so many bits: its directions, and what they leave."""
+    rank = widest(max(1, columns // COLUMNS_A_DIRECTION), rows, columns)
+    left = embeddings_for(bits) if embeddings is None else embeddings
+    directions = 2 * columns * rank + packed_bytes(rank, rows, coordinates_for(bits))
+    return directions, packed_bytes(rows, columns, left, 0) if left else 0

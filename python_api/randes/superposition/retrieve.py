@@ -8,6 +8,7 @@ from torch import Tensor
 from randes.checkpoints.lazy_tensors import LazyTensors, Progress, chunk_bounds, chunks, headers, silent
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
+from randes.superposition.members import Member
 from randes.superposition.packed_tensors import coordinates_of, values_of
 from randes.superposition.state import State
 from randes_kernels import retrieve, slices, unpack
@@ -50,7 +51,7 @@ class Retrieved(LazyTensors):
     def _with_basis(self, name: str, basis: Tensor, base: Tensor, turned_back: Tensor, first: int) -> Tensor:
         member = self._superposition.members[self._name]
         held = coordinates_of(member.coordinates[name])[first : first + len(base)].to(base.device)
-        own = self._joined(name, turned_back, basis.to(base.device), held)
+        own = with_coordinates(member, name, turned_back, basis.to(base.device), held)
         return (base.float() + member.alpha_of(name) * own).to(base.dtype)
 
     def _whole(self, name: str) -> Tensor:
@@ -80,14 +81,7 @@ class Retrieved(LazyTensors):
         if (basis := sup.basis(self._name, name)) is None:
             return turned_back
         held = coordinates_of(member.coordinates[name]).to(sup.device)
-        return self._joined(name, turned_back, basis.to(sup.device), held)
-
-    def _joined(self, name: str, turned_back: Tensor, basis: Tensor, held: Tensor) -> Tensor:
-        """A delta of what is superposed of it and what a model has in a basis: one of its own leaves nothing there."""
-        member = self._superposition.members[self._name]
-        if name in member.directions:
-            return turned_back + (held.float() * member.units[name]) @ (basis.float() * shared_basis.UNIT).mT
-        return shared_basis.retrieved(turned_back, basis, held, member.units[name])
+        return with_coordinates(member, name, turned_back, basis.to(sup.device), held)
 
     def _deltas(self, name: str) -> tuple[Iterator[Tensor], float]:
         """The superposition's rows part by part, and what its numbers are worth in units of a gain."""
@@ -101,6 +95,16 @@ class Retrieved(LazyTensors):
             return (torch.zeros(end - start, width) for start, end in runs), 1.0
         packed = sup.few_bits[group][place]
         return (unpack(packed.rows(slice(*run))) for run in runs), 1.0
+
+
+def with_coordinates(member: Member, tensor: str, turned_back: Tensor, basis: Tensor, held: Tensor) -> Tensor:
+    """Rows of a delta, fp32, of what came back of its superposition and of its coordinates ``held`` in a basis.
+
+    In a shared basis there is interference to be taken off; in a model's own there is none (packing.py).
+    """
+    if tensor in member.directions:
+        return turned_back + (held.float() * member.units[tensor]) @ (basis.float() * shared_basis.UNIT).mT
+    return shared_basis.retrieved(turned_back, basis, held, member.units[tensor])
 
 
 def matrices(superposition: State, name: str, *, progress: Progress = silent) -> Retrieved:

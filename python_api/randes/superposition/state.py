@@ -232,9 +232,8 @@ class State:
     @property
     def sizes(self) -> Sizes:
         """Bytes by what they are for."""
-        base, held = size(self.base), self.held.items()
+        base, held, members = size(self.base), self.held.items(), self.members.values()
         own = sum(size(tensors) for group, tensors in held if isinstance(group, str))
-        members = self.members.values()
         return Sizes(
             base=base,
             superposed=sum(size(tensors) for group, tensors in held if isinstance(group, int)),
@@ -297,5 +296,5 @@ class State:
         return free_index({member.index for member in self.members.values()}, wanted)
 
     def place_for(self, group: int | None) -> int:
-        """The group a new model joins. Where one has room the choice depends on how full groups are alone."""
+        """The group a new model joins: where one has room it depends on how full groups are alone."""
         return free_group([self.members[name].group for name in self.names], self.config.group_size, group)

@@ -20,8 +20,10 @@ from randes.checkpoints.sources import Tensors
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
 from randes.superposition.packed_tensors import coordinates_of
+from randes.superposition.retrieve import with_coordinates
+from randes.superposition.state import Group
 from randes.superposition.superposition import Superposition
-from randes_kernels import Packed, slices, unpack
+from randes_kernels import slices, unpack
 
 SAMPLE = 1 << 22
 """Elements of a tensor that are compared at most: equally spaced runs of its rows, and their sums count for all."""
@@ -102,9 +104,9 @@ def of_retrieved(superposition: Superposition, names: tuple[str, ...], *, step: 
     sup, sums = superposition, _Sums(names)
     for tensor in sup.superposed:
         header, held = headers(sup.base)[tensor], {}
-        sources: dict[tuple[int, str], Iterator[Tensor]] = {}
+        sources: dict[tuple[Group, str], Iterator[Tensor]] = {}
         for name in (name for name in names if tensor in sup.members[name].gains):
-            held[name] = sup.members[name].group, sup.place(name, tensor)
+            held[name] = sup.group_of(name, tensor), sup.place(name, tensor)
             sources.setdefault(held[name], _values(sup, *held[name], header))
         turns = {name: _turn(sup, name, tensor) for name in held}
         unit = STEP if sup.packing is None else 1.0
@@ -115,9 +117,9 @@ def of_retrieved(superposition: Superposition, names: tuple[str, ...], *, step: 
                 nothing = torch.zeros(found[where].shape)
                 scale = member.gains[tensor] * unit
                 deltas[name] = slices.retrieve_rows(nothing, found[where], scale, turns[name], first=first)
-                if tensor in sup.bases:
+                if (basis := sup.basis(name, tensor)) is not None:
                     own = coordinates_of(member.coordinates[tensor])[first : first + len(nothing)]
-                    deltas[name] = shared_basis.retrieved(deltas[name], sup.bases[tensor], own, member.units[tensor])
+                    deltas[name] = with_coordinates(member, tensor, deltas[name], basis, own)
             sums.add(deltas, weight)
     return sums.cosines(*_coverage(sup))
 
@@ -134,15 +136,15 @@ def _sampled(
     step(header.nbytes)
 
 
-def _values(superposition: Superposition, group: int, place: str, header: Tensor) -> Iterator[Tensor]:
+def _values(superposition: Superposition, group: Group, place: str, header: Tensor) -> Iterator[Tensor]:
     """The rows of one superposition, in units of a step, or of a gain where they are packed."""
-    held = superposition.held[group]
     if superposition.packing is None:
         yield from chunks(superposition.deltas[group], place)
         return
-    packed = held[place]
-    assert isinstance(packed, Packed)
-    yield from (unpack(packed.rows(slice(*run))) for run in chunk_bounds(header))
+    packed = superposition.few_bits.get(group, {}).get(place)
+    for start, end in chunk_bounds(header):
+        nothing_left = torch.zeros(end - start, header.shape[1])
+        yield nothing_left if packed is None else unpack(packed.rows(slice(start, end)))
 
 
 def _lying_at(superposition: Superposition, name: str, place: str) -> str:
@@ -152,7 +154,7 @@ def _lying_at(superposition: Superposition, name: str, place: str) -> str:
 
 def _turn(superposition: Superposition, name: str, tensor: str) -> slices.Turn:
     shape = headers(superposition.base)[tensor].shape
-    return slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.config.transform)
+    return slices.turn(superposition.key(name), superposition.tensor_id(tensor), shape, superposition.transform(tensor))
 
 
 def _turned(turn: slices.Turn, delta: Tensor, first: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,15 +11,15 @@ from torch import Tensor
 from randes.checkpoints.layout import SUPERPOSABLE
 from randes.checkpoints.lazy_tensors import Progress, described, headers, silent, size
 from randes.checkpoints.sources import Checkpoint
-from randes.config import Config
+from randes.config import Config, is_embedding
 from randes.inspect.analysis.likeness import layers
 from randes.inspect.analysis.retrieval import Retrieval, retrieval
 from randes.inspect.analysis.storage import Storage, fusionbench_storage, storage
 from randes.inspect.report.cosines import Cosines, of_originals, of_retrieved
-from randes.inspect.summary import Verification, energy, predicted, ranks, verify
+from randes.inspect.summary import Verification, energy, predicted, ranks, sharing_of, verify
 from randes.superposition.members import Member, Sizes
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
-from randes.superposition.packing import coordinates_for
+from randes.superposition.packing import coordinates_for, table_bytes
 from randes.superposition.superposition import Superposition
 from randes_kernels.packing import BITS, packed_bytes
 
@@ -159,18 +158,22 @@ def packed_sizes(superposition: Superposition, bits: int) -> Sizes:
     sup, packing = superposition, superposition.packing
     if packing is not None and packing.bits == bits:
         return sup.sizes
-    group, sizes = packing.group if packing and packing.bits == bits else None, sup.sizes
-    shapes = [tuple(headers(sup.base)[tensor].shape) for held in sup.held.values() for tensor in held]
+    sizes, shapes = sup.sizes, {name: header.shape for name, header in headers(sup.base).items()}
+    shared = [shapes[name] for group, held in sup.held.items() if isinstance(group, int) for name in held]
+    members = sup.members.values()
+    own_tables = [shapes[name] for member in members for name in member.gains if name in sup.unshared]
+    tables = [table_bytes(rows, columns, bits) for rows, columns in own_tables]
     own = [
-        packed_bytes(headers(sup.bases)[tensor].shape[1], headers(sup.base)[tensor].shape[0], coordinates_for(bits))
-        for member in sup.members.values()
+        packed_bytes(headers(sup.bases)[tensor].shape[1], shapes[tensor][0], coordinates_for(bits))
+        for member in members
         for tensor in member.coordinates
+        if tensor not in sup.unshared
     ]
     return Sizes(
         base=sizes.base,
-        superposed=sum(packed_bytes(rows, columns, bits, group) for rows, columns in shapes),
-        kept=sizes.kept,
-        basis=size(sup.bases) + sum(own),
+        superposed=sum(packed_bytes(rows, columns, bits) for rows, columns in shared),
+        kept=sum(size(member.kept) for member in members) + size(sup.averages) + sum(left for _, left in tables),
+        basis=size(sup.bases) + sum(own) + sum(directions for directions, _ in tables),
         separate_models=sizes.separate_models,
     )
 
@@ -182,16 +185,10 @@ def _cells(
     sup: Superposition, names: tuple[str, ...], verified: Mapping[str, Verification]
 ) -> dict[str, dict[str, Cell]]:
     """The terms of ``verify``'s prediction tensor by tensor."""
-    lying = {
-        (name, tensor): (sup.members[name].group, sup.place(name, tensor))
-        for name in names
-        for tensor in sup.members[name].gains
-    }
-    sharing = Counter(lying.values())
     cells: dict[str, dict[str, Cell]] = {name: {} for name in names}
-    for (name, tensor), where in lying.items():
-        superposed = energy(sup, name, tensor, sharing[where])
-        size, error = predicted(sup, name, tensor, sharing[where])
+    for (name, tensor), sharing in sharing_of(sup).items():
+        superposed = energy(sup, name, tensor, sharing)
+        size, error = predicted(sup, name, tensor, sharing)
         measured = verified[name].tensors[tensor] ** 2 * size if name in verified else math.nan
         cells[name][tensor] = Cell(superposed, size, error, measured)
     return cells
@@ -206,7 +203,7 @@ def _kinds(sup: Superposition) -> tuple[Kind, ...]:
     for name, header in headers(sup.base).items():
         own = [member for member in sup.members.values() if name in member.gains or name in member.kept]
         if name in sup.superposed:
-            fate, reason = "superposed", ""
+            fate, reason = "its own delta" if name in sup.unshared else "superposed", ""
             stored = sum(_nbytes(held, name) for held in sup.held.values() if name in held)
         else:
             fate = (joint if name in sup.averages else "kept per model") if name in kept else "shared with the base"
@@ -232,6 +229,9 @@ def why_not(config: Config, name: str, header: Tensor) -> str:
         return f"dtype {str(header.dtype).removeprefix('torch.')}"
     if excluding := next((pattern for pattern in config.exclude if fnmatchcase(name, pattern)), None):
         return f"excluded by {excluding}"
+    if is_embedding(name) and config.embeddings != "shared":
+        small = config.embeddings == "own" and config.others == "keep"
+        return "a small table of embeddings" if small else f"a table of embeddings, {config.embeddings} them"
     if not any(fnmatchcase(name, pattern) for pattern in config.included):
         return f"not matched by include ({', '.join(config.included)})"
     if min(shape) < config.min_width:

@@ -106,9 +106,7 @@ def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str,
         manifest["companions"] = {name: digest_of(text) for name, text in model_files_in(superposition, files).items()}
     if superposition.packing is not None:
         packed = asdict(superposition.packing)
-        if not superposition.unshared:  # as versions before these wrote it
-            del packed["embeddings"]
-        manifest["packed"] = packed
+        manifest["packed"] = {name: value for name, value in packed.items() if value is not None}
     manifest["checksum"] = _checksum(manifest)
     return manifest
 

@@ -1,0 +1,159 @@
+"""What share of each fine-tune's gain a whole store of SmolLM2-135M keeps, and what that store takes.
+
+    python bench/quality/smollm_kept.py [--models FOLDER]     an hour and a half on 2 cores, into
+                                                              bench/results/smollm.json; smollm.py makes the models
+    python bench/quality/smollm_kept.py --table               prints what is there as a Markdown table
+
+The share is ``(L_base − L_retrieved) / (L_base − L_own)`` in nats a token on held-out text, everything retrieved:
+matrices, tables, norms. A store is counted whole, the base with it, in units of one model in bf16. More models than
+there are fine-tunes are these again under other names, so with other signs: the interference of so many.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from smollm import KINDS, MODELS, Texts, base_folder, finetuned, held_out_loss
+
+import randes
+from randes.config import Rank
+
+sys.path.append(str(Path(__file__).parents[1] / "speed"))
+from measure import machine
+
+RESULTS = Path(__file__).parents[1] / "results" / "smollm.json"
+FINETUNES = 8
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Store:
+    """One way to keep so many models. bits: of D, 16 for the integers themselves. embeddings: bits of the tables beside
+    their directions, or what ``Config.embeddings`` says."""
+
+    models: int
+    group: int
+    rank: Rank
+    bits: int
+    embeddings: int | str
+
+
+def stores() -> Iterator[Store]:
+    """Those of one superposition one after the other."""
+    for rank in ("auto", 0):
+        for bits, embeddings in ((16, "own"), (2, 2), (2, 1), (2, 0), (1, 2), (1, 1), (1, 0)):
+            yield Store(8, 8, rank, bits, embeddings)
+    yield Store(8, 8, "auto", 16, "keep")
+    yield Store(8, 8, "auto", 2, "shared")
+    for bits, embeddings in ((2, 1), (1, 1), (1, 0)):
+        yield Store(8, 4, "auto", bits, embeddings)
+    for models, group in ((16, 16), (32, 8), (32, 16), (32, 32)):
+        for bits, embeddings in ((2, 1), (2, 0), (1, 1), (1, 0)):
+            yield Store(models, group, "auto", bits, embeddings)
+
+
+class Judge:
+    """Losses on the test text of each kind."""
+
+    def __init__(self, base: Path, own: Mapping[str, Path]) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+        self.texts = {name: Texts.read(name, tokenizer).test for name in own}
+        self.base = {name: held_out_loss(self.model, rows) for name, rows in self.texts.items()}
+        self.own = {}
+        for name, folder in own.items():
+            tuned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+            self.own[name] = held_out_loss(tuned, self.texts[name])
+
+    def kept(self, made: randes.Superposition) -> list[float]:
+        """Of each kind, in their order."""
+        found = []
+        for name, rows in self.texts.items():
+            self.model.load_state_dict(made.retrieve(f"{name} 0"), strict=False)
+            self.model.tie_weights()
+            lost = held_out_loss(self.model, rows)
+            found.append((self.base[name] - lost) / (self.base[name] - self.own[name]))
+        return found
+
+
+def measured(folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
+    """A row for each store whose description holds ``wanted``."""
+    base, own = base_folder(folder), finetuned(folder, list(KINDS)[:FINETUNES])
+    judge, made, of = Judge(base, own), None, None
+    for store in stores():
+        if wanted not in str(store):
+            continue
+        held = store.embeddings if isinstance(store.embeddings, str) else "own"
+        superposed = replace(store, bits=16, embeddings=held)
+        if made is None or superposed != of:
+            names = {f"{name} {copy}": path for copy in range(store.models // FINETUNES) for name, path in own.items()}
+            config = randes.Config(group_size=store.group, rank=store.rank, embeddings=held)  # type: ignore[arg-type]
+            made, of = randes.compress(base, names, config), superposed
+        served = made
+        if store.bits < 16:
+            bits = store.embeddings if isinstance(store.embeddings, int) else None
+            served = made.pack(store.bits, embeddings=bits)
+        yield {
+            **asdict(store),
+            "kept": judge.kept(served),
+            "bytes": served.sizes.total,
+            "times": served.sizes.total / served.sizes.base,
+            "rank_mean": statistics.mean(basis.shape[1] for basis in made.bases.values()) if made.bases else 0,
+        }
+
+
+def write(rows: Rows) -> None:
+    """A row a line."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    head = f'"machine": {json.dumps(machine("cpu"))},\n"kinds": {json.dumps(list(KINDS)[:FINETUNES])}'
+    RESULTS.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def read() -> Rows:
+    """The rows that are there."""
+    rows: Rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
+    return rows
+
+
+def table(rows: Rows) -> str:
+    """By store: % of the gain that is kept in the mean, the worst in brackets, and the whole store's size."""
+    lines = ["| models | a group | rank | D | embeddings | kept | whole store |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        mean, worst = 100 * statistics.mean(row["kept"]), 100 * min(row["kept"])
+        bits = f"{row['bits']} bit" + "s" * (row["bits"] > 1)
+        lines.append(
+            f"| {row['models']} | {row['group']} | {row['rank']} | {bits} | {row['embeddings']}"
+            f" | {mean:.1f} ({worst:.1f}) | {row['times']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=MODELS, help="where models are kept (%(default)s)")
+    parser.add_argument("--only", default="", help="measure stores whose description holds this, and keep other rows")
+    parser.add_argument("--table", action="store_true", help="print what is there")
+    given = parser.parse_args()
+    if given.table:
+        print(table(read()))
+        return
+    keys = tuple(Store.__dataclass_fields__)
+    with Progress() as bars:
+        task = bars.add_task("stores", total=sum(given.only in str(store) for store in stores()))
+        for row in measured(given.models, given.only):
+            write([old for old in read() if any(old[key] != row[key] for key in keys)] + [row])
+            bars.advance(task)
+    print(table(read()))
+
+
+if __name__ == "__main__":
+    main()
