@@ -16,6 +16,7 @@ from randes.errors import (
     UnknownModelError,
     WeightReadError,
 )
+from randes.inspect.choose import choose
 from randes.inspect.plan import plan
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.model import SuperposedModel
@@ -41,6 +42,7 @@ __all__ = [
     "UnknownModelError",
     "WeightReadError",
     "calibrate",
+    "choose",
     "compress",
     "from_pretrained",
     "merge_adapter",

@@ -1,6 +1,7 @@
 """Commands that make a store, and the one that tells beforehand what it will take."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +12,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from randes import fusionbench
-from randes.cli.terminal import Rank, console, errors, gigabytes, named, print_sizes, progress, rank_of
+from randes.checkpoints.lazy_tensors import size
+from randes.cli.terminal import Rank, console, errors, gigabytes, named, print_sizes, progress, rank_of, say
 from randes.config import Config
 from randes.fusionbench import Options
+from randes.inspect.choose import Wanted, choose, settled
 from randes.inspect.plan import plan as plan_of
 from randes.superposition.basis.shared_basis import MOST
 from randes.superposition.compress import compress as make
 from randes.superposition.lora_factors import superpose_adapters as make_of_adapters
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.store.write import check_new
+
+BYTES = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
 
 def compress(
@@ -70,6 +75,20 @@ def compress(
     per_layer: Annotated[bool, typer.Option(help="A transform for each tensor, or one for all of a model.")] = True,
     vectors: Annotated[bool, typer.Option(help="Superpose selected biases, norms and other vectors too.")] = False,
     alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by when they are used.")] = 1.0,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIMES", help="Choose bits and groups for a whole store of at most so many models, 1.3x."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="The same, of at most so many bytes, 24GB.")
+    ] = None,
+    quality: Annotated[
+        float | None, typer.Option(help="The same, that keeps so many % of each fine-tune's gain, as predicted.")
+    ] = None,
+    master: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where the store goes that models can be added to, beside the chosen one."),
+    ] = None,
     config_file: Annotated[
         Path | None,
         typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
@@ -95,14 +114,57 @@ def compress(
         if config_file is not None:
             chosen = _overridden(fusionbench.options(fusionbench.read(config_file), len(models)), context, options)
         check_new(out)
+        wanted = _wanted(context, budget, memory, quality, master)
+        if wanted is not None and chosen.lora:
+            raise ValueError("--budget, --memory and --quality are for fine-tunes, got a configuration of adapters")
         if chosen.lora:
             if alpha != 1.0:
                 raise ValueError(f"alpha must be left out for adapters: merge-adapter --scaling takes it; got {alpha}")
             superposition = make_of_adapters(base, models, chosen.config, progress=begin)
         else:
-            superposition = make(base, models, chosen.config, alpha=chosen.alpha, progress=begin)
+            config = chosen.config
+            if wanted is not None:
+                choice = choose(base, len(models), **vars(wanted), config=config)
+                say(f"to be {wanted}: {choice}")
+                config = choice.config
+            superposition = make(base, models, config, alpha=chosen.alpha, progress=begin)
+        if wanted is not None:
+            choice = settled(superposition, wanted)
+            if master is not None:
+                superposition.save(master, progress=begin)
+            step = begin("packing", sum(map(size, superposition.held.values())))
+            superposition = superposition.pack(**choice.packing, step=step)
+            say(f"chosen: {choice}")
         superposition.save(out, progress=begin)
     print_sizes(superposition)
+
+
+def _wanted(
+    context: typer.Context, budget: str | None, memory: str | None, quality: float | None, master: Path | None
+) -> Wanted | None:
+    """What a store is chosen for; None where it is the integers, in the groups that were given."""
+    if budget is None and memory is None and quality is None:
+        if master is not None:
+            raise ValueError("--master goes with --budget, --memory or --quality; without them --out is that store")
+        return None
+    source = context.get_parameter_source("group_size")
+    if source is not None and source.name == "COMMANDLINE":
+        raise ValueError("--group-size must be left out with --budget, --memory and --quality, which choose it")
+    if master is not None:
+        check_new(master)
+    times = None if budget is None else _number("--budget", budget, {"x": 1, "": 1})
+    nbytes = None if memory is None else int(_number("--memory", memory, BYTES))
+    return Wanted(times, nbytes, quality)
+
+
+def _number(flag: str, text: str, units: dict[str, int]) -> float:
+    """A number and its unit. Raises ``ValueError`` for another."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if found is None or (unit := found[2].lower()) not in units:
+        raise ValueError(
+            f"{flag} must be a number with one of the units {', '.join(filter(None, units))}, got {text!r}"
+        )
+    return float(found[1]) * units[unit]
 
 
 def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
@@ -158,11 +220,14 @@ def plan(
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
-    table = Table("bits", "store", "in memory", "decode, one group", "decode, all groups", "interference", "fits")
+    table = Table(
+        "bits", "store", "in models", "in memory", "decode, one group", "decode, all groups", "interference", "fits"
+    )
     for row in rows:
         fits = "" if memory is None else "yes" if row.serving <= memory * 1e9 else "no"
         costs = f"{row.decode:.2f}x", f"{row.decode_all:.2f}x", f"{row.interference:.2f}"
-        table.add_row(str(row.bits), gigabytes(row.store), gigabytes(row.serving), *costs, fits)
+        store = gigabytes(row.store), f"{row.times:.2f}x"
+        table.add_row(str(row.bits), *store, gigabytes(row.serving), *costs, fits)
     console.print(table)
     console.print(
         f"As separate models {gigabytes(rows[0].separate)}. Of store and memory at most"

@@ -105,9 +105,10 @@ def named(models: list[str]) -> dict[str, Path]:
 
 def print_sizes(superposition: Superposition) -> None:
     sizes = superposition.sizes
+    times = f"{sizes.total / sizes.base:.2f}x one of them"
     say(
-        f"{len(superposition.members)} models in {mebibytes(sizes.total)}: base {mebibytes(sizes.base)}, superposed"
-        f" {mebibytes(sizes.superposed)}, kept per model {mebibytes(sizes.kept)},"
+        f"{len(superposition.members)} models in {mebibytes(sizes.total)}, {times}: base {mebibytes(sizes.base)},"
+        f" superposed {mebibytes(sizes.superposed)}, kept per model {mebibytes(sizes.kept)},"
         f"{f' in shared bases {mebibytes(sizes.basis)},' if sizes.basis else ''} as separate models"
         f" {mebibytes(sizes.separate_models)}"
     )

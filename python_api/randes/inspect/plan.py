@@ -11,8 +11,10 @@ from randes.checkpoints.matrices import matrices_of
 from randes.checkpoints.sources import Checkpoint
 from randes.config import TOGETHER, Config, Rank
 from randes.superposition.basis.shared_basis import widest
+from randes.superposition.members import Sizes
 from randes.superposition.packed_tensors import ERROR
 from randes.superposition.packing import COLUMNS_A_DIRECTION, coordinates_for, table_bytes
+from randes.superposition.superposition import Superposition
 from randes_kernels.packing import BITS, packed_bytes
 
 INTEGERS = 2
@@ -45,11 +47,14 @@ class Row:
     interference: float
 
 
-def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Row]:
+def plan(
+    base: Checkpoint, models: int, config: Config | None = None, *, embeddings: int | None = None
+) -> list[Row]:  # fmt: skip
     """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
 
     config: as for ``randes.compress``. How many directions rank "auto" keeps only the models say: all sizes and costs
         are then the most that there can be, with ``basis.MOST`` a matrix, or half of its narrower side.
+    embeddings: bits of tables, as ``pack`` takes them.
     Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that nothing can be
     superposed over. (Design, sections 2 and 4.)
     """
@@ -72,7 +77,7 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
         stored = held if bits < 16 else _sum(matrices, lambda value: value.numel() * INTEGERS)
         basis, corrections = _basis_bytes(matrices, config.rank, superposed, bits)
         rounding = sharing * ERROR[bits] ** 2 if bits < 16 else 0.0
-        own, looked_up = _table_bytes(tables, bits)
+        own, looked_up = _table_bytes(tables, bits, embeddings)
         plain, kept = size(matrices), copies * others + models * own
         store = size(tensors) + groups * stored + basis + kept
         rows.append(
@@ -89,6 +94,35 @@ def plan(base: Checkpoint, models: int, config: Config | None = None) -> list[Ro
             )
         )
     return rows
+
+
+def packed_sizes(superposition: Superposition, bits: int, embeddings: int | None = None) -> Sizes:
+    """What ``pack(bits, embeddings=embeddings)`` of this superposition takes, or of the one that it was packed from; by
+    arithmetic.
+
+    With the coordinates that ``pack`` takes by default.
+    """
+    sup, packing = superposition, superposition.packing
+    if packing is not None and packing.bits == bits and embeddings in (None, packing.embeddings):
+        return sup.sizes
+    sizes, shapes = sup.sizes, {name: header.shape for name, header in headers(sup.base).items()}
+    shared = [shapes[name] for group, held in sup.held.items() if isinstance(group, int) for name in held]
+    members = sup.members.values()
+    own_tables = [shapes[name] for member in members for name in member.gains if name in sup.unshared]
+    tables = [table_bytes(rows, columns, bits, embeddings) for rows, columns in own_tables]
+    own = [
+        packed_bytes(headers(sup.bases)[tensor].shape[1], shapes[tensor][0], coordinates_for(bits))
+        for member in members
+        for tensor in member.coordinates
+        if tensor not in sup.unshared
+    ]
+    return Sizes(
+        base=sizes.base,
+        superposed=sum(packed_bytes(rows, columns, bits) for rows, columns in shared),
+        kept=sum(size(member.kept) for member in members) + size(sup.averages) + sum(left for _, left in tables),
+        basis=size(sup.bases) + sum(own) + sum(directions for directions, _ in tables),
+        separate_models=sizes.separate_models,
+    )
 
 
 def _delta_bytes(value: Tensor, bits: int) -> int:
@@ -108,7 +142,7 @@ def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: 
     return stored, served
 
 
-def _table_bytes(tables: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
+def _table_bytes(tables: Mapping[str, Tensor], bits: int, embeddings: int | None) -> tuple[int, int]:
     """Of one model's deltas of all tables: on the disk, and in memory, where their directions are in the base's dtype
     and where, beside D in 16 bits, the tables are whole."""
     if bits == 16:
@@ -116,7 +150,7 @@ def _table_bytes(tables: Mapping[str, Tensor], bits: int) -> tuple[int, int]:
     stored = served = 0
     for value in tables.values():
         rows, columns = value.shape
-        directions, left = table_bytes(rows, columns, bits)
+        directions, left = table_bytes(rows, columns, bits, embeddings)
         stored += directions + left
         served += left + (rows + columns) * max(1, columns // COLUMNS_A_DIRECTION) * value.itemsize
     return stored, served

@@ -9,19 +9,19 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from randes.checkpoints.layout import SUPERPOSABLE
-from randes.checkpoints.lazy_tensors import Progress, described, headers, silent, size
+from randes.checkpoints.lazy_tensors import Progress, described, headers, silent
 from randes.checkpoints.sources import Checkpoint
 from randes.config import Config, is_embedding
 from randes.inspect.analysis.likeness import layers
 from randes.inspect.analysis.retrieval import Retrieval, retrieval
 from randes.inspect.analysis.storage import Storage, fusionbench_storage, storage
+from randes.inspect.plan import packed_sizes
 from randes.inspect.report.cosines import Cosines, of_originals, of_retrieved
 from randes.inspect.summary import Verification, energy, predicted, ranks, sharing_of, verify
 from randes.superposition.members import Member, Sizes
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
-from randes.superposition.packing import coordinates_for, table_bytes
 from randes.superposition.superposition import Superposition
-from randes_kernels.packing import BITS, packed_bytes
+from randes_kernels.packing import BITS
 
 
 @dataclass(frozen=True)
@@ -145,37 +145,6 @@ def _cosines(
         return {}
     step = progress("cosines", matrices)
     return {"retrieved": of_retrieved(sup, names, step=step)}
-
-
-# -------------------------------------------------------------------- sizes
-
-
-def packed_sizes(superposition: Superposition, bits: int) -> Sizes:
-    """What ``pack(bits)`` of this superposition takes, or of the one that it was packed from; by arithmetic.
-
-    With the coordinates that ``pack`` takes by default.
-    """
-    sup, packing = superposition, superposition.packing
-    if packing is not None and packing.bits == bits:
-        return sup.sizes
-    sizes, shapes = sup.sizes, {name: header.shape for name, header in headers(sup.base).items()}
-    shared = [shapes[name] for group, held in sup.held.items() if isinstance(group, int) for name in held]
-    members = sup.members.values()
-    own_tables = [shapes[name] for member in members for name in member.gains if name in sup.unshared]
-    tables = [table_bytes(rows, columns, bits) for rows, columns in own_tables]
-    own = [
-        packed_bytes(headers(sup.bases)[tensor].shape[1], shapes[tensor][0], coordinates_for(bits))
-        for member in members
-        for tensor in member.coordinates
-        if tensor not in sup.unshared
-    ]
-    return Sizes(
-        base=sizes.base,
-        superposed=sum(packed_bytes(rows, columns, bits) for rows, columns in shared),
-        kept=sum(size(member.kept) for member in members) + size(sup.averages) + sum(left for _, left in tables),
-        basis=size(sup.bases) + sum(own) + sum(directions for directions, _ in tables),
-        separate_models=sizes.separate_models,
-    )
 
 
 # -------------------------------------------------------------------- energy and interference

@@ -1,0 +1,142 @@
+"""One dial: a store's size, or how much of each fine-tune it keeps, and what is chosen for that.
+
+What is kept is predicted as 100 % less what was lost on SmolLM2-135M (docs/results.md; bench/quality/smollm_kept.py):
+
+    lost %  =  (J − 1) / 7 · BY_INTERFERENCE · BY_BITS[D]  +  BY_TABLES[embeddings]      J models to a group
+
+It orders the choices rightly where fine-tunes are like those. How much yours keep only their evaluation tells.
+"""
+
+from dataclasses import dataclass, replace
+
+from randes.checkpoints.sources import Checkpoint
+from randes.config import TOGETHER, Config
+from randes.errors import RandesError
+from randes.inspect.plan import packed_sizes, plan
+from randes.superposition.superposition import Superposition
+
+BY_INTERFERENCE = {True: 0.3, False: 0.7}
+"""% lost in groups of 8, D in 16 bits, with a shared basis and without."""
+BY_BITS = {8: 1.0, 4: 1.05, 2: 1.3, 1: 2.75}
+BY_TABLES = {2: 0.05, 1: 0.35, 0: 0.95}
+GROUPS = (2, 4, 8, 16, 32, 64)
+DIRECTIONS = 8
+"""Of a matrix, which rank "auto" is taken to find before the models are read: it found 4 in the mean on SmolLM2."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to compress with and how to pack it: ``compress(base, models, choice.config).pack(**choice.packing)``.
+
+    store: bytes of the whole store, the base with it; times: in units of one model. kept: %, predicted.
+    exact: whether the size is the superposition's, and not estimated from shapes.
+    """
+
+    config: Config
+    bits: int
+    embeddings: int
+    store: int
+    times: float
+    kept: float
+    exact: bool = False
+
+    @property
+    def packing(self) -> dict[str, int]:
+        """For ``Superposition.pack``."""
+        return {"bits": self.bits, "embeddings": self.embeddings}
+
+    def __str__(self) -> str:
+        bits = f"{self.bits} bit" + "s" * (self.bits > 1)
+        tables = f"{self.embeddings} bit" + "s" * (self.embeddings != 1)
+        return (
+            f"groups of {self.config.group_size}, rank {self.config.rank}, D in {bits}, embeddings in {tables} beside"
+            f" their directions: {'' if self.exact else 'about '}{self.times:.2f}x one model, and {self.kept:.1f} % of"
+            " the gain kept as predicted from SmolLM2-135M"
+        )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a store may take, or what it shall keep: one of them.
+
+    budget: at most so many times one model's bytes. memory: at most so many bytes. quality: at least so many %.
+    Raises ``ValueError`` for none, for several, and for values out of range.
+    """
+
+    budget: float | None = None
+    memory: int | None = None
+    quality: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"one of budget, memory and quality must be given, got {', '.join(given) or 'none'}")
+        for name, value in given.items():
+            least, most = {"budget": (1, None), "memory": (0, None), "quality": (0, 100)}[name]
+            if not value > least or (most is not None and value >= most):
+                until = f" and below {most}" if most else ""
+                raise ValueError(f"{name} must be above {least}{until}, got {value}")
+
+    def best(self, choices: list[Choice]) -> Choice:
+        """The one that keeps most of those that fit, or the smallest of those that keep enough.
+
+        Raises ``RandesError`` where there is none.
+        """
+        fits = [choice for choice in choices if self._fits(choice)]
+        if fits and self.quality is None:
+            return max(fits, key=lambda choice: (choice.kept, -choice.store))
+        if fits:
+            return min(fits, key=lambda choice: (choice.store, -choice.kept))
+        nearest = max(choices, key=lambda c: c.kept) if self.quality else min(choices, key=lambda c: c.store)
+        raise RandesError(f"no store is {self}; the nearest has {nearest}")
+
+    def __str__(self) -> str:
+        if self.budget is not None:
+            return f"within {self.budget:g}x one model"
+        return f"within {self.memory} bytes" if self.memory is not None else f"predicted to keep {self.quality:g} %"
+
+    def _fits(self, choice: Choice) -> bool:
+        if self.quality is not None:
+            return choice.kept >= self.quality
+        return choice.store <= self.memory if self.memory is not None else choice.times <= (self.budget or 0)
+
+
+def choose(
+    base: Checkpoint, models: int, *, budget: float | None = None, memory: int | None = None,
+    quality: float | None = None, config: Config | None = None,
+) -> Choice:  # fmt: skip
+    """What suits so many fine-tunes of ``base``: what keeps the most within a size, or takes the least for a quality.
+
+    budget: of the whole store, the base with it, in units of one model. memory: the same in bytes. quality: % of each
+        fine-tune's gain in the mean, as predicted. config: whose other options are taken; its group size is chosen.
+    Reads shapes, not values: how many directions the models have is not known yet, and ``settled`` chooses again.
+    Raises ``ValueError`` unless one of the three is given, and ``RandesError`` where nothing suits.
+    """
+    wanted, config = Wanted(budget, memory, quality), config or TOGETHER
+    ranked = replace(config, rank=DIRECTIONS) if config.rank == "auto" else config
+    found = []
+    for group in [size for size in GROUPS if size < 2 * models] or GROUPS[:1]:
+        chosen = replace(config, group_size=group)
+        for embeddings in BY_TABLES:
+            for row in plan(base, models, replace(ranked, group_size=group), embeddings=embeddings)[1:]:
+                kept = predicted(chosen, models, row.bits, embeddings)
+                found.append(Choice(chosen, row.bits, embeddings, row.store, row.times, kept))
+    return wanted.best(found)
+
+
+def settled(superposition: Superposition, wanted: Wanted) -> Choice:
+    """The bits that suit models that are superposed already, from sizes as they are. Raises ``RandesError``."""
+    config, models = superposition.config, len(superposition.names)
+    found = []
+    for bits in BY_BITS:
+        for embeddings in BY_TABLES:
+            sizes, kept = packed_sizes(superposition, bits, embeddings), predicted(config, models, bits, embeddings)
+            found.append(Choice(config, bits, embeddings, sizes.total, sizes.total / sizes.base, kept, exact=True))
+    return wanted.best(found)
+
+
+def predicted(config: Config, models: int, bits: int, embeddings: int) -> float:
+    """% of the gain that is kept, in the mean over fine-tunes like those it was measured on."""
+    sharing = min(models, config.group_size) - 1
+    tables = BY_TABLES[embeddings] if config.embeddings == "own" else 0.0
+    return 100 - sharing / 7 * BY_INTERFERENCE[bool(config.rank)] * BY_BITS[bits] - tables
