@@ -58,7 +58,9 @@ def test_more_room_keeps_more_and_more_quality_takes_more() -> None:
 
 def test_what_there_is_no_store_for_says_what_is_nearest() -> None:
     base, _ = models()
-    with pytest.raises(RandesError, match=r"no store is within 1\.01x one model; the nearest has groups of 64, rank auto"):
+    with pytest.raises(
+        RandesError, match=r"no store is within 1\.01x one model; the nearest has groups of 64, rank auto"
+    ):
         randes.choose(base, 64, budget=1.01)
     with pytest.raises(RandesError, match=r"no store is predicted to keep 99\.99 %; the nearest has groups of 2"):
         randes.choose(base, 64, quality=99.99)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import alone, content
+from models import alone, content, counted, finetune
 from torch import Tensor, nn
 
 import randes
@@ -214,3 +214,44 @@ def test_bits_of_tables_are_checked(bad: object) -> None:
     base, tuned = made()
     with pytest.raises(ValueError, match=f"embeddings must be one of 8, 4, 2, 1, 0, got {bad!r}"):
         randes.compress(base, tuned).pack(2, embeddings=bad)  # type: ignore[arg-type]
+
+
+def test_a_packed_table_compiles_once() -> None:
+    base, tuned = made()
+    sup = randes.compress(base, tuned).pack(2)
+    served = randes.SuperposedModel(copy.deepcopy(base), sup)
+    model, programs = counted(served)
+    x = tokens(3)
+    for mix in (["m0", "m1", "m2"], ["m2", "m2", "__base__"]):
+        expected = torch.cat(
+            [(base if n == "__base__" else alone(base, sup, n))(row[None]) for n, row in zip(mix, x, strict=True)]
+        )
+        torch.testing.assert_close(model(x, adapter_names=served.batch(mix)), expected, **CLOSE)
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_of_transformers_in_few_bits(tied: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    for name in NAMES:
+        finetune(base, int(name[1:]), 0.02).save_pretrained(tmp_path / name)
+    sup = randes.compress(tmp_path / "base", {name: tmp_path / name for name in NAMES}).pack(1)
+    assert sup.unshared == {"model.embed_tokens.weight"}
+    sup.save(tmp_path / "store")
+    model = randes.from_pretrained(tmp_path / "base", tmp_path / "store")
+    x = tokens(3)
+    found = model.generate(x, adapter_names=list(NAMES), max_new_tokens=6, do_sample=False)
+    for name, row, answer in zip(NAMES, x, found, strict=True):
+        plain = copy.deepcopy(base)
+        plain.load_state_dict(sup.retrieve(name), strict=False)
+        plain.tie_weights()
+        assert torch.equal(plain.generate(row[None], max_new_tokens=6, do_sample=False)[0], answer)
+        mixed = model(input_ids=x, adapter_names=[name] * 3).logits
+        torch.testing.assert_close(mixed, plain(input_ids=x).logits, **CLOSE)
