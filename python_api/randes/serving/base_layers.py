@@ -8,7 +8,7 @@ from torch import nn
 from randes.checkpoints.layout import tied_in
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.parameters import plain_state
-from randes.checkpoints.modules.weight_reads import weights_read
+from randes.checkpoints.modules.weight_reads import reads_its_own, weights_read
 from randes.checkpoints.tensor_views import View
 from randes.errors import BaseMismatchError
 from randes.serving.layers.other_layers import SuperposedEmbedding, kind_of
@@ -124,4 +124,5 @@ def _takes_deltas(layer: Layer, superposition: Superposition, read: Collection[s
     kind = kind_of(module, layer.views)
     if kind is not SuperposedEmbedding:
         return kind is not None
-    return calls_super(module) and not is_relative(layer) and "position" not in layer.path
+    by_row = calls_super(module) and not reads_its_own(module, "weight")
+    return by_row and not is_relative(layer) and "position" not in layer.path

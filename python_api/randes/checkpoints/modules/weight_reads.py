@@ -157,8 +157,14 @@ def _chains(kind: type) -> set[tuple[str, ...]]:
     found = _CHAINS[kind] = set()
     for method in methods_of(kind, but_of=("torch.",)):
         if method.name not in _BEFORE:
-            found |= set(_reads(method))
+            found |= {chain for chain in _reads(method) if len(chain) > 1}
     return found
+
+
+def reads_its_own(layer: nn.Module, name: str) -> bool:
+    """Whether a layer's own code, and not torch's, reads the values of its parameter ``name``."""
+    methods = methods_of(type(layer), but_of=("torch.",))
+    return any((name,) in _reads(method) for method in methods if method.name not in _BEFORE)
 
 
 def _reads(method: ast.FunctionDef) -> Iterator[tuple[str, ...]]:
@@ -169,6 +175,4 @@ def _reads(method: ast.FunctionDef) -> Iterator[tuple[str, ...]]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("F.linear", "functional.linear")):
             answered |= {id(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))}
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in answered:
-            chain = names_after_self(node)
-            if len(chain) > 1:
-                yield chain
+            yield names_after_self(node)
