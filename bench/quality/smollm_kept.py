@@ -43,25 +43,22 @@ class Store:
     rank: Rank
     bits: int
     embeddings: int | str
-    centre: bool = False
+    matrix: str = "signs"
 
 
 def stores() -> Iterator[Store]:
     """Those of one superposition one after the other."""
-    for rank in ("auto", 16, 8):
-        for bits, embeddings in ((1, 2), (1, 1), (2, 2), (2, 1), (1, 0), (2, 0)):
-            if rank == "auto" or (bits == 1 and embeddings):
-                yield Store(8, 8, rank, bits, embeddings)
-    yield Store(8, 8, "auto", 16, "own")
-    yield Store(8, 8, "auto", 16, "keep")
+    for bits, embeddings in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (16, "own")):
+        yield Store(8, 8, "auto", bits, embeddings)
+    for bits, embeddings in ((1, 1), (2, 1), (2, 2)):
+        yield Store(8, 4, "auto", bits, embeddings)
+    for group, bits, embeddings in ((8, 1, 0), (8, 1, 1), (16, 1, 0), (16, 1, 1)):
+        yield Store(32, group, "auto", bits, embeddings)
+    for rank, bits, embeddings in ((0, 1, 1), (0, 2, 2), (16, 1, 1), (16, 1, 2)):
+        yield Store(8, 8, rank, bits, embeddings)
     yield Store(8, 8, "auto", 2, "shared")
-    for group in (8, 16, 32):
-        for bits, embeddings in ((1, 0), (1, 1), (2, 0)):
-            if group < 32 or bits == 2:
-                yield Store(32, group, "auto", bits, embeddings)
-    for bits, embeddings in ((2, 2), (1, 1)):
-        yield Store(8, 8, 0, bits, embeddings)
-    yield Store(8, 8, "auto", 2, 1, centre=True)
+    for matrix in ("signs", "rotation"):
+        yield Store(8, 1, 0, 1, 2, matrix)
 
 
 class Judge:
@@ -92,12 +89,12 @@ class Judge:
         return found
 
 
-def measured(folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
-    """A row for each store whose description holds ``wanted``."""
+def measured(folder: Path, wanted: str, done: set[Store]) -> Iterator[dict[str, Any]]:
+    """A row for each store whose description holds ``wanted`` and that is not done."""
     base, own = base_folder(folder), finetuned(folder, list(KINDS)[:FINETUNES])
     judge, made, of = Judge(base, own), None, None
     for store in stores():
-        if wanted not in str(store):
+        if wanted not in str(store) or store in done:
             continue
         held = store.embeddings if isinstance(store.embeddings, str) else "own"
         superposed = replace(store, bits=16, embeddings=held)
@@ -107,7 +104,7 @@ def measured(folder: Path, wanted: str) -> Iterator[dict[str, Any]]:
                 group_size=store.group,
                 rank=store.rank,
                 embeddings=held,  # type: ignore[arg-type]
-                centre=store.centre,
+                matrix=store.matrix,  # type: ignore[arg-type]
             )
             made, of = randes.compress(base, names, config), superposed
         served = made
@@ -138,14 +135,11 @@ def read() -> Rows:
 
 def table(rows: Rows) -> str:
     """By store: % of the gain that is kept in the mean, the worst in brackets, and the whole store's size."""
-    lines = [
-        "| models | a group | rank | centred | D | embeddings | kept | whole store |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+    lines = ["| models | a group | rank | D | embeddings | kept | whole store |", "|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (row["models"], row["times"])):
         mean, worst = 100 * statistics.mean(row["kept"]), 100 * min(row["kept"])
-        bits = f"{row['bits']} bit" + "s" * (row["bits"] > 1)
-        cells = row["models"], row["group"], row["rank"], "yes" if row["centre"] else "no", bits, row["embeddings"]
+        bits = f"{row['bits']} bit" + "s" * (row["bits"] > 1) + (", rotated" if row["matrix"] == "rotation" else "")
+        cells = row["models"], row["group"], row["rank"], bits, row["embeddings"]
         lines.append(f"| {' | '.join(map(str, cells))} | {mean:.1f} ({worst:.1f}) | {row['times']:.2f}x |")
     return "\n".join(lines)
 
@@ -154,15 +148,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=MODELS, help="where models are kept (%(default)s)")
     parser.add_argument("--only", default="", help="measure stores whose description holds this, and keep other rows")
+    parser.add_argument("--again", action="store_true", help="measure those too that are there")
     parser.add_argument("--table", action="store_true", help="print what is there")
     given = parser.parse_args()
     if given.table:
         print(table(read()))
         return
     keys = tuple(Store.__dataclass_fields__)
+    done = set() if given.again else {Store(**{key: row[key] for key in keys}) for row in read()}
     with Progress() as bars:
-        task = bars.add_task("stores", total=sum(given.only in str(store) for store in stores()))
-        for row in measured(given.models, given.only):
+        task = bars.add_task("stores", total=sum(given.only in str(store) and store not in done for store in stores()))
+        for row in measured(given.models, given.only, done):
             write([old for old in read() if any(old[key] != row[key] for key in keys)] + [row])
             bars.advance(task)
     print(table(read()))

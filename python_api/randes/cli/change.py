@@ -43,7 +43,7 @@ def _change(store: Path, model: str, change: Callable[[Superposition, str, Path,
 def pack(
     store: Store,
     out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
-    bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4, 2 or 1.")] = 4,
+    bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4, 2 or 1.")] = 2,
     group: Annotated[
         int | None, typer.Option(help="Columns that share a step, 0 for whole rows. By default 64, and at 1 bit 0.")
     ] = None,
@@ -55,7 +55,7 @@ def pack(
         int | None,
         typer.Option(
             help="Bits of embedding tables beside their loudest directions: 8, 4, 2, 1, or 0 for these alone. By"
-            " default 2, and 1 with D in 1."
+            " default 1, and 2 with D in more than 2."
         ),
     ] = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 What is kept is predicted as 100 % less what was lost on SmolLM2-135M (docs/results.md; bench/quality/smollm_kept.py):
 
-    lost %  =  (J − 1) / 7 · BY_INTERFERENCE · BY_BITS[D]  +  BY_TABLES[embeddings]      J models to a group
+    lost %  =  BY_INTERFERENCE · (J − 1 + J · BY_ROUNDING[D]) / 7  +  BY_TABLES[embeddings]      J models to a group
 
 It orders the choices rightly where fine-tunes are like those. How much yours keep only their evaluation tells.
 """
@@ -15,10 +15,11 @@ from randes.errors import RandesError
 from randes.inspect.plan import packed_sizes, plan
 from randes.superposition.superposition import Superposition
 
-BY_INTERFERENCE = {True: 0.3, False: 0.7}
+BY_INTERFERENCE = {True: 0.47, False: 0.7}
 """% lost in groups of 8, D in 16 bits, with a shared basis and without."""
-BY_BITS = {8: 1.0, 4: 1.05, 2: 1.3, 1: 2.75}
-BY_TABLES = {2: 0.05, 1: 0.35, 0: 0.95}
+BY_ROUNDING = {8: 0.0, 4: 0.03, 2: 0.32, 1: 1.0}
+"""What rounding D is worth, in models beside one's own: twice the noise that it is (``packed_tensors.ERROR``)."""
+BY_TABLES = {2: 0.05, 1: 0.15, 0: 0.85}
 GROUPS = (2, 4, 8, 16, 32, 64)
 DIRECTIONS = 8
 """Of a matrix, which rank "auto" is taken to find before the models are read: it found 4 in the mean on SmolLM2."""
@@ -128,7 +129,7 @@ def settled(superposition: Superposition, wanted: Wanted) -> Choice:
     """The bits that suit models that are superposed already, from sizes as they are. Raises ``RandesError``."""
     config, models = superposition.config, len(superposition.names)
     found = []
-    for bits in BY_BITS:
+    for bits in BY_ROUNDING:
         for embeddings in BY_TABLES:
             sizes, kept = packed_sizes(superposition, bits, embeddings), predicted(config, models, bits, embeddings)
             found.append(Choice(config, bits, embeddings, sizes.total, sizes.total / sizes.base, kept, exact=True))
@@ -137,6 +138,6 @@ def settled(superposition: Superposition, wanted: Wanted) -> Choice:
 
 def predicted(config: Config, models: int, bits: int, embeddings: int) -> float:
     """% of the gain that is kept, in the mean over fine-tunes like those it was measured on."""
-    sharing = min(models, config.group_size) - 1
+    sharing = min(models, config.group_size)
     tables = BY_TABLES[embeddings] if config.embeddings == "own" else 0.0
-    return 100 - sharing / 7 * BY_INTERFERENCE[bool(config.rank)] * BY_BITS[bits] - tables
+    return 100 - BY_INTERFERENCE[bool(config.rank)] * (sharing - 1 + sharing * BY_ROUNDING[bits]) / 7 - tables

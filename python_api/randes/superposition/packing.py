@@ -111,8 +111,8 @@ def coordinates_for(bits: int) -> int:
 
 
 def embeddings_for(bits: int) -> int:
-    """Bits of tables beside so many of D: beside their directions two keep no more than one of eight."""
-    return min(bits, 2)
+    """Bits of tables beside so many of D: beside their directions one keeps a tenth of a point less than two."""
+    return 1 if bits <= 2 else 2
 
 
 def table_bytes(rows: int, columns: int, bits: int, embeddings: int | None = None) -> tuple[int, int]:

@@ -107,7 +107,7 @@ class Superposition(State):
         update.remove_model(self, name, self.read_added(name, finetuned, step=step), step)
 
     def pack(
-        self, bits: int = 4, *, group: int | None = None, coordinates: int | None = None, embeddings: int | None = None,
+        self, bits: int = 2, *, group: int | None = None, coordinates: int | None = None, embeddings: int | None = None,
         step: Callable[[int], None] = lambda _: None,
     ) -> "Superposition":  # fmt: skip
         """The same models with D in 8, 4, 2 or 1 bits, for serving: nothing can be added to it or taken away.
@@ -117,7 +117,7 @@ class Superposition(State):
         coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4; by default as many
             as D, but no less than 4.
         embeddings: bits of the tables of embeddings (``Config.embeddings``) beside their loudest directions, which
-            take a sixteenth of a bit: 8, 4, 2 or 1, or 0 for these alone; by default 2, or 1 where D has 1.
+            take a sixteenth of a bit: 8, 4, 2 or 1, or 0 for these alone; by default 1, or 2 where D has more than 2.
         step: called with the bytes of integers that were packed, for a progress bar.
         Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
         """
