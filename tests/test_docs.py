@@ -12,11 +12,13 @@ import language
 import plots
 import pytest
 import quality
+import smollm_kept
 import torch
 from torch import nn
 
 import randes
 from randes.cli import app
+from randes.inspect.choose import predicted
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -214,3 +216,19 @@ def test_the_table_of_architectures_is_that_of_the_rows_and_has_no_wrong_answer(
     assert shown[1].strip() == architecture_sweep.markdown(measured)
     outcomes = {architecture_sweep.kind(row[way]) for row in measured["rows"] for way in architecture_sweep.WAYS}
     assert outcomes <= {"right", "refused", "not run", "indistinct", ""}
+
+
+def test_the_real_models_table_is_that_of_the_rows() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- smollm: .*? -->\n(.*?)\n<!-- /smollm -->", page, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == smollm_kept.table(smollm_kept.read())
+
+
+def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:
+    for row in smollm_kept.read():
+        if row["embeddings"] not in (0, 1, 2) or row["rank"] not in ("auto", 0) or row["group"] == 1:
+            continue
+        config = randes.Config(group_size=row["group"], rank=row["rank"])
+        found = predicted(config, row["models"], row["bits"], row["embeddings"])
+        assert found == pytest.approx(100 * sum(row["kept"]) / len(row["kept"]), abs=0.4), row

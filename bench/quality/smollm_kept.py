@@ -52,13 +52,16 @@ def stores() -> Iterator[Store]:
         yield Store(8, 8, "auto", bits, embeddings)
     for bits, embeddings in ((1, 1), (2, 1), (2, 2)):
         yield Store(8, 4, "auto", bits, embeddings)
-    for group, bits, embeddings in ((8, 1, 0), (8, 1, 1), (16, 1, 0), (16, 1, 1)):
-        yield Store(32, group, "auto", bits, embeddings)
+    for bits in (2, 1):
+        yield Store(32, 8, "auto", bits, 0)
+    yield Store(8, 8, "auto", 1, 1, "rotation")
+    for matrix in ("signs", "rotation"):
+        yield Store(8, 1, 0, 1, 2, matrix)
     for rank, bits, embeddings in ((0, 1, 1), (0, 2, 2), (16, 1, 1), (16, 1, 2)):
         yield Store(8, 8, rank, bits, embeddings)
     yield Store(8, 8, "auto", 2, "shared")
-    for matrix in ("signs", "rotation"):
-        yield Store(8, 1, 0, 1, 2, matrix)
+    for bits, embeddings in ((2, 0), (1, 0), (1, 1)):
+        yield Store(32, 16, "auto", bits, embeddings)
 
 
 class Judge:
