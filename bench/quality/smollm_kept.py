@@ -54,7 +54,8 @@ def stores() -> Iterator[Store]:
         yield Store(8, 4, "auto", bits, embeddings)
     for bits in (2, 1):
         yield Store(32, 8, "auto", bits, 0)
-    yield Store(8, 8, "auto", 1, 1, "rotation")
+    for group, embeddings in ((4, 1), (4, 2), (8, 1)):
+        yield Store(8, group, "auto", 1, embeddings, "rotation")
     for matrix in ("signs", "rotation"):
         yield Store(8, 1, 0, 1, 2, matrix)
     for rank, bits, embeddings in ((0, 1, 1), (0, 2, 2), (16, 1, 1), (16, 1, 2)):
