@@ -227,6 +227,8 @@ def test_the_real_models_table_is_that_of_the_rows() -> None:
 
 def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:
     for row in smollm_kept.read():
+        if row["matrix"] != "signs":
+            continue  # which it does not choose
         if row["embeddings"] not in (0, 1, 2) or row["rank"] not in ("auto", 0) or row["group"] == 1:
             continue
         config = randes.Config(group_size=row["group"], rank=row["rank"])
