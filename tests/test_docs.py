@@ -222,11 +222,11 @@ def test_the_real_models_table_is_that_of_the_rows() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     shown = re.search(r"<!-- smollm: .*? -->\n(.*?)\n<!-- /smollm -->", page, re.DOTALL)
     assert shown is not None
-    assert shown[1].strip() == smollm_kept.table(smollm_kept.read())
+    assert shown[1].strip() == smollm_kept.table(language.read(smollm_kept.RESULTS))
 
 
 def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:
-    for row in smollm_kept.read():
+    for row in language.read(smollm_kept.RESULTS):
         if row["matrix"] != "signs":
             continue  # which it does not choose
         if row["embeddings"] not in (0, 1, 2) or row["rank"] not in ("auto", 0) or row["group"] == 1:

@@ -172,15 +172,20 @@ def bits(model: nn.Module, sequences: Tensor) -> float:
     return statistics.mean(float(loss_of(model, part)) for part in sequences.split(8)) / math.log(2)
 
 
+def warmed_up_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A tenth of the steps of warm-up, 100 at most, and a cosine to zero."""
+    warm_up = min(100, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+
+
 def train(model: nn.Module, data: Tensor, steps: int, batch: int, rate: float, seed: int) -> None:
     """Adam, some steps of warm-up and a cosine to zero."""
     generator = torch.Generator().manual_seed(seed)
     moved = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(moved, lr=rate, betas=(0.9, 0.95))
-    warm_up = min(100, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
+    schedule = warmed_up_cosine(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(model, data[torch.randint(len(data), (batch,), generator=generator)]).backward()

@@ -12,7 +12,6 @@ the test; no method sees them.
 
 import argparse
 import hashlib
-import math
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetunes import warmed_up_cosine
 from rich.progress import Progress
 from torch import Tensor, nn
 
@@ -124,9 +124,7 @@ def train(
     """AdamW in fp32 under bf16 autocast, a tenth of warm-up and a cosine to zero."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: min(1.0, (n + 1) / (STEPS / 10)) * (0.5 + 0.5 * math.cos(math.pi * n / STEPS))
-    )
+    schedule = warmed_up_cosine(optimizer, STEPS)
     for _ in range(STEPS):
         rows = data[torch.randint(len(data), (BATCH,), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):

@@ -10,27 +10,22 @@ there are fine-tunes are these again under other names, so with other signs: the
 """
 
 import argparse
-import json
 import statistics
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from language import Rows, read, write
 from rich.progress import Progress
 from smollm import KINDS, MODELS, Texts, base_folder, finetuned, held_out_loss
 
 import randes
 from randes.config import Rank
 
-sys.path.append(str(Path(__file__).parents[1] / "speed"))
-from measure import machine
-
 RESULTS = Path(__file__).parents[1] / "results" / "smollm.json"
 FINETUNES = 8
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -124,19 +119,6 @@ def measured(folder: Path, wanted: str, done: set[Store]) -> Iterator[dict[str, 
         }
 
 
-def write(rows: Rows) -> None:
-    """A row a line."""
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    head = f'"machine": {json.dumps(machine("cpu"))},\n"kinds": {json.dumps(list(KINDS)[:FINETUNES])}'
-    RESULTS.write_text(f'{{{head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-
-
-def read() -> Rows:
-    """The rows that are there."""
-    rows: Rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.exists() else []
-    return rows
-
-
 def table(rows: Rows) -> str:
     """By store: % of the gain that is kept in the mean, the worst in brackets, and the whole store's size."""
     lines = ["| models | a group | rank | D | embeddings | kept | whole store |", "|---|---|---|---|---|---|---|"]
@@ -156,16 +138,17 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is there")
     given = parser.parse_args()
     if given.table:
-        print(table(read()))
+        print(table(read(RESULTS)))
         return
+    kinds = list(KINDS)[:FINETUNES]
     keys = tuple(Store.__dataclass_fields__)
-    done = set() if given.again else {Store(**{key: row[key] for key in keys}) for row in read()}
+    done = set() if given.again else {Store(**{key: row[key] for key in keys}) for row in read(RESULTS)}
     with Progress() as bars:
         task = bars.add_task("stores", total=sum(given.only in str(store) and store not in done for store in stores()))
         for row in measured(given.models, given.only, done):
-            write([old for old in read() if any(old[key] != row[key] for key in keys)] + [row])
+            write(RESULTS, kinds, [old for old in read(RESULTS) if any(old[key] != row[key] for key in keys)] + [row])
             bars.advance(task)
-    print(table(read()))
+    print(table(read(RESULTS)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import typer
 
 from randes.checkpoints.lazy_tensors import Progress, size
 from randes.checkpoints.safetensors import write_file
-from randes.cli.terminal import NamedModel, Store, errors, name_and_path, print_sizes, progress, say
+from randes.cli.terminal import NamedModel, Store, errors, name_and_path, packed, print_sizes, progress, say
 from randes.superposition.lora_factors import merge_adapter as merged
 from randes.superposition.store.write import check_new
 from randes.superposition.superposition import Superposition
@@ -63,8 +63,8 @@ def pack(
     with errors(), progress() as begin:
         check_new(out)
         superposition = Superposition.load(store, progress=begin)
-        step = begin("packing", sum(map(size, superposition.held.values())))
-        superposition = superposition.pack(bits, group=group, coordinates=coordinates, embeddings=embeddings, step=step)
+        how = {"bits": bits, "group": group, "coordinates": coordinates, "embeddings": embeddings}
+        superposition = packed(superposition, begin, **how)
         superposition.save(out, progress=begin)
     print_sizes(superposition)
 

@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from randes import fusionbench
-from randes.checkpoints.lazy_tensors import size
-from randes.cli.terminal import Rank, console, errors, gigabytes, named, print_sizes, progress, rank_of, say
+from randes.cli.terminal import Rank, console, errors, gigabytes, named, packed, print_sizes, progress, rank_of, say
 from randes.config import Config
 from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
@@ -132,8 +131,7 @@ def compress(
             choice = settled(superposition, wanted)
             if master is not None:
                 superposition.save(master, progress=begin)
-            step = begin("packing", sum(map(size, superposition.held.values())))
-            superposition = superposition.pack(**choice.packing, step=step)
+            superposition = packed(superposition, begin, **choice.packing)
             say(f"chosen: {choice}")
         superposition.save(out, progress=begin)
     print_sizes(superposition)
@@ -147,8 +145,7 @@ def _wanted(
         if master is not None:
             raise ValueError("--master goes with --budget, --memory or --quality; without them --out is that store")
         return None
-    source = context.get_parameter_source("group_size")
-    if source is not None and source.name == "COMMANDLINE":
+    if "group_size" in _given(context):
         raise ValueError("--group-size must be left out with --budget, --memory and --quality, which choose it")
     if master is not None:
         check_new(master)
@@ -167,12 +164,17 @@ def _number(flag: str, text: str, units: dict[str, int]) -> float:
     return float(found[1]) * units[unit]
 
 
+def _given(context: typer.Context) -> set[str]:
+    """The flags that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
 def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
     """FusionBench's configuration, with the flags that were given in its place; its notes go to standard error."""
     for note in found.notes:
         Console(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    given = _given(context)
     config = replace(found.config, **{name: value for name, value in flags.items() if name in given})
     return found._replace(config=config, alpha=context.params["alpha"] if "alpha" in given else found.alpha)
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )  # fmt: skip
 
+from randes.checkpoints.lazy_tensors import Progress as Reading
+from randes.checkpoints.lazy_tensors import size
 from randes.errors import RandesError
 from randes.superposition.superposition import Superposition
 
@@ -112,6 +114,12 @@ def print_sizes(superposition: Superposition) -> None:
         f"{f' in shared bases {mebibytes(sizes.basis)},' if sizes.basis else ''} as separate models"
         f" {mebibytes(sizes.separate_models)}"
     )
+
+
+def packed(superposition: Superposition, begin: Reading, **how: Any) -> Superposition:
+    """``superposition.pack(**how)`` with a bar."""
+    step = begin("packing", sum(map(size, superposition.held.values())))
+    return superposition.pack(step=step, **how)
 
 
 def say(text: str) -> None:

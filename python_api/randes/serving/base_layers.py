@@ -58,7 +58,8 @@ def layers_of(module: nn.Module, superposition: Superposition, wanted: Collectio
         elif tensor in others or wanted is not None:
             layer.kept[last] = tensor
     tables = {*superposition.tables.values()}
-    read = weights_read(module, seen_alone=True) if tables else set()
+    # Asking a module takes a run of it, which those that stay whole anyway need not.
+    read = set() if tables <= unpacked else weights_read(module, seen_alone=True)
     for layer in layers.values():
         # Whole in each model's table, where nothing can look them up, or they are there as exactly as they came.
         whole = {name: tensor for name, tensor in layer.tensors.items() if tensor in tables}

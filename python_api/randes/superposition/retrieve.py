@@ -10,7 +10,7 @@ from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import coordinates_of, values_of
-from randes.superposition.state import State
+from randes.superposition.state import Group, State
 from randes_kernels import retrieve, slices, unpack
 
 
@@ -68,10 +68,9 @@ class Retrieved(LazyTensors):
         """The superposition as this model sees it, without what it keeps in the shared basis: (N, K) fp32."""
         sup, member = self._superposition, self._superposition.members[self._name]
         nothing = torch.zeros(self.headers[name].shape, device=sup.device)
-        held = sup.held.get(sup.group_of(self._name, name), {})
-        if (place := sup.place(self._name, name)) not in held:
+        if sup.in_no_bits(name):
             return nothing
-        delta, unit = values_of(held[place])
+        delta, unit = values_of(sup.held[sup.group_of(self._name, name)][sup.place(self._name, name)])
         turning = sup.key(self._name), sup.tensor_id(name), sup.transform(name)
         return retrieve(nothing, delta.to(sup.device), member.gains[name] * unit, *turning)
 
@@ -86,15 +85,21 @@ class Retrieved(LazyTensors):
     def _deltas(self, name: str) -> tuple[Iterator[Tensor], float]:
         """The superposition's rows part by part, and what its numbers are worth in units of a gain."""
         sup, place = self._superposition, self._superposition.place(self._name, name)
-        group = sup.group_of(self._name, name)
-        if sup.packing is None:
-            return chunks(sup.deltas[group], place), STEP
-        runs = chunk_bounds(self.headers[name])
-        if place not in sup.few_bits.get(group, {}):  # of which nothing is left beside its directions
-            width = self.headers[name].shape[1]
-            return (torch.zeros(end - start, width) for start, end in runs), 1.0
-        packed = sup.few_bits[group][place]
-        return (unpack(packed.rows(slice(*run))) for run in runs), 1.0
+        rows = rows_of_delta(sup, sup.group_of(self._name, name), place, self.headers[name])
+        return rows, STEP if sup.packing is None else 1.0
+
+
+def rows_of_delta(superposition: State, group: Group, place: str, header: Tensor) -> Iterator[Tensor]:
+    """One superposition's rows part by part, in units of a step, or of a gain where they are packed."""
+    if superposition.packing is None:
+        yield from chunks(superposition.deltas[group], place)
+        return
+    runs = chunk_bounds(header)
+    if superposition.in_no_bits(place):
+        yield from (torch.zeros(end - start, header.shape[1]) for start, end in runs)
+        return
+    packed = superposition.few_bits[group][place]
+    yield from (unpack(packed.rows(slice(*run))) for run in runs)
 
 
 def with_coordinates(member: Member, tensor: str, turned_back: Tensor, basis: Tensor, held: Tensor) -> Tensor:

@@ -94,6 +94,10 @@ class State:
         own = self.members[name].directions
         return own[tensor] if tensor in own else self.bases.get(tensor)
 
+    def in_no_bits(self, tensor: str) -> bool:
+        """Whether nothing is left of models' deltas of a tensor beside their directions."""
+        return self.packing is not None and self.packing.embeddings == 0 and tensor in self.unshared
+
     def transform(self, tensor: str) -> Transform:
         """How deltas of a tensor are turned: not at all where no others are in their superposition."""
         return UNTURNED if tensor in self.unshared else self.config.transform
@@ -176,11 +180,8 @@ class State:
     def has_own(self, tensor: str) -> bool:
         """Whether each model may have its own of a tensor that the others decide about as well: a superposed vector,
         or α times a sum."""
-        return (
-            tensor in self.layout.vectors
-            or (tensor in self.tables.values() and tensor not in self.unshared)
-            or (self.config.others == "sum" and self.is_averaged(tensor))
-        )
+        superposed = self.layout.vectors | ({*self.tables.values()} - self.unshared)
+        return tensor in superposed or (self.config.others == "sum" and self.is_averaged(tensor))
 
     def read(self, finetuned: Checkpoint) -> Tensors:
         """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
@@ -226,8 +227,8 @@ class State:
     def own_tensors(self, name: str) -> set[str]:
         """The tensors of a checkpoint that a model has its own of where no layer multiplies with them: what it keeps,
         and superposed tables of embeddings."""
-        member = self.members[name]
-        return {*member.kept, *(self.tables[matrix] for matrix in self.tables.keys() & member.gains.keys())}
+        kept, gains = self.members[name].kept, self.members[name].gains
+        return {*kept, *(self.tables[matrix] for matrix in self.tables.keys() & gains.keys())}
 
     @property
     def sizes(self) -> Sizes:
@@ -291,9 +292,8 @@ class State:
 
     def next_index(self, wanted: int | None = None) -> int:
         """A new model's place among those that are there, the first that is free; 0 where no layers are shifted."""
-        if self.config.shuffle_layers <= 0:
-            return 0
-        return free_index({member.index for member in self.members.values()}, wanted)
+        taken = {member.index for member in self.members.values()}
+        return free_index(taken, wanted) if self.config.shuffle_layers > 0 else 0
 
     def place_for(self, group: int | None) -> int:
         """The group a new model joins: where one has room it depends on how full groups are alone."""

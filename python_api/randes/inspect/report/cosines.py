@@ -20,10 +20,10 @@ from randes.checkpoints.sources import Tensors
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
 from randes.superposition.packed_tensors import coordinates_of
-from randes.superposition.retrieve import with_coordinates
+from randes.superposition.retrieve import rows_of_delta, with_coordinates
 from randes.superposition.state import Group
 from randes.superposition.superposition import Superposition
-from randes_kernels import slices, unpack
+from randes_kernels import slices
 
 SAMPLE = 1 << 22
 """Elements of a tensor that are compared at most: equally spaced runs of its rows, and their sums count for all."""
@@ -107,7 +107,7 @@ def of_retrieved(superposition: Superposition, names: tuple[str, ...], *, step: 
         sources: dict[tuple[Group, str], Iterator[Tensor]] = {}
         for name in (name for name in names if tensor in sup.members[name].gains):
             held[name] = sup.group_of(name, tensor), sup.place(name, tensor)
-            sources.setdefault(held[name], _values(sup, *held[name], header))
+            sources.setdefault(held[name], rows_of_delta(sup, *held[name], header))
         turns = {name: _turn(sup, name, tensor) for name in held}
         unit = STEP if sup.packing is None else 1.0
         for first, found, weight in _sampled(header, sources, step):
@@ -134,17 +134,6 @@ def _sampled(
         if number in numbers:
             yield ends[number][0], dict(zip(sources, found, strict=True)), len(header) / rows
     step(header.nbytes)
-
-
-def _values(superposition: Superposition, group: Group, place: str, header: Tensor) -> Iterator[Tensor]:
-    """The rows of one superposition, in units of a step, or of a gain where they are packed."""
-    if superposition.packing is None:
-        yield from chunks(superposition.deltas[group], place)
-        return
-    packed = superposition.few_bits.get(group, {}).get(place)
-    for start, end in chunk_bounds(header):
-        nothing_left = torch.zeros(end - start, header.shape[1])
-        yield nothing_left if packed is None else unpack(packed.rows(slice(start, end)))
 
 
 def _lying_at(superposition: Superposition, name: str, place: str) -> str:

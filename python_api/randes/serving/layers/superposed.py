@@ -104,11 +104,9 @@ class Superposed(nn.Module):
             return
         tensor, numbers = self.matrix, [version.number for version in versions]
         members = [superposition.members[version.name] for version in versions]
-        # Of tables in no bits nothing is left beside their directions.
-        left = not (self.pool.unshared and superposition.packing is not None and superposition.packing.embeddings == 0)
         numbered = [
             self.pool.slots[self.pool.row_of(version), superposition.place(version.name, tensor)]
-            if left and tensor in member.gains
+            if tensor in member.gains and not superposition.in_no_bits(tensor)
             else -1
             for version, member in zip(versions, members, strict=True)
         ]

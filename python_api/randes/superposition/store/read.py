@@ -125,7 +125,7 @@ def _check_whole(superposition: State) -> None:
             packing, unshared = superposition.packing, tensor in superposition.unshared
             if packing is not None and unshared:
                 must(tensor in member.directions, tensor, "directions")
-                if not packing.embeddings:
+                if superposition.in_no_bits(tensor):
                     continue
             must(superposition.place(name, tensor) in held, tensor, f"a superposition in group {group}")
             if packing is not None:
