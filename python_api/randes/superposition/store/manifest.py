@@ -16,7 +16,7 @@ from randes.config import Config
 from randes.errors import StoreError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
-from randes.superposition.packed_tensors import Packing, flattened
+from randes.superposition.packed_tensors import STEPS, Packing, flattened
 from randes.superposition.state import Group, State
 from randes_kernels import FORMAT_VERSION
 
@@ -74,11 +74,18 @@ def contents_of(superposition: State) -> dict[str, Tensors]:
         if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors) and not member.directions:
             own = Overlay({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
         else:
-            own = {**own, **flattened({f"{tensor}{COORDINATES}": value for tensor, value in coordinates.items()})}
+            held = flattened(coordinates)
+            own = {**own, **{_coordinates_in(stem): held[stem] for stem in held}}
             own |= {f"{tensor}{DIRECTIONS}": value for tensor, value in member.directions.items()}
         contents[model_file(superposition, name)] = own
     contents["average"] = superposition.averages
     return {stem: contents[stem] for stem in sorted(contents) if contents[stem]}
+
+
+def _coordinates_in(stem: str) -> str:
+    """What a file calls a tensor's coordinates, or their steps."""
+    tensor = stem.removesuffix(STEPS)
+    return f"{tensor}{COORDINATES}{stem[len(tensor) :]}"
 
 
 def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from randes.superposition.store.manifest import (
     model_file,
     read_manifest,
 )
-from randes_kernels.packing import packed_bytes
+from randes_kernels import Packed
 
 S = TypeVar("S", bound=State)
 
@@ -129,11 +129,9 @@ def _check_whole(superposition: State) -> None:
                     continue
             must(superposition.place(name, tensor) in held, tensor, f"a superposition in group {group}")
             if packing is not None:
-                rows, columns = headers(superposition.base)[tensor].shape
-                bits, width = packing.of(unshared)
-                nbytes = packed_bytes(rows, columns, bits, width)
+                rows = headers(superposition.base)[tensor].shape[0]
                 own = headers_of(held)[superposition.place(name, tensor)]
-                must(own.nbytes == nbytes, tensor, f"{nbytes} bytes in {bits} bits")
+                must(isinstance(own, Packed) and own.words.shape[:-1] == (rows,), tensor, f"{rows} packed rows")
         for tensor in member.units:
             must(tensor in member.gains and superposition.basis(name, tensor) is not None, tensor, "a basis")
         if superposition.config.others == "keep":
