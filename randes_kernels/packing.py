@@ -150,8 +150,10 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32, out: Tensor | Non
     if isinstance(bits, float):
         by_plane = levels.view(*lead, -1, OF_EIGHT, LANES)
         codes = _codes(words)
-        loud = torch.where(codes > OF_EIGHT - 1, -1.0, 1.0).to(dtype).mul_(packed.steps.mT.to(dtype)[..., None])
-        by_plane.zero_().scatter_(-2, (codes & (OF_EIGHT - 1)).long()[..., None, :], loud[..., None, :])
+        signs, places = 1 - 2 * (codes >> 3).view(torch.int8), codes & (OF_EIGHT - 1)
+        for number in range(OF_EIGHT):
+            by_plane[..., number, :].copy_((places == number).view(torch.int8).mul_(signs))
+        levels.mul_(packed.steps.mT.to(dtype))
         return levels[..., : packed.columns]
     planes = 8 // bits
     by_plane = levels.view(*lead, -1, planes, SPAN // planes)

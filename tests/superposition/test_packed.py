@@ -63,6 +63,28 @@ def test_few_bits_add_what_is_predicted(bits: float) -> None:
     assert packed.kept_exact
 
 
+@pytest.mark.parametrize("bits", [2, 1, 0.5])
+def test_a_rotation_keeps_every_delta_at_its_size_where_some_columns_are_loud(bits: float) -> None:
+    """A step is of all of a row's columns: under signs a delta whose loud columns are other models' too comes back
+    smaller, and one that is even, larger."""
+    torch.manual_seed(0)
+    base, loud = nn.Linear(256, 256, bias=False), torch.ones(256)
+    loud[torch.randperm(256)[:16]] = 12.0
+    deltas = {name: 0.01 * torch.randn(256, 256) for name in ("even", "loud", "louder")}
+    deltas["loud"] *= loud
+    deltas["louder"] *= loud
+    tuned = {name: {"weight": base.weight.detach() + delta} for name, delta in deltas.items()}
+    off = {}
+    for matrix in ("signs", "rotation"):
+        held = randes.compress(base, tuned, randes.Config(matrix=matrix, rank=0)).pack(bits)
+        back = {name: held.retrieve(name)["weight"] - base.weight.detach() for name in deltas}
+        off[matrix] = max(
+            abs(float((back[name] * delta).sum() / delta.square().sum()) - 1) for name, delta in deltas.items()
+        )
+    assert off["signs"] > 0.1
+    assert off["rotation"] < 0.03
+
+
 @pytest.mark.parametrize("coordinates", [16, 8, 4])
 def test_coordinates_come_back_in_their_bits(coordinates: int) -> None:
     _, _, sup = made(CONFIGS["rank, centred"])

@@ -2,11 +2,11 @@
 
 What is kept is predicted as 100 % less what was lost on SmolLM2-135M (docs/results.md; bench/quality/smollm_kept.py):
 
-    n       =  (J − 1) + J e                            noise in a delta, in units of it (design, section 1)
-    lost %  =  OF_NOISE n + OF_ITS_SQUARE n² + BIAS[D] / J + BY_TABLES[embeddings]
+    n       =  (J − 1) + J e                            noise in a delta, in units of it (docs/method.md, few bits)
+    lost %  =  (OF_NOISE n + OF_ITS_SQUARE n² + BIAS[D] / J) · WITHOUT_BASIS + BY_TABLES[embeddings]
 
-J: models to a group. e: what packing D adds, relative to D (``packed_tensors.added_noise``). n is less by what a
-shared basis takes off. BIAS is what few bits lose by a step for columns loud and quiet, which a rotation makes alike.
+J: models to a group. e: what packing D adds, relative to D (``packed_tensors.added_noise``). BIAS is what few bits lose
+by one step for columns loud and quiet, which a rotation makes alike. WITHOUT_BASIS is 1 where there is one.
 
 It orders the choices rightly where fine-tunes are like those. How much yours keep only their evaluation tells.
 """
@@ -22,9 +22,8 @@ from randes.superposition.superposition import Superposition
 from randes_kernels import Transform
 from randes_kernels.packing import BITS, HALF
 
-OF_NOISE, OF_ITS_SQUARE = 0.04, 0.0055
-BESIDE_BASIS = 0.9
-"""Of the noise, with the directions that rank "auto" finds."""
+OF_NOISE, OF_ITS_SQUARE = 0.036, 0.0045
+WITHOUT_BASIS = 1.5
 BIAS: dict[float, float] = {8: 0.0, 4: 0.0, 2: 1.0, 1: 2.5}
 """Of D under signs, where one model is in it; several mix loud columns with quiet ones. Half a bit is for rotations."""
 ROTATED = (1, HALF)
@@ -163,10 +162,10 @@ def settled(superposition: Superposition, wanted: Wanted) -> Choice:
 def predicted(config: Config, models: int, bits: float, embeddings: float) -> float:
     """% of the gain that is kept, in the mean over fine-tunes like those it was measured on."""
     sharing = min(models, config.group_size)
-    noise = (sharing - 1 + sharing * added_noise(bits, WIDE)) * (BESIDE_BASIS if config.rank else 1)
+    noise = sharing - 1 + sharing * added_noise(bits, WIDE)
     bias = 0.0 if config.matrix == "rotation" else BIAS[bits] / sharing
     tables = BY_TABLES[embeddings] if config.embeddings == "own" else 0.0
-    return 100 - OF_NOISE * noise - OF_ITS_SQUARE * noise**2 - bias - tables
+    return 100 - (OF_NOISE * noise + OF_ITS_SQUARE * noise**2 + bias) * (1 if config.rank else WITHOUT_BASIS) - tables
 
 
 def _tried(config: Config, bits: float) -> bool:
