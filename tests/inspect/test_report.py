@@ -101,7 +101,7 @@ def test_sizes_are_those_of_the_store_and_of_packing_it(tmp_path: Path) -> None:
             named = {"this store, packed in 4 bits" if held.packing else "this store": held.sizes}
             named |= {
                 f"packed in {b} bit{'s' * (b > 1)}": sup.pack(b).sizes
-                for b in (8, 4, 2, 1)
+                for b in (8, 4, 2, 1, 0.5)
                 if not (held.packing and b == 4)
             }
             assert rows.keys() - {"3 separate models"} == named.keys()

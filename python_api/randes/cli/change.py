@@ -58,7 +58,7 @@ def pack(
         typer.Option(
             parser=bits_of,
             help="Bits of embedding tables beside their loudest directions: 8, 4, 2, 1, 0.5, or 0 for these alone. By"
-            " default 1, and 2 with D in more than 2.",
+            " default 0.5, and 2 with D in more than 2.",
         ),
     ] = None,
 ) -> None:

@@ -30,7 +30,7 @@ ROTATED = (1, HALF)
 """Bits that a rotation is tried for, which turns a decode step's rows at a price: more bits gain less by it."""
 MOST_ROTATED = 4
 """Models to a group up to which a rotation keeps more in 1 bit: of 8, a sum is near normal as it is."""
-BY_TABLES: dict[float, float] = {2: 0.05, 1: 0.15, HALF: 0.2, 0: 0.8}
+BY_TABLES: dict[float, float] = {2: 0.05, 1: 0.15, HALF: 0.15, 0: 0.8}
 GROUPS = (1, 2, 4, 8, 16, 32, 64)
 WIDE = 4096
 """Columns, of which half a bit adds as much as of any number of whole spans."""

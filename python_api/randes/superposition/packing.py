@@ -28,7 +28,7 @@ from randes.superposition.packed_tensors import Packing, coordinates_of
 from randes.superposition.state import State
 from randes.superposition.store.manifest import checksum_of
 from randes_kernels import Packed, pack
-from randes_kernels.packing import BITS, group_for, packed_bytes
+from randes_kernels.packing import BITS, HALF, group_for, packed_bytes
 
 S = TypeVar("S", bound=State)
 COLUMNS_A_DIRECTION = 64
@@ -110,9 +110,10 @@ def coordinates_for(bits: float) -> int:
     return max(4, int(bits))
 
 
-def embeddings_for(bits: float) -> int:
-    """Bits of tables beside so many of D: beside their directions one keeps a tenth of a point less than two."""
-    return 1 if bits <= 2 else 2
+def embeddings_for(bits: float) -> float:
+    """Bits of tables beside so many of D: beside their directions half a bit keeps as much as one, and a tenth of a
+    point less than two (docs/results.md)."""
+    return HALF if bits <= 2 else 2
 
 
 def table_bytes(

@@ -118,8 +118,8 @@ class Superposition(State):
         coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4; by default as many
             as D, but no less than 4.
         embeddings: bits of the tables of embeddings (``Config.embeddings``) beside their loudest directions, which
-            take a sixteenth of a bit: 8, 4, 2, 1 or 0.5, or 0 for these alone; by default 1, or 2 where D has more
-            than 2.
+            take a sixteenth of a bit: 8, 4, 2, 1 or 0.5, or 0 for these alone; by default 0.5, or 2 where D has
+            more than 2.
         step: called with the bytes of integers that were packed, for a progress bar.
         Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
         """
