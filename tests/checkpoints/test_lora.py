@@ -116,8 +116,8 @@ def test_with_centring_it_is_of_the_original_base(tmp_path: Path) -> None:
         ({"lora_bias": True}, "lora_bias = False, got True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = True, got 'pissa'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"peft_type": "IA3"}, "peft_type LORA, got 'IA3'"),
-        ({"r": None}, "must have r and lora_alpha"),
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"r": None}, "must be a LoRA adapter's: it.r must be an integer from 1"),
         ({"rank_pattern": {"up": 3}}, r"layers.0.up must have lora_A \(3, in\)"),
     ],
 )
