@@ -26,9 +26,10 @@ def opened(path: Path, *, links: bool = True) -> int:
     try:
         handle = os.open(path, flags)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENODEV):
+        nowhere = error.errno == errno.ENOENT and path.is_symlink()
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.ENODEV) and not nowhere:
             raise
-        what = "a link" if error.errno == errno.ELOOP else "a socket or a device"
+        what = "a link" if nowhere or error.errno == errno.ELOOP else "a socket or a device"
         raise CheckpointError(f"{path} must be a regular file, got {what}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

@@ -34,7 +34,7 @@ PATTERNS = (
     CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.*.model", "chat_template.*", "*processor_config.json",
 )  # fmt: skip
-COUNTS = re.compile(r"num_.*(layers|blocks|experts|labels)|n_layers?|.*_layers|depths?")
+COUNTS = re.compile(r"num_(.*_)?(layers|blocks|experts|labels|classes)|n_layers?|.*_layers|depths?")
 """Names of the numbers in a configuration that say how many parts a model has."""
 MOST_PARTS = 1 << 16
 CONFIGURATION = schema.record(
@@ -148,10 +148,13 @@ def skeleton(base: object, tensors: int) -> nn.Module | None:
     """The model of a Transformers folder, on "meta", for what its layers say of its tensors.
 
     tensors: how many there are in its files. None for anything else, where Transformers is not installed, and for a
-    model that it does not know or cannot make. Raises ``CheckpointError`` for one of many times as many parts.
+    model that it does not know or cannot make. Raises ``CheckpointError`` for a configuration that is none, and for a
+    model of many times as many parts.
     """
-    if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
+    text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
+    if text is None:
         return None
+    configuration(text, str(base))
     if importlib.util.find_spec("transformers") is None:
         return None
     transformers = library()

@@ -1,8 +1,8 @@
 """A store's manifest: what it says of files, models and tensors, and how it is checked."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,18 @@ def described(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Layout, P
         members = {name: Member(**record) for name, record in manifest["models"].items()}
         for name, member in members.items():
             check_scales(name, member)
+            members[name] = replace(
+                member, alpha=float(member.alpha), gains=_floats(member.gains), units=_floats(member.units),
+                alphas=_floats(member.alphas),
+            )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
     return config, layout, packing, members
+
+
+def _floats(numbers: Mapping[str, float]) -> dict[str, float]:
+    """As torch takes them: JSON has integers beyond 64 bits."""
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def contents_of(superposition: State) -> dict[str, Tensors]:
