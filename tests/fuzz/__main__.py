@@ -1,4 +1,6 @@
-"""Longer runs than the tests have: ``python tests/fuzz --mutations 100000 --loads 10000 --every 1 --operations 100 --soak 30``.
+"""Longer runs than the tests have:
+
+    python tests/fuzz --mutations 100000 --every 1 --loads 10000 --operations 100 --soak 30
 
 Each part runs where its number is given, prints what it counted, and names what must not be, with the seed or the call
 that makes it again. The exit status is 1 where there is any.

@@ -1,5 +1,5 @@
-"""A failure at each call to the system in turn, of all that changes a store: afterwards it is the old one or the new one,
-and what failed can be done again.
+"""A failure at each call to the system in turn, of all that changes a store: afterwards it is the old one or the new
+one, and what failed can be done again.
 
 Counted are the calls about paths below one folder, and about handles that were opened there.
 """

@@ -1,4 +1,4 @@
-"""What comes from outside, damaged at random, and what must be true: an error of randes' own, soon, or the right answer.
+"""What comes from outside, damaged at random, and what must be true: an error of randes' own, soon, or a right answer.
 
 ``KINDS`` has one function for each thing that is damaged. It takes a ``Corpus`` and its own random numbers, damages a
 copy in ``corpus.scratch``, and uses that. It raises ``AssertionError`` for a wrong answer.
@@ -126,6 +126,7 @@ def _adapter(folder: Path, base: dict[str, Tensor]) -> Files:
 def _transformers(folder: Path) -> Files:
     import transformers
 
+    transformers.logging.set_verbosity_error()
     _make(folder)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
     write_file(folder / "model.safetensors", dict(model.state_dict()))

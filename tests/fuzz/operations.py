@@ -17,8 +17,9 @@ import randes
 
 NAMES = ("a", "b", "ünï/日本", "../up", "x" * 200)
 CONFIGS = (
-    randes.Config(group_size=2), randes.Config(group_size=3, shuffle_layers=-1, seed=5), randes.Config(others="average"),
-    randes.Config(permute=8, others="base"), randes.Config(gains="shared", signs="columns"),
+    randes.Config(group_size=2), randes.Config(group_size=3, shuffle_layers=-1, seed=5),
+    randes.Config(others="average"), randes.Config(permute=8, others="base"),
+    randes.Config(gains="shared", signs="columns"),
 )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ class Store(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), right=st.booleans())
     def remove(self, name: str, right: bool) -> None:
-        group, seed, _ = self.there.get(name, (0, 0, 0))
+        _, seed, _ = self.there.get(name, (0, 0, 0))
         try:
             self.sup.remove(name, finetune(base(), seed if right else seed + 10))
         except randes.UnknownModelError:

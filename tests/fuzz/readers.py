@@ -37,7 +37,7 @@ def answers() -> dict[tuple[str, ...], dict[str, Tensor]]:
             for number, name in enumerate(("m0", *VISITORS)):
                 if name in ("m0", *others):
                     sup.add(name, finetune(base, number))
-            found["m0", *others] = sup.retrieve("m0")
+            found[("m0", *others)] = sup.retrieve("m0")
     return found
 
 

@@ -18,12 +18,8 @@ def test_what_was_damaged_is_refused_or_answers_rightly(tmp_path: Path) -> None:
     corpus = Corpus.made(tmp_path)
     done, wrong = damage(corpus, 0, MUTATIONS)
     assert wrong == []
-    assert {kind for end in done for kind in KINDS if end == f"{kind}: refused"} == {*KINDS} - {"names"}
-    assert {kind for end in done for kind in KINDS if end == f"{kind}: used"} >= {
-        "bytes of stores",
-        "manifests",
-        "names",
-    }
+    assert {kind for kind in KINDS if done[f"{kind}: refused"]} >= {*KINDS} - {"names"}
+    assert {kind for kind in KINDS if done[f"{kind}: used"]} >= {"bytes of stores", "manifests", "names"}
 
 
 @pytest.mark.parametrize("verb", VERBS)

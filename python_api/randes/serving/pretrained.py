@@ -36,10 +36,8 @@ def load_base(
     superposition = store if isinstance(store, Superposition) else Superposition.load(store)
     if path.is_dir() and (text := config_of(path)) is not None:
         configuration(text, str(path))
-    trust = kwargs.get("trust_remote_code", False)
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(
-        path_or_name, trust_remote_code=trust
-    )
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}  # nobody is asked
+    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name, **trust)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
         config.transformers_weights = quantization["base"]
