@@ -191,7 +191,7 @@ def test_a_pattern_that_takes_for_ever_is_refused_at_once(pattern: str, tmp_path
     for key in ("rank_pattern", "alpha_pattern"):
         folder = adapter(tmp_path / key, **{key: {pattern: RANK}})
         began = time.monotonic()
-        with pytest.raises(CheckpointError, match="must be|must have rank and alpha patterns"):
+        with pytest.raises(CheckpointError, match=r"must be|must have rank and alpha patterns"):
             sources.read(folder, base)
         assert time.monotonic() - began < 5
 

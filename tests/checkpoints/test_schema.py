@@ -52,7 +52,7 @@ def test_what_is_wrong_is_named(check: schema.Check, values: list[Any]) -> None:
 
 
 def test_a_long_value_is_cut_in_the_error() -> None:
-    with pytest.raises(ValueError, match="it must be true or false, got 'x{59}…$"):
+    with pytest.raises(ValueError, match=r"it must be true or false, got 'x{59}…$"):
         schema.truth("it", "x" * 1000)
 
 

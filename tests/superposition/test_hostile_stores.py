@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def test_links_in_a_store_are_not_followed(store: Path) -> None:
         outside.write_bytes(data)
         (store / name).unlink()
         (store / name).symlink_to(outside)
-        with pytest.raises(randes.StoreError, match="must be a regular file, got a link|altered or is missing"):
+        with pytest.raises(randes.StoreError, match=r"must be a regular file, got a link|altered or is missing"):
             randes.Superposition.load(store)
         (store / name).unlink()
         (store / name).write_bytes(data)
@@ -216,11 +217,8 @@ def test_what_companions_are_is_there_before_the_manifest(tmp_path: Path) -> Non
     while True:
         last += 1
         folder = tmp_path / str(last)
-        with failing(folder, "error", last) as system:
-            try:
-                sup.save(folder)
-            except (OSError, randes.StoreError):
-                pass
+        with failing(folder, "error", last) as system, suppress(OSError, randes.StoreError):
+            sup.save(folder)
         if not system.failed:
             break
         if (folder / MANIFEST).exists():
