@@ -23,6 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 from mutations import Corpus, damage  # noqa: E402
 from operations import Store  # noqa: E402
 from readers import beside_a_writer  # noqa: E402
+from rows import NAMES, keep  # noqa: E402
 from soak import soak  # noqa: E402
 
 Found = tuple[Counter[str], list[str]]
@@ -32,18 +33,21 @@ def operations(examples: int) -> Found:
     """Sequences of 20 random operations each."""
     how = settings(max_examples=examples, stateful_step_count=20, deadline=None, database=None)
     run_state_machine_as_test(Store, settings=how)
-    return Counter({"sequences of operations": examples}), []
+    return Counter({"sequences": examples}), []
 
 
-def part(what: str, run: Callable[[], Found]) -> int:
-    """Run one and print what it found."""
+def part(what: str, command: str, run: Callable[[], Found], out: Path | None) -> int:
+    """Run one, print what it found and keep that as a row of ``out``; how much of it must not be."""
     began = time.monotonic()
     done, wrong = run()
-    print(f"{what}: {sum(done.values())} in {time.monotonic() - began:.0f} s")
+    seconds = round(time.monotonic() - began)
+    print(f"{what}: {seconds} s")
     for name, count in sorted(done.items()):
         print(f"  {count:8} {name}")
     for line in wrong:
         print(f"  WRONG {line}")
+    if out is not None:
+        keep(out, {"what": what, "command": command, "seconds": seconds, "counts": done, "wrong": wrong})
     return len(wrong)
 
 
@@ -54,22 +58,22 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=0, help="a failure at each so many-th call to the system")
     parser.add_argument("--loads", type=int, default=0, help="loads beside a writer")
     parser.add_argument("--operations", type=int, default=0, help="sequences of 20 random operations")
-    parser.add_argument("--soak", type=float, default=0, help="minutes of serving while models come and go")
+    parser.add_argument("--soak", type=int, default=0, help="minutes of serving while models come and go")
+    parser.add_argument("--out", type=Path, help="a file of rows to put what was found into")
     given = parser.parse_args()
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
-        if given.mutations:
-            corpus = Corpus.made(at / "corpus")
-            wrong += part("mutations", lambda: damage(corpus, given.first, given.mutations))
-        if given.every:
-            wrong += part("failures", lambda: injected(at / "failures", given.every))
-        if given.loads:
-            wrong += part("loads", lambda: beside_a_writer(at / "store", given.loads))
-        if given.operations:
-            wrong += part("operations", lambda: operations(given.operations))
-        if given.soak:
-            wrong += part("answers", lambda: soak(given.soak * 60))
+        runs: dict[str, Callable[[], Found]] = {
+            "mutations": lambda: damage(Corpus.made(at / "corpus"), given.first, given.mutations),
+            "every": lambda: injected(at / "failures", given.every),
+            "loads": lambda: beside_a_writer(at / "store", given.loads),
+            "operations": lambda: operations(given.operations),
+            "soak": lambda: soak(given.soak * 60),
+        }
+        for name, run in runs.items():
+            if count := getattr(given, name):
+                wrong += part(NAMES[name], f"--{name} {count}", run, given.out)
     print("all as it must be" if not wrong else f"{wrong} not as they must be")
     return min(wrong, 1)
 

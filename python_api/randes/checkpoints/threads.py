@@ -82,7 +82,6 @@ def one_thread() -> ThreadPoolExecutor:
 def unsplit_threads(count: int) -> ThreadPoolExecutor:
     """So many of them. What one computes does not depend on how many there are, in the last bits either."""
     others, all_there = torch.get_num_threads(), Barrier(count)
-    torch.set_num_threads(others)  # in a forked child torch makes its threads anew now, which two at once must not
 
     def begin() -> None:
         torch.get_num_threads()  # the first call in a thread sets it
