@@ -17,13 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(path) for path in (Path(__file__).parent, ROOT / "tests", ROOT, ROOT / "python_api")]
 
+from corpus import Corpus  # noqa: E402
 from failures import injected  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
-from mutations import Corpus, damage  # noqa: E402
+from mutations import damage  # noqa: E402
 from operations import Store  # noqa: E402
 from readers import beside_a_writer  # noqa: E402
-from rows import NAMES, keep  # noqa: E402
+from rows import NAMES, keep, read, table  # noqa: E402
 from soak import soak  # noqa: E402
 
 Found = tuple[Counter[str], list[str]]
@@ -60,7 +61,10 @@ def main() -> int:
     parser.add_argument("--operations", type=int, default=0, help="sequences of 20 random operations")
     parser.add_argument("--soak", type=int, default=0, help="minutes of serving while models come and go")
     parser.add_argument("--out", type=Path, help="a file of rows to put what was found into")
+    parser.add_argument("--table", action="store_true", help="show the table of what was found")
     given = parser.parse_args()
+    if given.table:
+        print(table(read()))
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
@@ -74,7 +78,8 @@ def main() -> int:
         for name, run in runs.items():
             if count := getattr(given, name):
                 wrong += part(NAMES[name], f"--{name} {count}", run, given.out)
-    print("all as it must be" if not wrong else f"{wrong} not as they must be")
+    if not given.table:
+        print("all as it must be" if not wrong else f"{wrong} not as they must be")
     return min(wrong, 1)
 
 

@@ -11,6 +11,12 @@ NAMES = {
 }  # fmt: skip
 
 
+def read() -> list[dict[str, Any]]:
+    """The rows that are committed."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    return found
+
+
 def keep(out: Path, row: dict[str, Any]) -> None:
     """Put a row into a file, in the place of the one of the same name."""
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []

@@ -1,13 +1,16 @@
 """A small budget of each kind of attack, the same at each run; ``python tests/fuzz`` has more."""
 
+import re
 from pathlib import Path
 
 import pytest
+from corpus import Corpus
 from failures import HOW, VERBS, Work, inject
 from hypothesis import HealthCheck, settings
-from mutations import KINDS, Corpus, damage
+from mutations import KINDS, damage
 from operations import Store
 from readers import beside_a_writer
+from rows import RESULTS, read, table
 
 MUTATIONS = 1200
 EVERY = 11
@@ -36,6 +39,14 @@ def test_no_load_beside_a_writer_is_refused(tmp_path: Path) -> None:
     done, wrong = beside_a_writer(tmp_path / "store", 500)
     assert wrong == []
     assert done["stores seen"] > 5
+
+
+def test_the_table_of_the_longer_runs_is_that_of_their_rows() -> None:
+    text = (RESULTS.parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- reliability: .*? -->\n(.*?)\n<!-- /reliability -->", text, re.DOTALL)
+    assert shown is not None
+    assert shown[1].strip() == table(read())
+    assert not [row["wrong"] for row in read() if row["wrong"]]
 
 
 TestStore = Store.TestCase

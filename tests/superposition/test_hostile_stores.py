@@ -13,10 +13,10 @@ import torch
 from failures import failing
 from models import content, finetune, linear, net, stored, superposed
 from test_members import rewritten
+from torch import nn
 
 import randes
 from randes.checkpoints import files
-from randes.checkpoints.sources import write_file
 from randes.superposition.store.manifest import MANIFEST
 
 
@@ -125,6 +125,32 @@ def test_a_manifest_of_something_else_is_refused_whatever_its_checksum(lie: str,
     rewritten(store, LIES[lie])
     with pytest.raises(randes.StoreError, match=r"manifest\.json cannot be used: "):
         randes.Superposition.load(store, check=False)
+
+
+def test_the_base_is_no_model_of_a_store_that_is_not_centred(tmp_path: Path) -> None:
+    superposed(net(), 1, randes.Config(others="base"))[0].save(tmp_path)
+    rewritten(tmp_path, lambda manifest: manifest["models"].update({"__base__": manifest["models"].pop("m0")}))
+    with pytest.raises(randes.StoreError, match="models must have names, '__base__' where deltas are centred"):
+        randes.Superposition.load(tmp_path)
+
+
+def test_a_group_holds_what_is_superposed(store: Path) -> None:
+    rewritten(store, lambda manifest: manifest["superposed"].pop())
+    with pytest.raises(randes.StoreError, match="group 0 must hold superposed tensors alone, got "):
+        randes.Superposition.load(store)
+
+
+@pytest.mark.parametrize("bits", [0, 2])
+def test_a_table_in_few_bits_has_directions_and_a_unit(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"embed": nn.Embedding(2100, 32), "up": linear(32, 32)})
+    sup = randes.compress(base, {"m0": finetune(base, 0)}).pack(2, embeddings=bits)
+    sup.save(tmp_path)
+    again = randes.Superposition.load(tmp_path)
+    assert all(torch.equal(value, again.retrieve("m0")[name]) for name, value in sup.retrieve("m0").items())
+    rewritten(tmp_path, lambda manifest: manifest["models"]["m0"]["units"].pop("embed.weight"))
+    with pytest.raises(randes.StoreError, match=r"must have a unit of embed\.weight"):
+        randes.Superposition.load(tmp_path)
 
 
 @pytest.mark.parametrize("wanted", [True, 0.0, "0"])
@@ -249,8 +275,23 @@ def test_a_reader_whose_files_went_reads_the_next_manifest(store: Path, monkeypa
     assert randes.Superposition.load(store).names == ["m0", "m1", "m2", "m3"]
 
 
+def test_a_store_that_is_another_at_each_look_is_refused_at_last(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from randes.superposition.store import read
+
+    next(store.glob("group-0-*")).unlink()
+    looks, read_manifest = [], read.read_manifest
+
+    def another(folder: Path) -> dict[str, Any]:
+        looks.append(1)
+        return {**read_manifest(folder), "checksum": str(len(looks))}
+
+    monkeypatch.setattr(read, "read_manifest", another)
+    with pytest.raises(randes.StoreError, match="is not whole"):
+        randes.Superposition.load(store)
+    assert len(looks) == read.TRIES + 1
+
+
 def test_a_store_that_lacks_a_file_for_good_is_refused(store: Path) -> None:
-    write_file(store.parent / "w.safetensors", {"w": torch.ones(1)})
     next(store.glob("group-0-*")).unlink()
     with pytest.raises(randes.StoreError, match="is not whole"):
         randes.Superposition.load(store)

@@ -104,7 +104,7 @@ class File:
                 f"{self.path} is a pickle, which can run code when it is opened; save it as safetensors"
                 " (safetensors.torch.save_file(model.state_dict(), path))"
             )
-        return CheckpointError(f"{self.path} is not a whole safetensors file: {error or 'it ends too soon'}")
+        return CheckpointError(f"{self.path} is not a whole safetensors file: {str(error) or 'it ends too soon'}")
 
     def trust(self) -> None:
         """Take the file as it is now for what ``unchanged`` compares with: it was just read and found right."""
