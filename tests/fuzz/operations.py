@@ -109,6 +109,7 @@ class Store(RuleBasedStateMachine):
         if not hasattr(self, "sup"):
             return
         assert self.sup.names == sorted(self.there)
+        place = self.sup.stored  # a copy elsewhere would be the store that it went to last
         for number, there in ((0, self.there), (1, self.saved)):
             anew = randes.Superposition.create(base(), self.config)
             for name, (group, seed, alpha) in sorted(there.items(), key=lambda one: one[1][0]):
@@ -118,6 +119,7 @@ class Store(RuleBasedStateMachine):
             assert found == expected
             for folder in ("anew", "mine"):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
+        self.sup.stored = place
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)

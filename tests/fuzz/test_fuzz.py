@@ -51,6 +51,6 @@ def test_the_table_of_the_longer_runs_is_that_of_their_rows() -> None:
 
 TestStore = Store.TestCase
 TestStore.settings = settings(
-    max_examples=5, stateful_step_count=12, deadline=None, derandomize=True, database=None,
+    max_examples=8, stateful_step_count=12, deadline=None, derandomize=True, database=None,
     suppress_health_check=[*HealthCheck],
 )  # fmt: skip
