@@ -20,6 +20,7 @@ import torch
 from corpus import Corpus, Files
 from damage import TEXTS, damaged_bytes, damaged_json, damaged_tensors, put_something_else
 from models import finetune, net
+from safetensors import safe_open
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -112,7 +113,11 @@ def headers(corpus: Corpus, chance: Random) -> None:
     length = int.from_bytes(files[name][:8], "little")
     header = _json(damaged_json(chance, json.loads(files[name][8 : 8 + length])))
     files[name] = len(header).to_bytes(8, "little") + header + files[name][8 + length :]
-    _read(corpus, corpus.put(files))
+    folder = corpus.put(files)
+    found = sources.read_file(folder / name)
+    with safe_open(folder / name, "pt") as own:  # the format's own reader
+        _same(found, {name: own.get_tensor(name) for name in own.keys()})  # noqa: SIM118
+    _read(corpus, folder)
 
 
 def adapters(corpus: Corpus, chance: Random) -> None:
