@@ -111,6 +111,6 @@ def _expected_of(
     width = k if bits == 8 else -(-k // SIGNS_PER_BLOCK) * SIGNS_PER_BLOCK
     groups = -(-width // group) if group else 1
     return [
-        ("delta.words", words, (words.shape[0], n, width * bits // 8), torch.int8 if bits == 8 else torch.uint8),
+        ("delta.words", words, (words.shape[0], n, int(width * bits) // 8), torch.int8 if bits == 8 else torch.uint8),
         ("delta.steps", steps, (words.shape[0], groups, n), torch.float16),
     ]

@@ -10,7 +10,7 @@ from randes_kernels.packing import Packed, unpack
 
 SLICE_BYTES = 4 << 20
 """Of rebuilt weight: stays in the cache while the rows are multiplied with it (bench/speed/crossover.py)."""
-FEW_ROWS = {8: 16, 4: 32, 2: 32, 1: 32}
+FEW_ROWS = {8: 16, 4: 32, 2: 32, 1: 32, 0.5: 32}
 """Up to how many rows torch's products with packed weights beat unpacking slices, in bf16 at 4096×4096; in fp32 and
 fp16 they are slower at every number of rows."""
 _vendor_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -78,12 +78,13 @@ def _vendor_layout(held: Packed, slot: int, dtype: torch.dtype) -> tuple[Tensor,
         _vendor_layouts[held.words] = {}
     kept: dict[int, tuple[Tensor, int, Tensor]] = _vendor_layouts[held.words]
     if slot not in kept:
-        middle = torch.arange(1 << held.bits, device="cpu") + (8 - (1 << (held.bits - 1)))
-        # Theirs is (code − 8) · step + zero, with twice our step, and one step to the next odd number.
-        ones = packed_in_slot(held, slot)._replace(steps=torch.ones_like(held.steps[slot]))
-        numbers = ((unpack(ones) + (1 << held.bits) - 1) / 2).to(torch.int64)
-        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(middle[numbers].to(torch.int32), 1)
+        # Theirs is (code − 8) · step + zero. With odd levels and none at zero, that is twice our step, and one step to
+        # the next of them.
+        odd = held.bits >= 1
+        levels = unpack(packed_in_slot(held, slot)._replace(steps=torch.ones_like(held.steps[slot])))
+        codes = ((levels - 1) / 2 if odd else levels).to(torch.int32) + 8
         group = held.group or SPAN
         steps = held.steps[slot].float().expand(held.columns // group, -1)
-        kept[slot] = codes, group, torch.stack((2 * steps, steps), -1).to(dtype)
+        ranges = torch.stack((2 * steps, steps) if odd else (steps, torch.zeros_like(steps)), -1).to(dtype)
+        kept[slot] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), group, ranges
     return kept[slot]

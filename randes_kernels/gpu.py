@@ -30,6 +30,7 @@ def plan_of(x: Tensor, weight: Tensor, delta: Packed, ids: Tensor, keys: Tensor,
     itemsizes = weight.itemsize, words.itemsize
     one_way, describable = _layout(weight.shape, weight.stride(), words.shape, words.stride(), itemsizes)
     describable = describable and (weight.data_ptr() | words.data_ptr()) % 16 == 0
+    describable = describable and delta.bits >= 1  # of half a bit a tile's rows are 8 bytes: copies take 16 at least
     return linear_plan(
         m, weight.shape[0], k, x.dtype, runs=ids.shape[0], models=keys.shape[0], turned=permuted or not one_way,
         aligned=describable and k * x.itemsize % 16 == 0, bits=delta.bits,

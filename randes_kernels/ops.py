@@ -16,7 +16,7 @@ from randes_kernels import cpu, slices
 from randes_kernels.checks import check_basis, check_inverses, check_linear, check_pair, check_transform
 from randes_kernels.format import Transform
 from randes_kernels.lowrank import Basis, own_product
-from randes_kernels.packing import Packed, of_operands, unpack
+from randes_kernels.packing import Packed, of_operands, operands, unpack
 
 library = torch.library.Library("randes", "DEF")
 library.define(
@@ -74,7 +74,7 @@ def superposed_linear(
     if basis is not None:
         check_basis(basis, x, weight, keys)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    packed: tuple[Any, ...] = (None, []) if isinstance(delta, Tensor) else (delta.steps, [delta.bits, delta.group])
+    packed: tuple[Any, ...] = (None, []) if isinstance(delta, Tensor) else operands(delta)
     own: tuple[Any, ...] = (*(basis or (None, None)), inverses)
     words = delta if isinstance(delta, Tensor) else delta.words
     tensors = rows, weight, bias, biases, words, ids, keys, scale, slots

@@ -124,10 +124,16 @@ def levels_of(words, plane: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexp
     """Packed levels as floats, exact: of 8 bits the words themselves, else those that lie in one plane of the bytes.
 
     Twice a number and one are set into the low bits of a power of two, and that power is taken off again: three
-    instructions, none of them a conversion, which would run at a quarter of their speed.
+    instructions, none of them a conversion, which would run at a quarter of their speed. Of half a bit the words are
+    ``codes_of`` them, and a level is one with its sign, or zero in the planes that the code does not name.
     """
     if BITS == 8:
         levels = words.to(dtype)
+    elif BITS < 1:
+        size: tl.constexpr = dtype.primitive_bitwidth
+        one: tl.constexpr = 0x3C00 if dtype == tl.float16 else 0x3F80 << (size - 16)
+        code = words.to(tl.core.get_int_dtype(size, False))
+        levels = tl.where((code & 7) == plane, (code >> 3) << (size - 1) | one, 0).to(dtype, bitcast=True)
     else:
         half: tl.constexpr = 1 << BITS
         wide = words.to(tl.uint32) if dtype == tl.float32 else words.to(tl.uint16)
@@ -140,6 +146,25 @@ def levels_of(words, plane: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexp
         else:
             levels = (doubled | 0x4B000001).to(tl.float32, bitcast=True) - (8388608.0 + half)
     return levels
+
+
+@triton.jit
+def stored_places(WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Where the words of a plane's ``WIDTH`` columns lie, from the first of their span on: at half a bit each twice."""
+    places = tl.arange(0, WIDTH)
+    if BITS < 1:
+        places = places % (WIDTH // 2)
+    return places
+
+
+@triton.jit
+def codes_of(words, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Words (…, WIDTH) of ``stored_places``; at half a bit the four bits that are each column's group's."""
+    codes = words
+    if BITS < 1:
+        high = tl.arange(0, WIDTH) // (WIDTH // 2)
+        codes = (words >> (4 * high[None, :]).to(tl.uint8)) & 15
+    return codes
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 
 TABLES = Path(__file__).parent / "tables"
 
-PACKED = {16: "", 8: "_8", 4: "_4", 2: "_4", 1: "_4"}
+PACKED = {16: "", 8: "_8", 4: "_4", 2: "_4", 1: "_4", 0.5: "_4"}
 """What follows the width of x in a table's keys, by the bits of D."""
 
 WARPS = 8
@@ -75,7 +75,7 @@ def device_name(index: int) -> str:
 @lru_cache(maxsize=4096)
 def linear_plan(
     m: int, n: int, k: int, dtype: torch.dtype, *, runs: int = 1, models: int = 1, turned: bool = False,
-    aligned: bool = True, bits: int = 16, device: str = "default",
+    aligned: bool = True, bits: float = 16, device: str = "default",
 ) -> Plan:  # fmt: skip
     """The plan of a superposed linear ``(m, k) x (n, k)``.
 
@@ -131,7 +131,7 @@ def _activation_plan(m: int, n: int, k: int, width: str, numbers: dict[str, Any]
 
 
 def rows_of_plans(
-    n: int, k: int, dtype: torch.dtype, *, models: int, turned: bool = False, bits: int = 16, device: str = "default",
+    n: int, k: int, dtype: torch.dtype, *, models: int, turned: bool = False, bits: float = 16, device: str = "default",
     most: int = 8192,
 ) -> list[int]:  # fmt: skip
     """Numbers of rows up to ``most`` that meet every plan of a layer, with all rows one model's and a model each."""

@@ -36,28 +36,34 @@ class Store:
     models: int
     group: int
     rank: Rank
-    bits: int
-    embeddings: int | str
+    bits: float
+    embeddings: float | str
     matrix: str = "signs"
+
+
+FORMS: dict[tuple[int, int, Rank, str], tuple[tuple[float, float | str], ...]] = {
+    (8, 4, "auto", "rotation"): ((0.5, 0.5), (0.5, 1), (0.5, 0), (1, 0.5), (1, 1), (1, 2)),
+    (8, 8, "auto", "signs"): ((2, 0.5), (2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2), (16, "own")),
+    (8, 2, "auto", "rotation"): ((0.5, 0.5), (0.5, 1), (0.5, 2), (1, 1)),
+    (8, 8, "auto", "rotation"): ((0.5, 0.5), (1, 1)),
+    (32, 8, "auto", "signs"): ((2, 0), (1, 0), (1, 1)),
+    (32, 4, "auto", "rotation"): ((0.5, 0), (0.5, 0.5)),
+    (32, 8, "auto", "rotation"): ((0.5, 0.5),),
+    (8, 1, 0, "rotation"): ((0.5, 1), (1, 2)),
+    (8, 1, 0, "signs"): ((1, 2),),
+    (8, 4, "auto", "signs"): ((2, 1), (2, 2), (1, 1)),
+    (8, 8, 16, "signs"): ((1, 1), (1, 2)),
+    (8, 8, 0, "signs"): ((1, 1), (2, 2)),
+}
+"""Models, to a group, rank and what turns columns: of one superposition, the bits of D and of the tables."""
 
 
 def stores() -> Iterator[Store]:
     """Those of one superposition one after the other."""
-    for bits, embeddings in ((1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (16, "own")):
-        yield Store(8, 8, "auto", bits, embeddings)
-    for bits, embeddings in ((1, 1), (2, 1), (2, 2)):
-        yield Store(8, 4, "auto", bits, embeddings)
-    for bits in (2, 1):
-        yield Store(32, 8, "auto", bits, 0)
-    for group, embeddings in ((4, 1), (4, 2), (8, 1)):
-        yield Store(8, group, "auto", 1, embeddings, "rotation")
-    for matrix in ("signs", "rotation"):
-        yield Store(8, 1, 0, 1, 2, matrix)
-    for rank, bits, embeddings in ((0, 1, 1), (0, 2, 2), (16, 1, 1), (16, 1, 2)):
-        yield Store(8, 8, rank, bits, embeddings)
+    for (models, group, rank, matrix), forms in FORMS.items():
+        for bits, embeddings in forms:
+            yield Store(models, group, rank, bits, embeddings, matrix)
     yield Store(8, 8, "auto", 2, "shared")
-    for bits, embeddings in ((2, 0), (1, 0), (1, 1)):
-        yield Store(32, 16, "auto", bits, embeddings)
 
 
 class Judge:
@@ -108,7 +114,7 @@ def measured(folder: Path, wanted: str, done: set[Store]) -> Iterator[dict[str, 
             made, of = randes.compress(base, names, config), superposed
         served = made
         if store.bits < 16:
-            bits = store.embeddings if isinstance(store.embeddings, int) else None
+            bits = None if isinstance(store.embeddings, str) else store.embeddings
             served = made.pack(store.bits, embeddings=bits)
         yield {
             **asdict(store),

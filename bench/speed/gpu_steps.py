@@ -76,7 +76,7 @@ def calls(_: Path, device: str) -> None:
     from cases import basis_of, basis_product, packed_case, retrieved_product, root_mean_square, unpacked
 
     from randes_kernels import Transform, gpu
-    from randes_kernels.packing import BITS
+    from randes_kernels.packing import BITS, operands
 
     def compare(name: str, y: torch.Tensor, right: torch.Tensor) -> None:
         error = root_mean_square(y.cpu().double() - right) / root_mean_square(right)
@@ -91,9 +91,7 @@ def calls(_: Path, device: str) -> None:
         for rows, runs in ((few, None), (many, 1)):
             case = packed_case(bits, rows, 45, 200, Transform(), models=2, runs=runs, dtype=torch.float16)
             x, weight, bias, biases, held, *rest = case.to(device)
-            y = gpu.superposed_linear(
-                x, weight, bias, biases, held.words, *rest, False, held.steps, [held.bits, held.group]
-            )
+            y = gpu.superposed_linear(x, weight, bias, biases, held.words, *rest, False, *operands(held))
             compare(f"{bits} bits, {rows} rows", y, retrieved_product(unpacked(case)))
     for rows, rank in ((few, 4), (few, 40), (many, 16)):
         (case,) = (one for _, one, _ in kinds(rows, rows, device, only="two-sided"))

@@ -38,10 +38,12 @@ from randes_kernels.packing import WHOLE_ROW, Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
     block_words,
+    codes_of,
     flip_sign_bit,
     levels_of,
     signs_of,
     split_key,
+    stored_places,
     tile_signs,
     unhoisted,
 )
@@ -64,14 +66,14 @@ def load_rows(
 @triton.jit
 def load_weight(
     tile_ptr, stride_n, stride_k, reads, inside,
-    ALWAYS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    ALWAYS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr = 16,
 ):  # fmt: skip
     """(BLOCK_N, WIDTH): a tile of a weight. Offsets within it fit 32 bits; where it begins may not.
 
     ``reads``: (BLOCK_N,), the rows that are there and wanted. Of a tile that is ``WHOLE`` and ``ALWAYS`` wanted no
     mask is made.
     """
-    down, across = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, WIDTH)[None, :]
+    down, across = tl.arange(0, BLOCK_N)[:, None], stored_places(WIDTH, BITS)[None, :]
     tile_ptrs = tile_ptr + down * stride_n + across * stride_k
     if WHOLE and ALWAYS:
         tile = tl.load(tile_ptrs)
@@ -79,7 +81,7 @@ def load_weight(
         tile = tl.load(tile_ptrs, mask=reads[:, None] & (across >= 0), other=0)
     else:
         tile = tl.load(tile_ptrs, mask=reads[:, None] & inside[None, :], other=0)
-    return tile
+    return codes_of(tile, WIDTH, BITS)
 
 
 @triton.jit
@@ -160,7 +162,8 @@ def activation_side_kernel(
     rows, columns = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
     part, part_depth = tl.program_id(1), tl.cdiv(K, BLOCK_K * PARTS) * BLOCK_K
     first, end = part * part_depth, tl.minimum(K, (part + 1) * part_depth)
-    PLANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
+    PLANES: tl.constexpr = (8 if BITS < 1 else 8 // BITS) if BITS < 8 else 1
+    COLUMNS_A_BYTE: tl.constexpr = 16 if BITS < 1 else PLANES
     WIDTH: tl.constexpr = BLOCK_K // PLANES
 
     x_rows = x_ptr + first_row.to(tl.int64) * stride_xm
@@ -192,8 +195,8 @@ def activation_side_kernel(
                 words = block_words(position // SIGNS_PER_BLOCK, IN_STREAM, tensor_lo, tensor_hi, keys[0], keys[1])
             if BITS < 8:
                 packed_tile = load_weight(
-                    delta_rows + start // PLANES, stride_dn, stride_dk, reads_delta, tl.arange(0, WIDTH) >= 0,
-                    ONE_SLOT, WHOLE, BLOCK_N, WIDTH,
+                    delta_rows + start // COLUMNS_A_BYTE, stride_dn, stride_dk, reads_delta, tl.arange(0, WIDTH) >= 0,
+                    ONE_SLOT, WHOLE, BLOCK_N, WIDTH, BITS,
                 )  # fmt: skip
                 # A step ahead, in registers: too few bytes for the pipeline, and too far away to be waited for.
                 next_low, next_high = load_steps(steps, start + BLOCK_K, end, N, reads_delta, columns, GROUP)

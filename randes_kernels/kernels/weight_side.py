@@ -30,9 +30,11 @@ from randes_kernels.packing import WHOLE_ROW, Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
     block_words,
+    codes_of,
     levels_of,
     signs_of,
     split_key,
+    stored_places,
     unhoisted,
     vector_signs,
 )
@@ -46,7 +48,7 @@ BLOCKS_AT_ONCE: tl.constexpr = tl.constexpr(32)
 @triton.jit
 def load_tile(
     source, first_row, first_column, rows, columns, stride_row, stride_column,
-    TRANSPOSED: tl.constexpr, BULK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BULK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr = 16,
 ):  # fmt: skip
     """The (HEIGHT, WIDTH) tile at (first_row, first_column) of a matrix; zeros beyond its ``columns``.
 
@@ -60,7 +62,7 @@ def load_tile(
     elif BULK:
         tile = source.load([first_row, first_column])
     else:
-        across, down = tl.arange(0, WIDTH), tl.arange(0, HEIGHT)
+        across, down = stored_places(WIDTH, BITS), tl.arange(0, HEIGHT)
         exists = (first_column + across < columns)[None, :]
         if TRANSPOSED:
             exists = exists & (first_row + down < rows)[:, None]
@@ -69,7 +71,7 @@ def load_tile(
             down = tl.minimum(down, rows - 1 - first_row)
         places = down[:, None] * stride_row + across[None, :] * stride_column
         tile = tl.load(source + tl.cast(first_column, tl.int64) * stride_column + places, mask=exists, other=0.0)
-    return tile
+    return codes_of(tile, WIDTH, BITS)
 
 
 @triton.jit
@@ -125,7 +127,8 @@ def weight_side_kernel(
     HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 8 // BITS if BITS < 8 else 1
+    PLANES: tl.constexpr = (8 if BITS < 1 else 8 // BITS) if BITS < 8 else 1
+    COLUMNS_A_BYTE: tl.constexpr = 16 if BITS < 1 else PLANES
     WIDTH: tl.constexpr = BLOCK_K // PLANES
     # bf16 has the range of a gain, and its fused multiply-add rounds once: a third less instructions than in fp32.
     dtype: tl.constexpr = weight.dtype if BULK else weight.dtype.element_ty
@@ -174,7 +177,8 @@ def weight_side_kernel(
             weight_rows = weight + tl.cast(first_column, tl.int64) * stride_wn
             delta_rows = delta + slot.to(tl.int64) * stride_ds + tl.cast(first_column, tl.int64) * stride_dn
             delta_row, delta_column = first_column, 0
-        stored_columns = tl.cdiv(K, SIGNS_PER_BLOCK) * WIDTH if BITS < 8 else K  # whole spans, in bytes
+        # In bytes, of whole spans.
+        stored_columns = tl.cdiv(K, SIGNS_PER_BLOCK) * (SIGNS_PER_BLOCK // COLUMNS_A_BYTE) if BITS < 8 else K
         delta_columns = tl.where(slot >= 0, stored_columns, 0)
         steps, step_columns = steps_ptr + slot.to(tl.int64) * stride_ss, tl.where(slot >= 0, N, 0)
         if BITS == 8:
@@ -183,8 +187,8 @@ def weight_side_kernel(
         y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for start in range(0, K, BLOCK_K):
             packed_tile = load_tile(
-                delta_rows, delta_row, delta_column + start // PLANES, N, delta_columns, stride_dn, stride_dk,
-                TRANSPOSED, BULK, BLOCK_N, WIDTH,
+                delta_rows, delta_row, delta_column + start // COLUMNS_A_BYTE, N, delta_columns, stride_dn, stride_dk,
+                TRANSPOSED, BULK, BLOCK_N, WIDTH, BITS,
             )  # fmt: skip
             for plane in tl.static_range(PLANES):
                 at = start + plane * WIDTH
@@ -255,7 +259,7 @@ def weight_side(
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     operands: tuple[object, ...] = (x, weight, words)
     if plan.bulk:
-        width = tile.k if bits >= 8 else tile.k * bits // 8  # of one plane's columns, and of all planes' bytes
+        width = tile.k if bits >= 8 else int(tile.k * bits) // 8  # of one plane's columns, and of all planes' bytes
         block = [width, tile.n] if transposed else [tile.n, width]
         of_weight, of_words = ((k, n), (words.shape[2], n)) if transposed else ((n, k), (n, words.shape[2]))
         operands = (

@@ -18,12 +18,13 @@ GPT2 = {
     "n_positions": 16, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     "num_labels": 2, "attn_pdrop": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
 }  # fmt: skip
-STORES: dict[str, tuple[randes.Config, int | None]] = {
+STORES: dict[str, tuple[randes.Config, float | None]] = {
     "integers": (randes.Config(group_size=2), None),
     "basis, centred": (randes.Config(rank=4, centre=True), None),
     "averages, shuffled": (randes.Config(others="average", shuffle_layers=-1), None),
     "4 bits, basis": (randes.Config(rank=4), 4),
     "1 bit": (randes.Config(permute=8), 1),
+    "half a bit": (randes.Config(), 0.5),
 }
 Files = dict[str, bytes]
 

@@ -94,8 +94,8 @@ class Store(RuleBasedStateMachine):
             raise AssertionError("what somebody else had written was lost")
 
     @precondition(lambda self: self.there)
-    @rule(bits=st.sampled_from((8, 4, 2, 1)))
-    def pack(self, bits: int) -> None:
+    @rule(bits=st.sampled_from((8, 4, 2, 1, 0.5)))
+    def pack(self, bits: float) -> None:
         packed = self.sup.pack(bits)
         first = stored(packed, self.folder / "packed")
         again = randes.Superposition.load(self.folder / "packed")

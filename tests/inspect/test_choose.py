@@ -45,7 +45,7 @@ def test_more_room_keeps_more_and_more_quality_takes_more() -> None:
     base, _ = models()
     by_budget = [randes.choose(base, 32, budget=budget) for budget in (3.5, 5.0, 8.0, 20.0)]
     assert [choice.kept for choice in by_budget] == sorted({choice.kept for choice in by_budget})
-    assert by_budget[-1].config.group_size == 2
+    assert by_budget[-1].config.group_size == 1
     assert by_budget[-1].embeddings == 2
     by_quality = [randes.choose(base, 32, quality=quality) for quality in (95, 98, 99, 99.5)]
     assert [choice.store for choice in by_quality] == sorted({choice.store for choice in by_quality})
@@ -53,7 +53,7 @@ def test_more_room_keeps_more_and_more_quality_takes_more() -> None:
         assert choice.kept >= quality
     nbytes = by_budget[1].store
     assert randes.choose(base, 32, memory=nbytes).store <= nbytes
-    assert randes.choose(base, 1, budget=10).config.group_size == 2
+    assert randes.choose(base, 1, budget=10).config.group_size == 1
 
 
 def test_what_there_is_no_store_for_says_what_is_nearest() -> None:
@@ -62,7 +62,7 @@ def test_what_there_is_no_store_for_says_what_is_nearest() -> None:
         RandesError, match=r"no store is within 1\.01x one model; the nearest has groups of 64, rank auto"
     ):
         randes.choose(base, 64, budget=1.01)
-    with pytest.raises(RandesError, match=r"no store is predicted to keep 99\.99 %; the nearest has groups of 2"):
+    with pytest.raises(RandesError, match=r"no store is predicted to keep 99\.99 %; the nearest has groups of 1"):
         randes.choose(base, 64, quality=99.99)
 
 

@@ -78,7 +78,7 @@ def options_of(tile: Tile) -> dict[str, Any]:
 
 def activation_case(
     short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False,
-    bits: int = 16, basis: bool = False, slots: bool = False, ragged: bool = False,
+    bits: float = 16, basis: bool = False, slots: bool = False, ragged: bool = False,
 ) -> tuple[str, Any, Any]:  # fmt: skip
     """The superposed linear on the activation side, as it is launched."""
     constants = {
@@ -100,13 +100,13 @@ def activation_case(
     return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
 
 
-def packed_types(bits: int) -> dict[str, str]:
+def packed_types(bits: float) -> dict[str, str]:
     """Of a packed D and its steps; none of one that is not packed."""
     return {} if bits == 16 else {"delta_ptr": "*i8" if bits == 8 else "*u8", "steps_ptr": "*fp16"}
 
 
 def weight_case(
-    short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False, bits: int = 16
+    short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False, bits: float = 16
 ) -> Any:
     """The superposed linear on the weight side, as it is launched."""
     constants = {
@@ -204,9 +204,10 @@ def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield weight_case("fp16", tile, bulk=numbers["bulk"], transposed=transposed, grouped=True)
 
 
-def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, Any, Any]]:
-    """Both sides with D in few bits. 4, 2 and 1 differ in their planes alone: of 2 and 1 only the ends of a table.
+def packed_cases(table: dict[str, Any], default: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Both sides with D in few bits. 4, 2 and 1 differ in their planes alone: of 2 and less only the ends of a table.
 
+    Of half a bit no descriptor describes tiles, and the weight side takes those of the ``default`` table.
     ``whole``: every mode, which minutes of tests have room for on one target; else every tile.
     """
     for bits in BITS if whole else (8, 4):
@@ -220,6 +221,8 @@ def packed_cases(table: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, A
             for tile in {Tile(*entry["tile"]) for entry in table["activation_side"]["fp32" + kind]}:
                 yield activation_case("fp32", tile, bits=bits)
         numbers = table["weight_side"]["half" + kind]
+        if bits < 1 and numbers["bulk"]:
+            numbers = default["weight_side"]["half" + kind]
         for tile in weight_tiles(numbers):
             yield weight_case("bf16", tile, bulk=numbers["bulk"], bits=bits)
         if not whole:
@@ -240,7 +243,7 @@ def cases(target: str, *, whole: bool = False) -> dict[str, tuple[Any, Any]]:
         found += [
             *activation_cases(table),
             *weight_cases(table),
-            *packed_cases(table, whole=whole or target == "sm_90"),
+            *packed_cases(table, tables["default"], whole=whole or target == "sm_90"),
         ]
     found += weight_cases(tables["default"])  # for operands that no descriptor describes
     for short in ("fp16", "fp32"):

@@ -164,11 +164,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def packed_case(bits: int, m: int, n: int, k: int, transform: Transform, group: int = 64, **options: Any) -> LinearCase:
+def packed_case(
+    bits: float, m: int, n: int, k: int, transform: Transform, group: int = 64, **options: Any
+) -> LinearCase:
     """A layer of whole numbers over a random packed D whose steps are powers of two: every sum is exact."""
     case = linear_case(m, n, k, transform, integers=True, **options)
     seed = options.get("seed", 0)
-    made = pack(normal(len(case.delta), n, k, seed=seed), bits, group)
+    made = pack(normal(len(case.delta), n, k, seed=seed), bits, group if bits >= 1 else 0)
     powers = torch.randint(-1, 2, made.steps.shape, generator=torch.Generator().manual_seed(seed))
     return case._replace(delta=made._replace(steps=(2.0**powers).half()))
 

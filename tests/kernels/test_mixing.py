@@ -13,6 +13,7 @@ from torch import Tensor
 from randes_kernels import gpu, mixing, pack, reference, retrieve, slices, superpose_, superposed_linear, unpack
 from randes_kernels.format import Matrix, Stream, Transform, model_key
 from randes_kernels.hadamard import _sylvester, hadamard
+from randes_kernels.packing import operands
 
 KEY = model_key(0, "model")
 MATRICES = [Matrix.ROTATION, Matrix.DIAGONAL, Matrix.DENSE]
@@ -208,7 +209,7 @@ def test_of_a_packed_superposition(transform: Transform, bits: int) -> None:
     expected = retrieved_product(case._replace(delta=unpack(packed)))
     call, inverses = with_inverses(case._replace(delta=packed))
     for y in (run(case._replace(delta=packed)), gpu.superposed_linear(
-        *call._replace(delta=packed.words), False, packed.steps, [packed.bits, packed.group], inverses=inverses
+        *call._replace(delta=packed.words), False, *operands(packed), inverses=inverses
     )):  # fmt: skip
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=budget(case, expected))
 

@@ -90,9 +90,9 @@ def test_every_row_gets_its_models_layer(kind: str, config: str) -> None:
     assert plain_names(model) == base.state_dict().keys()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1, 0.5])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_every_row_gets_its_models_layer_from_what_is_packed(kind: str, bits: int) -> None:
+def test_every_row_gets_its_models_layer_from_what_is_packed(kind: str, bits: float) -> None:
     build, make = LAYERS[kind]
     torch.manual_seed(0)
     base, x = nn.Sequential(build()), make()

@@ -88,8 +88,8 @@ def test_each_model_has_its_own_table(tied: bool, config: randes.Config | None) 
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bits", [0, 1, 2, 4, 8])
-def test_tables_in_few_bits(tied: bool, bits: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [0, 0.5, 1, 2, 4, 8])
+def test_tables_in_few_bits(tied: bool, bits: float, tmp_path: Path) -> None:
     base, tuned = made(tied)
     sup = randes.compress(base, tuned).pack(2, embeddings=bits)
     model = check(base, sup)
@@ -99,7 +99,7 @@ def test_tables_in_few_bits(tied: bool, bits: int, tmp_path: Path) -> None:
     assert not issubclass(looked_up_for_all, SuperposedEmbedding)
     assert issubclass(next(kind for path, kind in found.items() if path.endswith("head")), Superposed)
     errors = [sup.retrieve(name)["embed_tokens.weight"] - tuned[name].embed_tokens.weight.detach() for name in NAMES]
-    noise = 0.02 * (1.0 if bits == 0 else {1: 0.76, 2: 0.36, 4: 0.15, 8: 0.15}[bits])
+    noise = 0.02 * (1.0 if bits == 0 else {0.5: 1.3, 1: 0.76, 2: 0.37, 4: 0.15, 8: 0.15}[bits])
     assert max(float(error.square().mean().sqrt()) for error in errors) < 1.15 * noise
     sup.save(tmp_path / "store")
     again = randes.Superposition.load(tmp_path / "store")
@@ -119,7 +119,7 @@ def test_a_table_takes_what_its_bits_are() -> None:
     assert whole.kept - 2 * 3 * elements == 3 * 4 * WIDTH, "integers, and the biases"
     for bits in (2, 1):
         kept = sup.pack(1, embeddings=bits).sizes.kept - 3 * 4 * WIDTH
-        assert kept == 3 * (2 * elements * bits // 8 + 2 * 2 * VOCABULARY), "padded to 128 columns, and a step a row"
+        assert kept == 3 * (elements * bits // 8 + 2 * 2 * VOCABULARY), "and a step a row"
     assert sup.pack(1, embeddings=0).sizes.kept == 3 * 4 * WIDTH
 
 
@@ -212,7 +212,7 @@ def test_small_tables_are_kept() -> None:
 @pytest.mark.parametrize("bad", [3, -1, "two"])
 def test_bits_of_tables_are_checked(bad: object) -> None:
     base, tuned = made()
-    with pytest.raises(ValueError, match=f"embeddings must be one of 8, 4, 2, 1, 0, got {bad!r}"):
+    with pytest.raises(ValueError, match=f"embeddings must be one of 8, 4, 2, 1, 0\\.5, 0, got {bad!r}"):
         randes.compress(base, tuned).pack(2, embeddings=bad)  # type: ignore[arg-type]
 
 

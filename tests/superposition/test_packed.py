@@ -39,9 +39,9 @@ def tokens(rows: int) -> Tensor:
     return torch.randint(0, 11, (rows, 6), generator=torch.Generator().manual_seed(rows))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("bits", [8, 4, 2, 1, 0.5])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_row_is_answered_as_its_retrieved_model(config: randes.Config, bits: int) -> None:
+def test_every_row_is_answered_as_its_retrieved_model(config: randes.Config, bits: float) -> None:
     base, _, sup = made(config)
     packed = sup.pack(bits, coordinates=4 if bits <= 2 else 8)
     model = randes.SuperposedModel(copy.deepcopy(base), packed)
@@ -54,13 +54,35 @@ def test_every_row_is_answered_as_its_retrieved_model(config: randes.Config, bit
         torch.testing.assert_close(y[row], alone(x)[row], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2, 1])
-def test_few_bits_add_what_is_predicted(bits: int) -> None:
+@pytest.mark.parametrize("bits", [8, 4, 2, 1, 0.5])
+def test_few_bits_add_what_is_predicted(bits: float) -> None:
     _, models, sup = made(count=4)
     whole, packed = (verify(held, "m1", models["m1"]) for held in (sup, sup.pack(bits)))
     assert packed.relative_error == pytest.approx(packed.predicted_error, rel=0.1)
     assert packed.predicted_error > whole.predicted_error
     assert packed.kept_exact
+
+
+@pytest.mark.parametrize("bits", [2, 1, 0.5])
+def test_a_rotation_keeps_every_delta_at_its_size_where_some_columns_are_loud(bits: float) -> None:
+    """A step is of all of a row's columns: under signs a delta whose loud columns are other models' too comes back
+    smaller, and one that is even, larger."""
+    torch.manual_seed(0)
+    base, loud = nn.Linear(256, 256, bias=False), torch.ones(256)
+    loud[torch.randperm(256)[:16]] = 12.0
+    deltas = {name: 0.01 * torch.randn(256, 256) for name in ("even", "loud", "louder")}
+    deltas["loud"] *= loud
+    deltas["louder"] *= loud
+    tuned = {name: {"weight": base.weight.detach() + delta} for name, delta in deltas.items()}
+    off = {}
+    for matrix in ("signs", "rotation"):
+        held = randes.compress(base, tuned, randes.Config(matrix=matrix, rank=0)).pack(bits)
+        back = {name: held.retrieve(name)["weight"] - base.weight.detach() for name in deltas}
+        off[matrix] = max(
+            abs(float((back[name] * delta).sum() / delta.square().sum()) - 1) for name, delta in deltas.items()
+        )
+    assert off["signs"] > 0.1
+    assert off["rotation"] < 0.03
 
 
 @pytest.mark.parametrize("coordinates", [16, 8, 4])
@@ -79,12 +101,11 @@ def test_coordinates_come_back_in_their_bits(coordinates: int) -> None:
 def test_sizes_are_those_of_the_bits() -> None:
     base, _, sup = made()
     held = [value for name, value in base.state_dict().items() if name in sup.superposed]
-    for bits in (8, 4, 2, 1):
-        padded = sum(
-            len(w) * (w.shape[1] if bits == 8 else 128 * math.ceil(w.shape[1] / 128)) * bits // 8 for w in held
-        )
-        steps = sum(2 * len(w) * (1 if bits in (8, 1) else 2 * math.ceil(w.shape[1] / 128)) for w in held)
-        assert sup.pack(bits).sizes.superposed == padded + steps
+    for bits in (8, 4, 2, 1, 0.5):
+        whole = 128 if bits < 1 else 1  # the eight columns of which one is named lie apart
+        words = sum(len(w) * math.ceil(math.ceil(w.shape[1] / whole) * whole * bits / 8) for w in held)
+        steps = sum(2 * len(w) * (math.ceil(w.shape[1] / 64) if bits == 4 else 1) for w in held)
+        assert sup.pack(bits).sizes.superposed == words + steps
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -125,7 +146,7 @@ def test_nothing_is_added_to_or_taken_from_what_is_packed() -> None:
 
 def test_what_cannot_be_packed_is_refused() -> None:
     _, _, sup = made()
-    with pytest.raises(ValueError, match="bits must be one of 8, 4, 2, 1, got 3"):
+    with pytest.raises(ValueError, match=r"bits must be one of 8, 4, 2, 1, 0\.5, got 3"):
         sup.pack(3)
     with pytest.raises(ValueError, match="group must be a multiple of 64 columns, or 0 for a whole row, got 32"):
         sup.pack(4, group=32)
@@ -185,5 +206,5 @@ def test_the_command_line_packs_a_store(tmp_path: Path) -> None:
     assert "must be empty" in again.output
     wrong = run(app, ["pack", str(tmp_path / "store"), "--bits", "5", "--out", str(tmp_path / "five")])
     assert wrong.exit_code == 2
-    assert "bits must be one of 8, 4, 2, 1, got 5" in wrong.output
+    assert "bits must be one of 8, 4, 2, 1, 0.5, got 5" in wrong.output
     assert not (tmp_path / "five").exists()

@@ -8,7 +8,7 @@ import typer
 
 from randes.checkpoints.lazy_tensors import Progress, size
 from randes.checkpoints.safetensors import write_file
-from randes.cli.terminal import NamedModel, Store, errors, name_and_path, packed, print_sizes, progress, say
+from randes.cli.terminal import NamedModel, Store, bits_of, errors, name_and_path, packed, print_sizes, progress, say
 from randes.superposition.lora_factors import merge_adapter as merged
 from randes.superposition.store.write import check_new
 from randes.superposition.superposition import Superposition
@@ -43,19 +43,22 @@ def _change(store: Path, model: str, change: Callable[[Superposition, str, Path,
 def pack(
     store: Store,
     out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
-    bits: Annotated[int, typer.Option(help="Of an element of the superpositions: 8, 4, 2 or 1.")] = 2,
+    bits: Annotated[
+        float, typer.Option(parser=bits_of, help="Of an element of the superpositions: 8, 4, 2, 1 or 0.5.")
+    ] = 2,
     group: Annotated[
-        int | None, typer.Option(help="Columns that share a step, 0 for whole rows. By default 64, and at 1 bit 0.")
+        int | None, typer.Option(help="Columns that share a step, 0 for whole rows. By default 64 at 4 bits, else 0.")
     ] = None,
     coordinates: Annotated[
         int | None,
         typer.Option(help="Bits of each model's own part in bases: 16, 8 or 4. By default as D, 4 at least."),
     ] = None,
     embeddings: Annotated[
-        int | None,
+        float | None,
         typer.Option(
-            help="Bits of embedding tables beside their loudest directions: 8, 4, 2, 1, or 0 for these alone. By"
-            " default 1, and 2 with D in more than 2."
+            parser=bits_of,
+            help="Bits of embedding tables beside their loudest directions: 8, 4, 2, 1, 0.5, or 0 for these alone. By"
+            " default 1, and 2 with D in more than 2.",
         ),
     ] = None,
 ) -> None:

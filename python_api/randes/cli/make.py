@@ -87,7 +87,11 @@ def compress(
     alpha: Annotated[float, typer.Option(help="What all models' deltas are scaled by when they are used.")] = 1.0,
     budget: Annotated[
         str | None,
-        typer.Option(metavar="TIMES", help="Choose bits and groups for a whole store of at most so many models, 1.3x."),
+        typer.Option(
+            metavar="TIMES",
+            help="Choose bits, groups and, unless --matrix is given, a rotation for a whole store of at most so many"
+            " models, 1.3x.",
+        ),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="BYTES", help="The same, of at most so many bytes, 24GB.")
@@ -134,7 +138,8 @@ def compress(
         else:
             config = chosen.config
             if wanted is not None:
-                choice = choose(base, len(models), **vars(wanted), config=config)
+                rotations = "matrix" not in _given(context)
+                choice = choose(base, len(models), **vars(wanted), config=config, rotations=rotations)
                 say(f"to be {wanted}: {choice}")
                 config = choice.config
             superposition = make(base, models, config, alpha=chosen.alpha, progress=begin)

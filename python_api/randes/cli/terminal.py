@@ -104,6 +104,12 @@ def rank_of(text: str) -> int | str:
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
+def bits_of(text: str) -> float:
+    """A number of bits; whole ones, as everywhere, an int."""
+    bits = float(text)
+    return int(bits) if bits.is_integer() else bits
+
+
 def name_and_path(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):

@@ -2,9 +2,11 @@
 
 What is kept is predicted as 100 % less what was lost on SmolLM2-135M (docs/results.md; bench/quality/smollm_kept.py):
 
-    lost %  =  (BY_INTERFERENCE · (J − 1) / 7 + BY_ROUNDING[D]) · WITHOUT_BASIS  +  BY_TABLES[embeddings]
+    n       =  (J − 1) + J e                            noise in a delta, in units of it (docs/method.md, few bits)
+    lost %  =  (OF_NOISE n + OF_ITS_SQUARE n² + BIAS[D] / J) · WITHOUT_BASIS + BY_TABLES[embeddings]
 
-J: models to a group. WITHOUT_BASIS is 1 where there is one.
+J: models to a group. e: what packing D adds, relative to D (``packed_tensors.added_noise``). BIAS is what few bits lose
+by one step for columns loud and quiet, which a rotation makes alike. WITHOUT_BASIS is 1 where there is one.
 
 It orders the choices rightly where fine-tunes are like those. How much yours keep only their evaluation tells.
 """
@@ -15,15 +17,23 @@ from randes.checkpoints.sources import Checkpoint
 from randes.config import TOGETHER, Config
 from randes.errors import RandesError
 from randes.inspect.plan import packed_sizes, plan
+from randes.superposition.packed_tensors import added_noise
 from randes.superposition.superposition import Superposition
+from randes_kernels import Transform
+from randes_kernels.packing import BITS, HALF
 
-BY_INTERFERENCE = 0.4
-"""In groups of 8, D in 16 bits."""
-BY_ROUNDING = {8: 0.0, 4: 0.02, 2: 0.2, 1: 0.75}
-"""Of D: as much in groups of 4 as in groups of 8. 4 bits were not measured: their error is a fourth of that of 2."""
-WITHOUT_BASIS = 1.75
-BY_TABLES = {2: 0.05, 1: 0.15, 0: 0.8}
-GROUPS = (2, 4, 8, 16, 32, 64)
+OF_NOISE, OF_ITS_SQUARE = 0.036, 0.0045
+WITHOUT_BASIS = 1.5
+BIAS: dict[float, float] = {8: 0.0, 4: 0.0, 2: 1.0, 1: 2.5}
+"""Of D under signs, where one model is in it; several mix loud columns with quiet ones. Half a bit is for rotations."""
+ROTATED = (1, HALF)
+"""Bits that a rotation is tried for, which turns a decode step's rows at a price: more bits gain less by it."""
+MOST_ROTATED = 4
+"""Models to a group up to which a rotation keeps more in 1 bit: of 8, a sum is near normal as it is."""
+BY_TABLES: dict[float, float] = {2: 0.05, 1: 0.15, HALF: 0.2, 0: 0.8}
+GROUPS = (1, 2, 4, 8, 16, 32, 64)
+WIDE = 4096
+"""Columns, of which half a bit adds as much as of any number of whole spans."""
 DIRECTIONS = 8
 """Of a matrix, which rank "auto" is taken to find before the models are read: it found 4 in the mean on SmolLM2."""
 
@@ -37,25 +47,26 @@ class Choice:
     """
 
     config: Config
-    bits: int
-    embeddings: int
+    bits: float
+    embeddings: float
     store: int
     times: float
     kept: float
     exact: bool = False
 
     @property
-    def packing(self) -> dict[str, int]:
+    def packing(self) -> dict[str, float]:
         """For ``Superposition.pack``."""
         return {"bits": self.bits, "embeddings": self.embeddings}
 
     def __str__(self) -> str:
         bits = f"{self.bits} bit" + "s" * (self.bits > 1)
         tables = f"{self.embeddings} bit" + "s" * (self.embeddings != 1)
+        rotated = " after a rotation" if self.config.matrix == "rotation" else ""
+        size = f"{'' if self.exact else 'about '}{self.times:.2f}x one model"
         return (
-            f"groups of {self.config.group_size}, rank {self.config.rank}, D in {bits}, embeddings in {tables} beside"
-            f" their directions: {'' if self.exact else 'about '}{self.times:.2f}x one model, and {self.kept:.1f} % of"
-            " the gain kept as predicted from SmolLM2-135M"
+            f"groups of {self.config.group_size}, rank {self.config.rank}, D in {bits}{rotated}, embeddings in {tables}"
+            f" beside their directions: {size}, and {self.kept:.1f} % of the gain kept as predicted from SmolLM2-135M"
         )
 
 
@@ -107,12 +118,14 @@ class Wanted:
 
 def choose(
     base: Checkpoint, models: int, *, budget: float | None = None, memory: int | None = None,
-    quality: float | None = None, config: Config | None = None,
+    quality: float | None = None, config: Config | None = None, rotations: bool = True,
 ) -> Choice:  # fmt: skip
     """What suits so many fine-tunes of ``base``: what keeps the most within a size, or takes the least for a quality.
 
     budget: of the whole store, the base with it, in units of one model. memory: the same in bytes. quality: % of each
         fine-tune's gain in the mean, as predicted. config: whose other options are taken; its group size is chosen.
+    rotations: whether a rotation may take the place of column signs, where these are all that turns columns: it keeps
+        more in 1 bit and less, and has each row of activations turned before a product.
     Reads shapes, not values: how many directions the models have is not known yet, and ``settled`` chooses again.
     Raises ``ValueError`` unless one of the three is given, and ``RandesError`` where nothing suits.
     """
@@ -120,11 +133,18 @@ def choose(
     ranked = replace(config, rank=DIRECTIONS) if config.rank == "auto" else config
     found = []
     for group in [size for size in GROUPS if size < 2 * models] or GROUPS[:1]:
-        chosen = replace(config, group_size=group)
+        chosen = [replace(config, group_size=group)]
+        if rotations and config.transform == Transform():
+            chosen.append(replace(chosen[0], matrix="rotation"))
         for embeddings in BY_TABLES:
             for row in plan(base, models, replace(ranked, group_size=group), embeddings=embeddings)[1:]:
-                kept = predicted(chosen, models, row.bits, embeddings)
-                found.append(Choice(chosen, row.bits, embeddings, row.store, row.times, kept))
+                found += [
+                    Choice(
+                        own, row.bits, embeddings, row.store, row.times, predicted(own, models, row.bits, embeddings)
+                    )
+                    for own in chosen
+                    if _tried(own, row.bits)
+                ]
     return wanted.best(found)
 
 
@@ -132,16 +152,23 @@ def settled(superposition: Superposition, wanted: Wanted) -> Choice:
     """The bits that suit models that are superposed already, from sizes as they are. Raises ``RandesError``."""
     config, models = superposition.config, len(superposition.names)
     found = []
-    for bits in BY_ROUNDING:
-        for embeddings in BY_TABLES:
+    for bits in BITS:
+        for embeddings in BY_TABLES if _tried(config, bits) else ():
             sizes, kept = packed_sizes(superposition, bits, embeddings), predicted(config, models, bits, embeddings)
             found.append(Choice(config, bits, embeddings, sizes.total, sizes.total / sizes.base, kept, exact=True))
     return wanted.best(found)
 
 
-def predicted(config: Config, models: int, bits: int, embeddings: int) -> float:
+def predicted(config: Config, models: int, bits: float, embeddings: float) -> float:
     """% of the gain that is kept, in the mean over fine-tunes like those it was measured on."""
     sharing = min(models, config.group_size)
+    noise = sharing - 1 + sharing * added_noise(bits, WIDE)
+    bias = 0.0 if config.matrix == "rotation" else BIAS[bits] / sharing
     tables = BY_TABLES[embeddings] if config.embeddings == "own" else 0.0
-    matrices = BY_INTERFERENCE * (sharing - 1) / 7 + BY_ROUNDING[bits]
-    return 100 - matrices * (1.0 if config.rank else WITHOUT_BASIS) - tables
+    return 100 - (OF_NOISE * noise + OF_ITS_SQUARE * noise**2 + bias) * (1 if config.rank else WITHOUT_BASIS) - tables
+
+
+def _tried(config: Config, bits: float) -> bool:
+    if config.matrix != "rotation":
+        return bits in BIAS
+    return bits in ROTATED and (config.group_size <= MOST_ROTATED or bits == HALF)

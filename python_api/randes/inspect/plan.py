@@ -12,7 +12,7 @@ from randes.checkpoints.sources import Checkpoint
 from randes.config import TOGETHER, Config, Rank
 from randes.superposition.basis.shared_basis import widest
 from randes.superposition.members import Sizes
-from randes.superposition.packed_tensors import ERROR
+from randes.superposition.packed_tensors import added_noise
 from randes.superposition.packing import COLUMNS_A_DIRECTION, coordinates_for, table_bytes
 from randes.superposition.superposition import Superposition
 from randes_kernels.packing import BITS, packed_bytes
@@ -36,7 +36,7 @@ class Row:
         rotations; with a shared basis it is less, by what of the delta lies in there. It is not the accuracy.
     """
 
-    bits: int
+    bits: float
     store: int
     times: float
     serving: int
@@ -48,7 +48,7 @@ class Row:
 
 
 def plan(
-    base: Checkpoint, models: int, config: Config | None = None, *, embeddings: int | None = None
+    base: Checkpoint, models: int, config: Config | None = None, *, embeddings: float | None = None
 ) -> list[Row]:  # fmt: skip
     """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
 
@@ -73,10 +73,9 @@ def plan(
     inverses = superposed * _sum(matrices, lambda value: 4 * value.shape[1] ** 2) if config.matrix == "dense" else 0
     rows = []
     for bits in (16, *BITS):
-        held = _sum(matrices, lambda value, bits=bits: _delta_bytes(value, bits))  # type: ignore[misc]
-        stored = held if bits < 16 else _sum(matrices, lambda value: value.numel() * INTEGERS)
+        stored, held = _delta_bytes(matrices, bits)
         basis, corrections = _basis_bytes(matrices, config.rank, superposed, bits)
-        rounding = sharing * ERROR[bits] ** 2 if bits < 16 else 0.0
+        rounding = sharing * _rounding(matrices, bits)
         own, looked_up = _table_bytes(tables, bits, embeddings)
         plain, kept = size(matrices), copies * others + models * own
         store = size(tensors) + groups * stored + basis + kept
@@ -96,7 +95,7 @@ def plan(
     return rows
 
 
-def packed_sizes(superposition: Superposition, bits: int, embeddings: int | None = None) -> Sizes:
+def packed_sizes(superposition: Superposition, bits: float, embeddings: float | None = None) -> Sizes:
     """What ``pack(bits, embeddings=embeddings)`` of this superposition takes, or of the one that it was packed from; by
     arithmetic.
 
@@ -125,13 +124,25 @@ def packed_sizes(superposition: Superposition, bits: int, embeddings: int | None
     )
 
 
-def _delta_bytes(value: Tensor, bits: int) -> int:
-    """Of one group's D of a matrix, as it is served."""
-    rows, columns = value.shape
-    return value.nbytes if bits == 16 else packed_bytes(rows, columns, bits)
+def _delta_bytes(matrices: Mapping[str, Tensor], bits: float) -> tuple[int, int]:
+    """Of one group's D of all matrices: on the disk, and in memory."""
+    if bits == 16:
+        return _sum(matrices, lambda value: value.numel() * INTEGERS), size(matrices)
+    return (
+        _sum(matrices, lambda value: packed_bytes(len(value), value.shape[1], bits)),
+        _sum(matrices, lambda value: packed_bytes(len(value), value.shape[1], bits, padded=True)),
+    )
 
 
-def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: int) -> tuple[int, int]:
+def _rounding(matrices: Mapping[str, Tensor], bits: float) -> float:
+    """What packing adds, as a share of D, in the mean over all matrices' elements."""
+    if bits == 16:
+        return 0.0
+    elements = [(value.numel(), value.shape[1]) for value in matrices.values()]
+    return sum(count * added_noise(bits, columns) for count, columns in elements) / sum(count for count, _ in elements)
+
+
+def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: float) -> tuple[int, int]:
     """Of all shared bases, and all models' parts in them: on the disk, and in memory. bits: of an element of D."""
     stored = served = 0
     for value in matrices.values():
@@ -142,7 +153,7 @@ def _basis_bytes(matrices: Mapping[str, Tensor], rank: Rank, models: int, bits: 
     return stored, served
 
 
-def _table_bytes(tables: Mapping[str, Tensor], bits: int, embeddings: int | None) -> tuple[int, int]:
+def _table_bytes(tables: Mapping[str, Tensor], bits: float, embeddings: float | None) -> tuple[int, int]:
     """Of one model's deltas of all tables: on the disk, and in memory, where their directions are in the base's dtype
     and where, beside D in 16 bits, the tables are whole."""
     if bits == 16:
@@ -152,7 +163,8 @@ def _table_bytes(tables: Mapping[str, Tensor], bits: int, embeddings: int | None
         rows, columns = value.shape
         directions, left = table_bytes(rows, columns, bits, embeddings)
         stored += directions + left
-        served += left + (rows + columns) * max(1, columns // COLUMNS_A_DIRECTION) * value.itemsize
+        served += table_bytes(rows, columns, bits, embeddings, padded=True)[1]
+        served += (rows + columns) * max(1, columns // COLUMNS_A_DIRECTION) * value.itemsize
     return stored, served
 
 

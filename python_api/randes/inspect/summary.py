@@ -11,7 +11,7 @@ from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, 
 from randes.checkpoints.sources import Checkpoint
 from randes.checkpoints.threads import ahead
 from randes.superposition.members import Member
-from randes.superposition.packed_tensors import ERROR, Packing, coordinates_of, values_of
+from randes.superposition.packed_tensors import added_noise, coordinates_of, values_of
 from randes.superposition.retrieve import matrices
 from randes.superposition.superposition import Superposition
 from randes_kernels.mixing import amplification, growth
@@ -103,28 +103,32 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     header = headers(superposition.base)[tensor]
     size = energy(superposition, name, tensor, sharing)
     if tensor in superposition.unshared:
-        return _predicted_alone(member, packing, tensor, size)
+        return _predicted_alone(superposition, member, tensor, size)
     columns, matrix = header.shape[1], superposition.config.transform.matrix
     amplified = amplification(superposition.key(name), superposition.tensor_id(tensor), columns, matrix)
-    noise = (sharing - 1 + (0.0 if packing is None else sharing * ERROR[packing.bits] ** 2)) * size * amplified
+    noise = (
+        (sharing - 1 + (0.0 if packing is None else sharing * added_noise(packing.bits, columns))) * size * amplified
+    )
     if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
         own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
         noise *= 1 - _rank(superposition, tensor) / columns
         if packing is not None and packing.coordinates < 16:
-            noise += own * ERROR[packing.coordinates] ** 2
+            noise += own * added_noise(packing.coordinates, len(header))
         size += own
     alpha = member.alpha_of(tensor)
     return size, (1 - alpha) ** 2 * size + alpha**2 * noise
 
 
-def _predicted_alone(member: Member, packing: Packing | None, tensor: str, size: float) -> tuple[float, float]:
+def _predicted_alone(superposition: Superposition, member: Member, tensor: str, size: float) -> tuple[float, float]:
     """The same of a delta that the model has to itself: the error of few bits, and of α. What they round is what is not
     in its directions, and what those lose."""
-    error, alpha = 0.0, member.alpha_of(tensor)
+    error, alpha, packing = 0.0, member.alpha_of(tensor), superposition.packing
     if packing is not None:
         own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
-        rounded = own * ERROR[packing.coordinates] ** 2 if packing.coordinates < 16 else 0.0
-        error = (max(0.0, size - own) + rounded) * (ERROR[packing.embeddings] ** 2 if packing.embeddings else 1.0)
+        rows, columns = headers(superposition.base)[tensor].shape
+        rounded = own * added_noise(packing.coordinates, rows) if packing.coordinates < 16 else 0.0
+        left = added_noise(packing.embeddings, columns) if packing.embeddings else 1.0
+        error = (max(0.0, size - own) + rounded) * left
     return size, (1 - alpha) ** 2 * size + alpha**2 * error
 
 

@@ -38,8 +38,8 @@ BLOCK = 1 << 12
 
 
 def packed(
-    superposition: S, bits: int, group: int | None, coordinates: int | None, embeddings: int | None,
-    step: Callable[[int], None],
+    superposition: S, bits: float, group: int | None, coordinates: int | None,
+    embeddings: float | None, step: Callable[[int], None],
 ) -> S:  # fmt: skip
     """A superposition for serving alone: see ``Superposition.pack``."""
     if superposition.packing is not None:
@@ -105,19 +105,22 @@ def _packed(held: Tensor, packing: Packing) -> Packed:
     return pack(held.mT.float(), packing.coordinates)
 
 
-def coordinates_for(bits: int) -> int:
+def coordinates_for(bits: float) -> int:
     """Bits of coordinates beside so many of D: at equal storage more directions in 4 bits keep more than few in 8."""
-    return max(4, bits)
+    return max(4, int(bits))
 
 
-def embeddings_for(bits: int) -> int:
+def embeddings_for(bits: float) -> int:
     """Bits of tables beside so many of D: beside their directions one keeps a tenth of a point less than two."""
     return 1 if bits <= 2 else 2
 
 
-def table_bytes(rows: int, columns: int, bits: int, embeddings: int | None = None) -> tuple[int, int]:
-    """What one model's delta of a table takes beside D in so many bits: its directions, and what they leave."""
+def table_bytes(
+    rows: int, columns: int, bits: float, embeddings: float | None = None, *, padded: bool = False
+) -> tuple[int, int]:  # fmt: skip
+    """What one model's delta of a table takes beside D in so many bits, in a file or ``padded`` in memory: its
+    directions, and what they leave."""
     rank = widest(max(1, columns // COLUMNS_A_DIRECTION), rows, columns)
     left = embeddings_for(bits) if embeddings is None else embeddings
     directions = 2 * columns * rank + packed_bytes(rank, rows, coordinates_for(bits))
-    return directions, packed_bytes(rows, columns, left, 0) if left else 0
+    return directions, packed_bytes(rows, columns, left, 0, padded=padded) if left else 0

@@ -107,17 +107,19 @@ class Superposition(State):
         update.remove_model(self, name, self.read_added(name, finetuned, step=step), step)
 
     def pack(
-        self, bits: int = 2, *, group: int | None = None, coordinates: int | None = None, embeddings: int | None = None,
+        self, bits: float = 2, *, group: int | None = None, coordinates: int | None = None,
+        embeddings: float | None = None,
         step: Callable[[int], None] = lambda _: None,
     ) -> "Superposition":  # fmt: skip
-        """The same models with D in 8, 4, 2 or 1 bits, for serving: nothing can be added to it or taken away.
+        """The same models with D in 8, 4, 2, 1 or 0.5 bits, for serving: nothing can be added to it or taken away.
 
-        group: columns of a matrix that share a step, a multiple of 64, or 0 for whole rows: by default 64 at 4 and 2
-            bits, and 0 at 1. At 8 bits a row has one.
+        group: columns of a matrix that share a step, a multiple of 64, or 0 for whole rows: by default 64 at 4 bits,
+            and 0 at fewer. At 8 bits and at 0.5 a row has one.
         coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4; by default as many
             as D, but no less than 4.
         embeddings: bits of the tables of embeddings (``Config.embeddings``) beside their loudest directions, which
-            take a sixteenth of a bit: 8, 4, 2 or 1, or 0 for these alone; by default 1, or 2 where D has more than 2.
+            take a sixteenth of a bit: 8, 4, 2, 1 or 0.5, or 0 for these alone; by default 1, or 2 where D has more
+            than 2.
         step: called with the bytes of integers that were packed, for a progress bar.
         Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
         """

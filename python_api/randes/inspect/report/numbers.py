@@ -83,7 +83,7 @@ class Numbers:
     names: tuple[str, ...]
     members: Mapping[str, Member]
     sizes: Sizes
-    packed: Mapping[int, Sizes]
+    packed: Mapping[float, Sizes]
     cosines: Mapping[str, Cosines]
     cells: Mapping[str, Mapping[str, Cell]]
     layers: Mapping[str, tuple[str, ...]]

@@ -277,5 +277,5 @@ def _shared(names: Sequence[Sequence[str]]) -> int:
     return next((place for place in range(most) if len({parts[place] for parts in names}) > 1), most)
 
 
-def _bits(count: int) -> str:
+def _bits(count: float) -> str:
     return f"{count} bit" + "s" * (count > 1)

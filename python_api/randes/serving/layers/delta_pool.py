@@ -50,7 +50,7 @@ class DeltaPool(nn.Module):
         places: Iterable[tuple[Group, str]] = held if rows is None else itertools.product(range(rows), self.family)
         self.slots = {where: slot for slot, where in enumerate(places)}
         self.units = dict.fromkeys(self.slots.values(), 1.0)
-        self.packing: tuple[int, int, int] | None = None
+        self.packing: tuple[float, int, int] | None = None
         values, steps = torch.zeros((len(self.slots), *weight.shape), dtype=weight.dtype, device=weight.device), None
         if held and superposition.packing is not None:
             first = next(iter(held.values()))

@@ -11,7 +11,6 @@ from randes.superposition.members import BASE_NAME
 from randes.superposition.packed_tensors import SuperposedDelta
 from randes.superposition.state import Group, State
 from randes_kernels import Packed
-from randes_kernels.packing import packed_bytes
 
 INTEGERS = (torch.int16, torch.int32)
 
@@ -56,8 +55,7 @@ def _check_group(superposition: State, group: Group, held: Mapping[str, Tensor |
             _must_be(found, f"{tensor} in group {group}", (rows, columns), INTEGERS)
             continue
         assert packing is not None
-        bits, width = packing.of(tensor in superposition.unshared)
-        _check_packed(found, tensor, rows, packed_bytes(rows, columns, bits, width), bits)
+        _check_packed(found, tensor, rows, packing.of(tensor in superposition.unshared)[0])
 
 
 def _check_member(superposition: State, name: str) -> None:
@@ -107,8 +105,7 @@ def _check_coordinates(superposition: State, name: str, must: Callable[[bool, st
             _must_be(held, f"coordinates of {tensor}", (rows, rank), (torch.int16,))
         else:
             assert packing is not None
-            nbytes = packed_bytes(rank, rows, packing.coordinates, 64)
-            _check_packed(held, f"coordinates of {tensor}", rank, nbytes, packing.coordinates)
+            _check_packed(held, f"coordinates of {tensor}", rank, packing.coordinates)
 
 
 def _must_be(found: Tensor, what: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -116,9 +113,9 @@ def _must_be(found: Tensor, what: str, shape: tuple[int, ...], dtypes: tuple[tor
         raise ValueError(f"{what} must be {shape} {dtypes[0]}, got {tuple(found.shape)} {found.dtype}")
 
 
-def _check_packed(found: Packed, what: str, rows: int, nbytes: int, bits: int) -> None:
+def _check_packed(found: Packed, what: str, rows: int, bits: float) -> None:
+    """Of how many columns they are, ``PackedTensors`` has seen."""
     words, steps = found.words, found.steps
-    right = words.dim() == steps.dim() == 2 and (words.shape[0], steps.shape[1]) == (rows, rows)
-    right = right and words.dtype == (torch.int8 if bits == 8 else torch.uint8) and steps.dtype == torch.float16
-    if not right or found.nbytes != nbytes:
-        raise ValueError(f"{what} must have {rows} rows and {nbytes} bytes in {bits} bits, got {found.nbytes}")
+    right = tuple(words.shape[:-1]) == (rows,) and steps.dim() == 2
+    if not right or words.dtype != (torch.int8 if bits == 8 else torch.uint8) or steps.dtype != torch.float16:
+        raise ValueError(f"{what} must have {rows} packed rows in {bits} bits, got {tuple(words.shape)} {words.dtype}")

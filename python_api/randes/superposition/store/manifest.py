@@ -17,10 +17,11 @@ from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
-from randes.superposition.packed_tensors import Packing, flattened
+from randes.superposition.packed_tensors import STEPS, Packing, flattened
 from randes.superposition.state import Group, State
 from randes.superposition.store.files import companion_name, tensors_name
 from randes_kernels import FORMAT_VERSION
+from randes_kernels.packing import HALF
 
 MANIFEST = "manifest.json"
 COORDINATES = "@basis"
@@ -68,7 +69,7 @@ _MANIFEST = schema.record(
             {"views": schema.each(_VIEW), "ties": schema.each(schema.text), "digests": schema.each(schema.digest)},
         ),
         "companions": schema.each(schema.digest, companion_name),
-        "packed": schema.each(schema.either(schema.text, schema.integer())),
+        "packed": schema.each(schema.either(schema.text, schema.one_of(HALF), schema.integer())),
     },
 )  # fmt: skip
 
@@ -137,11 +138,18 @@ def contents_of(superposition: State) -> dict[str, Tensors]:
         if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors) and not member.directions:
             own = Overlay({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
         else:
-            own = {**own, **flattened({f"{tensor}{COORDINATES}": value for tensor, value in coordinates.items()})}
+            held = flattened(coordinates)
+            own = {**own, **{_coordinates_in(stem): held[stem] for stem in held}}
             own |= {f"{tensor}{DIRECTIONS}": value for tensor, value in member.directions.items()}
         contents[model_file(superposition, name)] = own
     contents["average"] = superposition.averages
     return {stem: contents[stem] for stem in sorted(contents) if contents[stem]}
+
+
+def _coordinates_in(stem: str) -> str:
+    """What a file calls a tensor's coordinates, or their steps."""
+    tensor = stem.removesuffix(STEPS)
+    return f"{tensor}{COORDINATES}{stem[len(tensor) :]}"
 
 
 def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str, Any]:
