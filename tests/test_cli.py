@@ -184,3 +184,22 @@ def test_every_command_has_a_help_text() -> None:
     for command in ("compress", "add", "remove", "retrieve", "info", "verify", "report", "demo"):
         assert command in run("--help").stdout
         assert len(run(command, "--help").stdout.splitlines()) > 5
+
+
+def test_nothing_that_a_terminal_obeys_reaches_it(files: Path) -> None:
+    evil = "red \x1b[31m\x9b2J\x07\u202e\x7f"
+    store, base, m0 = files / "s \x1b[2J", files / "base.safetensors", files / "m0.safetensors"
+    outputs = [run("compress", "--base", base, "--model", f"{evil}={m0}", "--out", store)]
+    outputs.append(run("add", store, f"more {evil}={files / 'm1.safetensors'}"))
+    outputs += [run("info", store), run("info", store, "--json"), run("verify", store, f"{evil}={m0}")]
+    outputs += [run("verify", store, f"{evil}={m0}", "--json"), run("pack", store, "--out", files / "p \x1b")]
+    outputs.append(run("retrieve", store, evil, "--out", files / "out \x1b.safetensors"))
+    outputs.append(run("report", store, "--out", files / "r \x1b.html"))
+    outputs.append(run("retrieve", store, f"no {evil}", "--out", files / "out", fails=True))
+    outputs.append(run("info", files / "none \x1b[31m", fails=True))
+    outputs.append(run("add", store, f"bad{evil}", fails=True))
+    for found in outputs:
+        bad = [character for character in found.output if character not in "\n\r" and not character.isprintable()]
+        assert bad == [], found.output
+    assert [*json.loads(outputs[3].stdout)["models"]] == [f"more {evil}", evil]
+    assert "\\x1b[31m" in outputs[2].output

@@ -108,7 +108,7 @@ class Config:
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
-        if self.rank != "auto" and (not isinstance(self.rank, int) or self.rank < 0):
+        if self.rank != "auto" and (type(self.rank) is not int or self.rank < 0):
             raise ValueError(f"rank must be an integer of at least 0, or 'auto', got {self.rank!r}")
         _at_least("every", self.every, 1)
         for name in ("centre", "per_layer", "vectors"):
@@ -218,7 +218,7 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or value < least:
+    if type(value) is not int or value < least:  # nor True, which is 1
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 

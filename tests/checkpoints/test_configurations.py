@@ -3,7 +3,9 @@
 import copy
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 import randes
 from randes.checkpoints.configurations import check_configuration
+from randes.checkpoints.huggingface import configuration, model_class
 from randes.checkpoints.sources import write_file
 from randes.cli import app
 
@@ -239,3 +242,33 @@ def test_a_base_of_another_configuration_is_not_served(folders: Path) -> None:
             assert type(module.lm_head) is torch.nn.Linear
         else:
             assert randes.SuperposedModel(module, sup).names == ["m"]
+
+
+@pytest.mark.parametrize(
+    "name", ["pipeline", "AutoModel", "logging", "models", "__dict__", "GPT2Config", "is_torch_available", ""]
+)
+def test_nothing_but_a_model_is_made_of_what_a_configuration_names(name: str) -> None:
+    config = SimpleNamespace(architectures=[name])
+    with pytest.raises(randes.BaseMismatchError, match="must name a class of Transformers in its architectures"):
+        model_class(config, "here")
+
+
+@pytest.mark.parametrize("values", [{"n_layer": 10**6}, {"n_layer": 10**9}, {"num_labels": 10**9}, {"n_layer": 5000}])
+def test_a_model_of_a_million_layers_is_not_made(values: dict[str, Any], tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_head": 2, "vocab_size": 50}
+    (tmp_path / "config.json").write_text(json.dumps(config | values))
+    write_file(tmp_path / "model.safetensors", {"transformer.wte.weight": torch.zeros(50, 32)})
+    began = time.monotonic()
+    with pytest.raises(randes.CheckpointError, match=r"at most 65536, got|as many layers as its config\.json says"):
+        randes.Superposition.create(tmp_path)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"architectures": "A"}, {"architectures": [1]}, {"model_type": 3}, {"quantization_config": []},
+     {"text_config": {"num_hidden_layers": 1e9}}],
+)  # fmt: skip
+def test_a_configuration_of_other_types_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(randes.CheckpointError, match=r"here must have a config\.json that can be read: config\.json\."):
+        configuration(json.dumps(values).encode(), "here")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ def test_with_centring_it_is_of_the_original_base(tmp_path: Path) -> None:
         ({"lora_bias": True}, "lora_bias = False, got True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = True, got 'pissa'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"peft_type": "IA3"}, "peft_type LORA, got 'IA3'"),
-        ({"r": None}, "must have r and lora_alpha"),
+        ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+        ({"r": None}, "must be a LoRA adapter's: it.r must be an integer from 1"),
         ({"rank_pattern": {"up": 3}}, r"layers.0.up must have lora_A \(3, in\)"),
     ],
 )
@@ -167,3 +168,49 @@ def test_the_command_line_takes_one(tmp_path: Path) -> None:
         run = CliRunner().invoke(app, command)
         assert run.exit_code == 0, run.output
     assert randes.Superposition.load(tmp_path / "s").names == ["b"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+$",
+        "(a|b)*",
+        "(?=x)",
+        "(",
+        "a{99999999999}",
+        "x" * 1001,
+        ".*" * 12 + "x",
+        "(a|a)" * 30,
+        "[",
+        "\ud800",
+        "a**",
+    ],
+)
+def test_a_pattern_that_takes_for_ever_is_refused_at_once(pattern: str, tmp_path: Path) -> None:
+    base = net().state_dict()
+    for key in ("rank_pattern", "alpha_pattern"):
+        folder = adapter(tmp_path / key, **{key: {pattern: RANK}})
+        began = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"must be|must have rank and alpha patterns"):
+            sources.read(folder, base)
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"r": 0}, {"r": True}, {"r": "8"}, {"r": 1 << 40}, {"lora_alpha": float("nan")}, {"lora_alpha": 1e308},
+     {"rank_pattern": []}, {"rank_pattern": {"up": 2.5}}, {"use_rslora": "yes"}, {"alpha_pattern": {"up": None}}],
+)  # fmt: skip
+def test_a_configuration_of_other_types_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="must be a LoRA adapter's: it"):
+        sources.read(adapter(tmp_path / "a", **change), net().state_dict())
+
+
+def test_factors_are_in_floating_point(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a")
+    held = dict(sources.read_file(folder / "adapter_model.safetensors"))
+    key = f"base_model.model.{UP}.lora_A.weight"
+    for dtype in (torch.int32, torch.complex64, torch.bool):
+        save_file(held | {key: held[key].to(dtype)}, folder / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=f"must have {key} in floating point, got {dtype}"):
+            sources.read(folder, net().state_dict())

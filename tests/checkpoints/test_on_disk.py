@@ -143,3 +143,20 @@ def test_what_was_found_right_before_its_file_changed_is_looked_at_again(tmp_pat
             tensors.check()
     with pytest.raises(randes.CheckpointError, match="b"):
         tensors["b"]
+
+
+def test_a_file_that_ends_too_soon_is_said_to_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(path := tmp_path / "w.safetensors", {"w": torch.zeros(4)})
+    tensors = open_file(path)
+    monkeypatch.setattr("os.preadv", lambda *_: 0)
+    for read in (lambda: tensors["w"], lambda: tensors.rows("w", 0, 1)):
+        with pytest.raises(randes.CheckpointError, match=r"w in .* was changed"):
+            read()
+    with pytest.raises(randes.CheckpointError, match="is not a whole safetensors file: it ends too soon"):
+        open_file(path)
+
+
+def test_a_dtype_that_the_format_lacks_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(randes.CheckpointError, match="w must be of a dtype that safetensors has, got"):
+        write_file(tmp_path / "w.safetensors", {"w": torch.zeros(4, dtype=torch.complex128)})
+    assert not [*tmp_path.iterdir()]

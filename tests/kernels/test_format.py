@@ -200,3 +200,8 @@ def test_seeds_outside_of_64_bits_are_refused() -> None:
 def test_columns_that_do_not_divide_into_segments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"columns must be a multiple of segments = 3, got 64"):
         fmt.column_permutation(1, 2, 64, Transform(granule=1, segments=3))
+
+
+def test_columns_that_segments_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be a multiple of segments = 3, got 32"):
+        fmt.column_permutation(1, 2, 32, Transform(True, True, 1, 3))

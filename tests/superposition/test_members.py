@@ -174,7 +174,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a gain of nothing": (
         lambda found: found["models"]["m0"]["gains"].update(nothing=1.0), "must have a superposed delta of nothing",
     ),
-    "other bits": (lambda found: found["packed"].update(bits=2), "must have .* bytes in 2 bits of"),
+    "other bits": (lambda found: found["packed"].update(bits=2), "columns in 2 bits must have"),
 }  # fmt: skip
 
 

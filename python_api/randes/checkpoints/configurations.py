@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Set
 from importlib.util import find_spec
 from typing import Any
 
-from randes.checkpoints.huggingface import CONFIG, METHOD, config_of, library
+from randes.checkpoints.huggingface import CONFIG, METHOD, config_of, configuration, library
 from randes.errors import CheckpointError
 
 WEIGHTS = {"dtype", "torch_dtype", "vocab_size", "transformers_weights"}
@@ -119,13 +119,9 @@ def _steering(values: Mapping[str, Any]) -> set[str]:
 
 def _read(text: bytes, where: str) -> dict[str, Any]:
     """A configuration as it was written, without what a store says of itself in it."""
-    try:
-        values = json.loads(text)
-        if values.get("quantization_config", {}).get("quant_method") == METHOD:
-            del values["quantization_config"]
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{where} must have a {CONFIG} that can be read, got {error!r}") from error
-    assert isinstance(values, dict)
+    values = configuration(text, where)
+    if (values.get("quantization_config") or {}).get("quant_method") == METHOD:
+        del values["quantization_config"]
     return values
 
 

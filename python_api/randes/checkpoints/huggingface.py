@@ -7,14 +7,24 @@ without that it finds no weights there, so that nothing answers as the base by m
 import importlib
 import json
 import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from randes.errors import BaseMismatchError
+from randes.checkpoints import schema
+from randes.checkpoints.files import read_whole
+from randes.errors import BaseMismatchError, CheckpointError
 
 OLDEST = 5, 20
 """The first Transformers that serves all that is tested: 5.17 opens no store as a folder, 5.19 serves no experts."""
@@ -24,16 +34,63 @@ PATTERNS = (
     CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.*.model", "chat_template.*", "*processor_config.json",
 )  # fmt: skip
+COUNTS = re.compile(r"num_(.*_)?(layers|blocks|experts|labels|classes)|n_layers?|.*_layers|depths?")
+"""Names of the numbers in a configuration that say how many parts a model has."""
+MOST_PARTS = 1 << 16
+CONFIGURATION = schema.record(
+    {},
+    {
+        "architectures": schema.either(schema.one_of(None), schema.listed(schema.text, most=64)),
+        "model_type": schema.either(schema.one_of(None), schema.text),
+        "quantization_config": schema.either(schema.one_of(None), schema.each(schema.anything)),
+    },
+    more=True,
+)
 
 
 def model_files(base: object) -> dict[str, bytes]:
-    """The files by name: those of a Transformers folder, or what a Transformers module says of itself; else none."""
+    """The files by name: those of a Transformers folder, or what a Transformers module says of itself; else none.
+
+    Raises ``CheckpointError`` for a configuration that is none (``configuration``).
+    """
     if isinstance(base, nn.Module):
         return _of_module(base)
     if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
         return {}
-    files = (file for file in sorted(Path(base).iterdir()) if file.is_file())
-    return {file.name: file.read_bytes() for file in files if is_model_file(file.name)}
+    names = (file.name for file in sorted(Path(base).iterdir()) if file.is_file())
+    return read_files(Path(base), filter(is_model_file, names))
+
+
+def read_files(folder: Path, names: Iterable[str], *, links: bool = True) -> dict[str, bytes]:
+    """The bytes of each. links: whether they may be links. Raises ``CheckpointError`` as ``read_whole`` does, and for a
+    configuration that is none."""
+    found = {name: read_whole(folder / name, links=links) for name in names}
+    if CONFIG in found:
+        configuration(found[CONFIG], str(folder))
+    return found
+
+
+def configuration(text: bytes, where: str) -> dict[str, Any]:
+    """What a ``config.json`` says. Raises ``CheckpointError`` for what is none, and for a model of more parts than any
+    has: making it would take the machine."""
+    try:
+        values: dict[str, Any] = schema.parsed(text, CONFIG)
+        CONFIGURATION(CONFIG, values)
+        _count_parts(CONFIG, values)
+    except ValueError as error:
+        raise CheckpointError(f"{where} must have a {CONFIG} that can be read: {error}") from error
+    return values
+
+
+def _count_parts(where: str, value: object, counted: bool = False) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _count_parts(f"{where}.{name}", inner, COUNTS.fullmatch(name) is not None)
+    elif isinstance(value, list):
+        for inner in value:
+            _count_parts(where, inner, counted)
+    elif counted and isinstance(value, int | float):
+        schema.must(value <= MOST_PARTS, where, f"at most {MOST_PARTS}", value)
 
 
 def is_model_file(name: str) -> bool:
@@ -49,7 +106,7 @@ def config_of(source: object) -> bytes | None:
         return None
     path = Path(source)
     file = (path if path.is_dir() else path.parent) / CONFIG
-    return file.read_bytes() if file.is_file() else None
+    return read_whole(file) if file.is_file() else None
 
 
 def _of_module(module: nn.Module) -> dict[str, bytes]:
@@ -68,7 +125,7 @@ def for_store(files: dict[str, bytes], base_file: str) -> dict[str, bytes]:
     """The same files for a store whose base is in ``base_file``: the configuration names the method that loads it."""
     if CONFIG not in files:
         return files
-    values = json.loads(files[CONFIG])
+    values = configuration(files[CONFIG], "the base")
     values["quantization_config"] = {"quant_method": METHOD, "base": base_file}
     return {**files, CONFIG: (json.dumps(values, indent=2) + "\n").encode()}
 
@@ -76,29 +133,59 @@ def for_store(files: dict[str, bytes], base_file: str) -> dict[str, bytes]:
 def model_class(config: Any, path_or_name: object) -> Any:
     """The class that a configuration names first. Raises ``BaseMismatchError`` where Transformers has none such."""
     names = getattr(config, "architectures", None) or [""]
-    found = getattr(library(), names[0], None) if names[0] else None
-    if found is None:
+    transformers = library()
+    try:
+        found = getattr(transformers, names[0], None) if names[0] else None
+    except Exception:  # it is imported now, with whatever that needs
+        found = None
+    # Nothing else is called, whatever a file names.
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise BaseMismatchError(f"{path_or_name} must name a class of Transformers in its architectures, got {names}")
     return found
 
 
-def skeleton(base: object) -> nn.Module | None:
+def skeleton(base: object, tensors: int) -> nn.Module | None:
     """The model of a Transformers folder, on "meta", for what its layers say of its tensors.
 
-    None for anything else, where Transformers is not installed, and for a model that it does not know.
+    tensors: how many there are in its files. None for anything else, where Transformers is not installed, and for a
+    model that it does not know or cannot make. Raises ``CheckpointError`` for a configuration that is none, and for a
+    model of many times as many parts.
     """
-    if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
+    text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
+    if text is None:
         return None
+    configuration(text, str(base))
     if importlib.util.find_spec("transformers") is None:
         return None
     transformers = library()
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
-        with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        with torch.device("meta"), _parts_below(1000 + 50 * tensors, base):
             model: nn.Module = model_class(config, base)(config)
-    except (BaseMismatchError, KeyError, ValueError, OSError):
+    except CheckpointError:
+        raise
+    except Exception:  # whatever a class has against a configuration
         return None
     return model
+
+
+@contextmanager
+def _parts_below(most: int, base: object) -> Iterator[None]:
+    """Raise ``CheckpointError`` once so many modules and parameters were made in this thread."""
+    thread, made = get_ident(), 0
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += get_ident() == thread
+        if made > most and get_ident() == thread:
+            raise CheckpointError(f"{base} must have about as many layers as its {CONFIG} says, got far fewer tensors")
+
+    hooks = register_module_module_registration_hook(count), register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def library() -> Any:

@@ -150,6 +150,8 @@ def layout_of(tensors: Tensors, config: Config, module: nn.Module | None = None)
 
 def _view(name: str, shape: tuple[int, ...], transposed: bool, config: Config) -> View | None:
     """How a tensor is seen as matrices; None where it is superposed as it is, or not at all."""
+    if 0 in shape:
+        return None
     if len(shape) == 1:
         return View(shape, {name: 1}) if config.selects(name, shape) else None
     if len(shape) == 2:
@@ -157,7 +159,7 @@ def _view(name: str, shape: tuple[int, ...], transposed: bool, config: Config) -
         parts = fused_parts(name, rows, config) or {name: rows}
         chosen = all(config.selects(part, (count, prod(shape) // rows)) for part, count in parts.items())
         return View(shape, parts, transposed) if chosen and (transposed or len(parts) > 1) else None
-    if len(shape) < 3 or 0 in shape:
+    if len(shape) < 3:
         return None
     if len(shape) == 3 and not re.search(r"(^|\.)weight$", name):
         rows = shape[2] if transposed else shape[1]

@@ -4,16 +4,17 @@ Read from a folder as PEFT writes it: ``adapter_config.json`` and ``adapter_mode
 in fp64, one rank after the other, so that every machine finds the same bytes, and in parts: W never exists whole.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from randes.checkpoints import schema
+from randes.checkpoints.files import read_whole
 from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, chunks, headers, rows
 from randes.checkpoints.on_disk import open_file
 from randes.errors import CheckpointError
@@ -30,6 +31,10 @@ PLAIN = {
 }  # fmt: skip
 """What the options that change the update must be; what they are where a config does not have them comes first.
 Some initialisations (PiSSA, OLoRA, CorDA, LoftQ) change the base, too."""
+
+
+MOST_STEPS = 3 * 10**8
+"""Of matching patterns, at worst: a few seconds."""
 
 
 class Update(NamedTuple):
@@ -74,13 +79,8 @@ def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTens
     """The adapter in ``folder``, on ``base``. Raises ``CheckpointError`` for what it has that is not supported."""
     if base is None:
         raise CheckpointError(f"{folder} is a LoRA adapter, which needs the model it was trained on; merge it first")
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} must have r and lora_alpha, got {error!r}") from error
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} must be an adapter of peft_type LORA, got {config.get('peft_type')!r}")
+    config = _configuration(folder / ADAPTER_CONFIG)
+    ranks, alphas = (_patterns(config.get(name)) for name in ("rank_pattern", "alpha_pattern"))
     for option, allowed in PLAIN.items():
         if config.get(option, allowed[0]) not in allowed:
             raise CheckpointError(f"{folder} must have {option} = {allowed[0]!r}, got {config[option]!r}")
@@ -97,12 +97,15 @@ def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTens
             whole[match[3].replace(".modules_to_save.", ".")] = key
         else:
             factors.setdefault(match[1], {})[match[2]] = key
+    _check_steps(folder, [*ranks, *alphas], factors)
     updates = {}
     for module, pair in sorted(factors.items()):
         if pair.keys() != {"lora_A", "lora_B"}:
             raise CheckpointError(f"{folder} must hold lora_A and lora_B of each layer, got {sorted(pair)} of {module}")
-        own_rank = int(_of_module(config.get("rank_pattern"), module, rank))
-        own_alpha = float(_of_module(config.get("alpha_pattern"), module, alpha))
+        own_rank = int(_of_module(ranks, module, config["r"]))
+        own_alpha = float(_of_module(alphas, module, config["lora_alpha"]))
+        for key in pair.values():
+            _must_be_real(folder, key, held.headers[key])
         a, b = (held[pair[side]].double() for side in ("lora_A", "lora_B"))
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != own_rank or b.shape[1] != own_rank:
             raise CheckpointError(
@@ -115,6 +118,7 @@ def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTens
         updates[f"{module}.weight"] = Update(b, a, scaling)
         _must_fit(folder, f"{module}.weight", (b.shape[0], a.shape[1]), headers(base))
     for name, key in whole.items():
+        _must_be_real(folder, key, held.headers[key])
         _must_fit(folder, name, tuple(held.headers[key].shape), headers(base))
     own = {name: held[key].to(headers(base)[name].dtype) for name, key in whole.items()}
     return AdapterTensors(base, updates, own)
@@ -129,12 +133,68 @@ def _must_fit(folder: Path, name: str, shape: tuple[int, ...], base: Mapping[str
         )
 
 
-def _of_module(patterns: dict[str, Any] | None, module: str, default: float) -> float:
-    """PEFT's rule: the first pattern that matches the whole name or what follows a dot in it."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return float(value)
-    return default
+def _must_be_real(folder: Path, name: str, header: Tensor) -> None:
+    if not header.is_floating_point():
+        raise CheckpointError(f"{folder} must have {name} in floating point, got {header.dtype}")
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = schema.parsed(read_whole(path), "it")
+        _ADAPTER("it", config)
+    except ValueError as error:
+        raise CheckpointError(f"{path} must be a LoRA adapter's: {error}") from error
+    return config
+
+
+def _pattern(where: str, value: object) -> None:
+    """A regular expression that is no riddle: what is repeated is no group, and nothing is looked at twice."""
+    schema.text(where, value)
+    assert isinstance(value, str)
+    plain = re.sub(r"\\.", "", value)
+    repeated_group = re.search(r"\)[*+?{]|\(\?", plain)
+    schema.must(len(value) <= 1000 and not repeated_group, where, "a pattern without repeated groups", value)
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{where} must be a regular expression, got {error}") from error
+
+
+_NOTHING = schema.one_of(None)
+_FLAG = schema.either(_NOTHING, schema.truth)
+_RANK = schema.integer(1, 1 << 20)
+_ADAPTER = schema.record(
+    {"peft_type": schema.one_of("LORA"), "r": _RANK, "lora_alpha": schema.number},
+    {
+        "rank_pattern": schema.either(_NOTHING, schema.each(_RANK, _pattern)),
+        "alpha_pattern": schema.either(_NOTHING, schema.each(schema.number, _pattern)),
+        "use_rslora": _FLAG, "fan_in_fan_out": _FLAG,
+    },
+    more=True,
+)  # fmt: skip
+Patterns: TypeAlias = list[tuple[re.Pattern[str], float]]
+
+
+def _patterns(values: Mapping[str, float] | None) -> Patterns:
+    """PEFT's rule: a pattern matches a whole name, or what follows a dot in it."""
+    return [(re.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in (values or {}).items()]
+
+
+def _check_steps(folder: Path, patterns: Patterns, modules: Iterable[str]) -> None:
+    """Raise ``CheckpointError`` where looking for patterns in names could take minutes: what is repeated may begin and
+    end anywhere in a name."""
+    steps = 0
+    for pattern, _ in patterns:
+        plain = re.sub(r"\\.", "", pattern.pattern.removeprefix(r"(.*\.)?"))
+        repeated, choices, groups = len(re.findall(r"[*+?{]", plain)), plain.count("|"), plain.count("(") > 1
+        steps += sum(len(name) ** (1 + repeated) for name in modules) * (2**choices if groups else 1 + choices)
+    if steps > MOST_STEPS:
+        raise CheckpointError(f"{folder} must have rank and alpha patterns that are simpler, or fewer")
+
+
+def _of_module(patterns: Patterns, module: str, default: float) -> float:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)
 
 
 def _updated(base: Tensor, update: Update, rows: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
 
 def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
     """The model of a Transformers folder, where its tensors have the names that the folder's files have."""
-    model = skeleton(base)
+    model = skeleton(base, len(tensors))
     return model if model is not None and tensors.keys() <= model.state_dict().keys() else None
 
 

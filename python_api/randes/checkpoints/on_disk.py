@@ -102,7 +102,7 @@ class StoredTensors(LazyTensors):
         mine = {name: own for name, (its, own) in self.where.items() if its is file}
         try:
             other = File(file.path)
-        except CheckpointError:
+        except (CheckpointError, OSError):
             raise self._altered(file.path, next(iter(mine))) from None
         for name, own in mine.items():
             header, new = self.headers[name], other.headers.get(own)
@@ -112,9 +112,10 @@ class StoredTensors(LazyTensors):
             self._right.discard(name)
 
 
-def open_file(path: Path) -> StoredTensors:
-    """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else."""
-    file = File(path)
+def open_file(path: Path, *, links: bool = True) -> StoredTensors:
+    """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else, and for a link without
+    ``links``; ``OSError`` where nothing is."""
+    file = File(path, links=links)
     return StoredTensors({name: (file, name) for name in file.headers})
 
 

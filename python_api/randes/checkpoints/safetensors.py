@@ -1,4 +1,4 @@
-"""safetensors files, read a part at a time and written so that a crash leaves the old file or the new one.
+"""safetensors files, read a part at a time and written whole.
 
 Files are read rather than mapped: what is in memory is counted and bounded, and a file that is cut short meanwhile is
 an error instead of a killed process. A file that was replaced or deleted is still read as it was when it was opened.
@@ -8,14 +8,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from math import prod
 from pathlib import Path
 from weakref import finalize
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from randes.checkpoints import schema
+from randes.checkpoints.files import opened, write_whole
 from randes.checkpoints.lazy_tensors import blocks, chunk_bounds, chunks, headers, raw
 from randes.checkpoints.threads import ahead
 from randes.errors import CheckpointError
@@ -29,6 +30,20 @@ DTYPES = {
 }  # fmt: skip
 """By the format's names, in the order in which its own writer puts them in a file."""
 _ORDER = {dtype: (place, name) for place, (name, dtype) in enumerate(DTYPES.items())}
+LONGEST_HEADER = 100_000_000
+"""Bytes, as the format has it."""
+MOST_DIMENSIONS = 64
+"""Of torch."""
+_METADATA = schema.each(schema.text)
+_HEADER = schema.each(
+    schema.record(
+        {
+            "dtype": schema.text, "shape": schema.listed(schema.integer(), most=MOST_DIMENSIONS),
+            "data_offsets": schema.listed(schema.integer(), 2, 2),
+        },
+        more=True,
+    )
+)  # fmt: skip
 QUIET = 100_000_000
 """Nanoseconds that a file must have been left alone before its time of change is trusted to show the next one."""
 
@@ -40,23 +55,56 @@ class ChangedError(Exception):
 class File:
     """One open safetensors file: where its tensors are, and whether it is as it was."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ``CheckpointError`` for anything but a whole safetensors file of dtypes that torch has."""
+    def __init__(self, path: Path, *, links: bool = True) -> None:
+        """links: whether ``path`` may be a link.
+
+        Raises ``CheckpointError`` for anything but a whole safetensors file of dtypes that torch has, and ``OSError``
+        where nothing is, or the disk does not give it.
+        """
         self.path = path
-        _check_whole(path)
-        self._handle = os.open(path, os.O_RDONLY)
+        self._handle = opened(path, links=links)
         finalize(self, os.close, self._handle)
-        length = int.from_bytes(self._read(8, 0), "little")
-        described = json.loads(bytes(self._read(length, 8)))
-        described.pop("__metadata__", None)
-        self.headers: dict[str, Tensor] = {}
-        self.offsets: dict[str, int] = {}
-        for name, entry in described.items():
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path} must hold dtypes that torch has, got {entry['dtype']} of {name}")
-            self.headers[name] = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-            self.offsets[name] = 8 + length + entry["data_offsets"][0]
-        self.trust()
+        self._since, self._state = time.time_ns(), self._now()
+        try:
+            self.headers, self.offsets = self._described()
+        except (ValueError, ChangedError) as error:
+            raise self._no_file(error) from error
+
+    def _described(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Shape and dtype of each tensor, and where it begins. Raises ``ValueError`` for what the format excludes."""
+        size, length = self._state[0], int.from_bytes(self._read(8, 0), "little")
+        first = 8 + length
+        schema.must(length <= LONGEST_HEADER and first <= size, "its header", "within the file", length)
+        text = bytes(self._read(length, 8))
+        schema.must(text[:1] == b"{", "its header", "an object", text[:9])
+        described = schema.parsed(text, "its header")
+        _METADATA("its metadata", described.pop("__metadata__", {}))
+        headers: dict[str, Tensor] = {}
+        offsets: dict[str, int] = {}
+        _HEADER("its header", described)
+        end = 0
+        for name, entry in sorted(described.items(), key=lambda one: one[1]["data_offsets"]):
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            schema.must(dtype in DTYPES, f"the dtype of {name}", "one that torch has", dtype)
+            # Also of a tensor without elements: torch counts in 64 bits.
+            most = prod(max(1, count) for count in shape) * DTYPES[dtype].itemsize
+            schema.must(most <= schema.LARGEST, f"the shape of {name}", "of a tensor that torch can have", shape)
+            nbytes = prod(shape) * DTYPES[dtype].itemsize
+            schema.must((start, stop) == (end, end + nbytes), f"the place of {name}", f"{end} to {end + nbytes}", start)
+            headers[name] = torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            offsets[name], end = first + start, stop
+        schema.must(first + end == size, "its size", f"{first + end} bytes", size)
+        return {name: headers[name] for name in described}, offsets
+
+    def _no_file(self, error: Exception) -> CheckpointError:
+        # Only now: a safetensors file may begin with a pickle's first bytes, a pickle is never a safetensors file.
+        start = os.pread(self._handle, 2, 0)
+        if start[:1] == b"\x80" or start == b"PK":
+            return CheckpointError(
+                f"{self.path} is a pickle, which can run code when it is opened; save it as safetensors"
+                " (safetensors.torch.save_file(model.state_dict(), path))"
+            )
+        return CheckpointError(f"{self.path} is not a whole safetensors file: {str(error) or 'it ends too soon'}")
 
     def trust(self) -> None:
         """Take the file as it is now for what ``unchanged`` compares with: it was just read and found right."""
@@ -130,37 +178,6 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int
     write_whole(path, pieces())
 
 
-def write_whole(path: Path, pieces: Iterable[memoryview]) -> None:
-    """Write a file beside ``path``, flush it to disk, and rename it. Raises ``OSError`` where the disk is full."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            for data in pieces:
-                while len(data):
-                    data = data[os.write(handle, data) :]
-        finally:
-            os.close(handle)
-        replace(beside, path)
-    except OSError as error:
-        raise OSError(error.errno, f"could not be written: {error.strerror or error}", str(path)) from error
-    finally:
-        with suppress(FileNotFoundError):
-            beside.unlink()
-
-
-def replace(beside: Path, path: Path) -> None:
-    """Rename ``beside`` to ``path`` so that a crash at any moment leaves the old file or the new one."""
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _header(described: Mapping[str, Tensor], names: Iterable[str]) -> bytes:
     entries, end = {}, 0
     for name in names:
@@ -172,19 +189,3 @@ def _header(described: Mapping[str, Tensor], names: Iterable[str]) -> bytes:
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _check_whole(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt"):
-            return
-    except SafetensorError as error:
-        # Only now: a safetensors file may begin with a pickle's first bytes, a pickle is never a safetensors file.
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start[:1] == b"\x80" or start == b"PK":
-            raise CheckpointError(
-                f"{path} is a pickle, which can run code when it is opened; save it as safetensors"
-                " (safetensors.torch.save_file(model.state_dict(), path))"
-            ) from error
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error

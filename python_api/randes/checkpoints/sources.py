@@ -1,6 +1,5 @@
 """Where one model's tensors come from, and whether they fit the base. Nothing here unpickles."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Set
@@ -11,6 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from randes.checkpoints import schema
+from randes.checkpoints.files import read_whole
 from randes.checkpoints.lazy_tensors import LazyTensors, digests, headers
 from randes.checkpoints.lora import ADAPTER_CONFIG, read_adapter
 from randes.checkpoints.on_disk import StoredTensors, open_file
@@ -25,6 +26,7 @@ Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str
 Tensors: TypeAlias = Mapping[str, Tensor]
 INDEX = ".safetensors.index.json"
 """What the name of an index ends with: ``model…`` from Transformers, ``diffusion_pytorch_model…`` from Diffusers."""
+_INDEX = schema.record({"weight_map": schema.each(schema.file_name)}, more=True)
 
 
 def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensors:
@@ -46,6 +48,8 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
     else:
         raise CheckpointError(f"a checkpoint must be an nn.Module, a state dict or a path, got {type(source).__name__}")
     for name, value in tensors.items():
+        if not isinstance(name, str) or not schema.is_utf8(name):
+            raise CheckpointError(f"a tensor's name must be a text in UTF-8, got {name!r}")
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name} must be a tensor, got {type(value).__name__}")
     if not tensors:
@@ -82,16 +86,17 @@ def _open_path(path: Path) -> StoredTensors:
 def _indexed(index: Path) -> StoredTensors:
     """The shards that an index names, as Transformers and Diffusers write it."""
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        by_file: dict[str, set[str]] = {}
-        for name, file in shards.items():
-            by_file.setdefault(file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} must be an index with a weight_map, got {error!r}") from error
+        found = schema.parsed(read_whole(index), "it")
+        _INDEX("it", found)
+    except ValueError as error:
+        raise CheckpointError(f"{index} must be an index with a weight_map: {error}") from error
+    by_file: dict[str, set[str]] = {}
+    for name, file in found["weight_map"].items():
+        by_file.setdefault(file, set()).add(name)
     where: dict[str, tuple[File, str]] = {}
     for file_name, names in sorted(by_file.items()):
         path = index.parent / file_name
-        if Path(file_name).name != file_name or not path.is_file():
+        if not path.is_file():
             raise CheckpointError(f"{index} names {file_name}, which is not a file beside it")
         file = File(path)
         if absent := names - file.headers.keys():
@@ -148,7 +153,7 @@ def check_finite(name: str, part: Tensor) -> None:
     """Raise ``CheckpointError`` for NaN or infinity in a part of the tensor of this name."""
     if not part.is_floating_point() or (part.itemsize > 1 and math.isfinite(part.sum())):
         return  # forty times as fast as looking at each: a sum is finite only of what is
-    if not torch.isfinite(part).all():
+    if not torch.isfinite(part.float() if part.itemsize == 1 else part).all():  # torch looks at none of one byte
         raise CheckpointError(f"{name} must be finite, got NaN or infinity")
 
 

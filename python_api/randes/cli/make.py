@@ -1,18 +1,29 @@
 """Commands that make a store, and the one that tells beforehand what it will take."""
 
-import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from randes import fusionbench
-from randes.cli.terminal import Rank, console, errors, gigabytes, named, packed, print_sizes, progress, rank_of, say
+from randes.cli.terminal import (
+    Rank,
+    Terminal,
+    console,
+    errors,
+    gigabytes,
+    named,
+    packed,
+    print_json,
+    print_sizes,
+    progress,
+    rank_of,
+    say,
+)
 from randes.config import Config
 from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
@@ -178,7 +189,7 @@ def _given(context: typer.Context) -> set[str]:
 def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
     """FusionBench's configuration, with the flags that were given in its place; its notes go to standard error."""
     for note in found.notes:
-        Console(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+        Terminal(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
     given = _given(context)
     config = replace(found.config, **{name: value for name, value in flags.items() if name in given})
     return found._replace(config=config, alpha=context.params["alpha"] if "alpha" in given else found.alpha)
@@ -225,7 +236,7 @@ def plan(
         config = Config(group_size=group_size, others=others, centre=centre, rank=rank_of(rank))  # type: ignore[arg-type]
         rows = plan_of(base, models, config)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print_json([asdict(row) for row in rows])
         return
     table = Table(
         "bits", "store", "in models", "in memory", "decode, one group", "decode, all groups", "interference", "fits"

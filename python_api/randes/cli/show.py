@@ -1,6 +1,5 @@
 """Commands that look at a store."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,18 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from randes.cli.terminal import NamedModel, Store, console, errors, name_and_path, named, print_sizes, progress, say
+from randes.cli.terminal import (
+    NamedModel,
+    Store,
+    console,
+    errors,
+    name_and_path,
+    named,
+    print_json,
+    print_sizes,
+    progress,
+    say,
+)
 from randes.inspect.report import write as write_report
 from randes.inspect.summary import ranks, summary
 from randes.inspect.summary import verify as verify_model
@@ -23,7 +33,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         superposition = Superposition.load(store, progress=begin)
     found = summary(superposition)
     if as_json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
         return
     table = Table(
         "model", "group", "α", "tuned α", "superposed tensors", "kept tensors", "kept bytes", title=escape(str(store))
@@ -60,7 +70,7 @@ def verify(
         name, path = name_and_path(model)
         found = verify_model(Superposition.load(store, check=False), name, path, progress=begin)
     if as_json:
-        print(json.dumps(vars(found), indent=1))
+        print_json(vars(found))
         return
     say(f"{name}, one of {found.models_in_group} models in its group")
     console.print(

@@ -1,5 +1,6 @@
 """What all commands say and take: arguments, progress bars, errors of one line, numbers of bytes."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,13 +20,27 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )  # fmt: skip
+from rich.text import Text
 
 from randes.checkpoints.lazy_tensors import Progress as Reading
 from randes.checkpoints.lazy_tensors import size
 from randes.errors import RandesError
 from randes.superposition.superposition import Superposition
 
-console = Console()
+
+def shown(text: str) -> str:
+    """A text without what a terminal would obey: names and paths may hold anything."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class Terminal(Console):
+    """Shows each text as ``shown``."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(shown(text), **how)
+
+
+console = Terminal()
 
 Store = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
 NamedModel = Annotated[
@@ -51,7 +66,7 @@ def errors() -> Iterator[None]:
     try:
         yield
     except (RandesError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -131,6 +146,17 @@ def packed(superposition: Superposition, begin: Reading, **how: Any) -> Superpos
 def say(text: str) -> None:
     """One line as it stands: names and paths may hold what rich takes for markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: object) -> None:
+    """As JSON, in which what a terminal would obey is escaped."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text))
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))
 
 
 def gigabytes(count: int) -> str:

@@ -6,7 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from randes.checkpoints.huggingface import CONFIG, METHOD, check_version, library, model_class
+from randes.checkpoints.huggingface import (
+    CONFIG,
+    METHOD,
+    check_version,
+    config_of,
+    configuration,
+    library,
+    model_class,
+)
 from randes.errors import StoreError
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.superposition import Superposition
@@ -26,7 +34,10 @@ def load_base(
             )
         store = path
     superposition = store if isinstance(store, Superposition) else Superposition.load(store)
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name)
+    if path.is_dir() and (text := config_of(path)) is not None:
+        configuration(text, str(path))
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}  # nobody is asked
+    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name, **trust)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
         config.transformers_weights = quantization["base"]

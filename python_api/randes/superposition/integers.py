@@ -84,7 +84,7 @@ def narrow(wide: Tensor) -> Tensor:
 
 def check_average(name: str, part: Tensor) -> None:
     """Raise ``CheckpointError`` where a tensor is too large for the sums behind the averages."""
-    if part.is_floating_point() and part.numel() and (peak := float(part.abs().max())) >= 2**20:
+    if part.is_floating_point() and part.numel() and (peak := float(part.double().abs().max())) >= 2**20:
         raise CheckpointError(f"{name} must be below 2**20 to be averaged, got {peak:.3g}")
 
 

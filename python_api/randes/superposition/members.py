@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from randes.checkpoints.schema import is_utf8
 from randes_kernels import Packed
 
 BASE_NAME = "__base__"
@@ -65,11 +66,16 @@ class NewModel:
         return Member(self.group, self.alpha, *found, index=self.index)
 
 
+def is_name(name: object) -> bool:
+    """Whether a fine-tune can be called so: any text but none, the base's own, and one that cannot be written down."""
+    return isinstance(name, str) and name not in ("", BASE_NAME) and is_utf8(name)
+
+
 def free_index(taken: set[int], wanted: int | None) -> int:
     """The first index that no model has, or the ``wanted`` one. Raises ``ValueError`` where that is none or taken."""
     if wanted is None:
         return next(index for index in range(len(taken) + 1) if index not in taken)
-    if not isinstance(wanted, int) or wanted < 0 or wanted in taken:
+    if type(wanted) is not int or wanted < 0 or wanted in taken:
         raise ValueError(f"index must be an integer of at least 0 that no model has, got {wanted!r}")
     return wanted
 
@@ -82,7 +88,7 @@ def free_group(taken: list[int], size: int, wanted: int | None) -> int:
     if wanted is None:
         return next(group for group in range(len(taken) + 1) if taken.count(group) < size)
     limit = max(taken, default=-1) + 1
-    if not isinstance(wanted, int) or not 0 <= wanted <= limit:
+    if type(wanted) is not int or not 0 <= wanted <= limit:
         raise ValueError(f"group must be an integer from 0 to {limit}, got {wanted!r}")
     if taken.count(wanted) >= size:
         raise ValueError(f"group must have room; group {wanted} has its {size} models")

@@ -4,8 +4,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from randes.checkpoints.files import write_whole
 from randes.checkpoints.lazy_tensors import Progress, silent
-from randes.checkpoints.safetensors import write_whole
 from randes.checkpoints.sources import Checkpoint
 from randes.errors import RandesError
 from randes.inspect.report.numbers import measure

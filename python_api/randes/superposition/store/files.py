@@ -1,22 +1,39 @@
 """A store's files: opened, and known again by their size and time of change."""
 
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from randes.checkpoints import schema
+from randes.checkpoints.huggingface import is_model_file
 from randes.checkpoints.on_disk import StoredTensors, open_file
 from randes.errors import CheckpointError, StoreError
 
-OURS = re.compile(
-    r"\.?(base|basis|group-\d+|unshared-[0-9a-f]{16}|model-[0-9a-f]{16}|average)-[0-9a-f]{32}\.safetensors(\.\d+\.tmp)?"
-    r"|\.manifest\.json\.\d+\.tmp"
-)
+STEM = r"(base|basis|group-(0|[1-9][0-9]{0,8})|unshared-[0-9a-f]{16}|model-[0-9a-f]{16}|average)"
+TENSORS = re.compile(rf"{STEM}-[0-9a-f]{{32}}\.safetensors")
+"""Names of the files of tensors."""
+OURS = re.compile(rf"\.?{TENSORS.pattern}(\.[0-9a-f]+\.tmp)?|\.manifest\.json\.[0-9a-f]+\.tmp")
+"""The same, and those that a save which was cut short has left."""
+
+
+def tensors_name(where: str, value: object) -> None:
+    """A ``schema.Check``."""
+    right = isinstance(value, str) and TENSORS.fullmatch(value) is not None
+    schema.must(right, where, "the name of a store's file of tensors", value)
+
+
+def companion_name(where: str, value: object) -> None:
+    """A ``schema.Check``."""
+    schema.file_name(where, value)
+    schema.must(is_model_file(str(value)), where, "the name of a file that goes with a model", value)
 
 
 def open_tensors(folder: Path, name: str, digests: dict[str, str]) -> StoredTensors:
     try:
-        tensors = open_file(folder / name)
+        tensors = open_file(folder / name, links=False)
     except (CheckpointError, OSError) as error:
         raise StoreError(f"{folder} is not whole: {error}") from error
     if tensors.keys() != digests.keys():
@@ -44,8 +61,9 @@ def stored_now(folder: Path, manifest: dict[str, Any]) -> Stored:
 
 
 def state_of(file: Path) -> tuple[int, int] | None:
-    """What changes when a file is changed; None where there is no file."""
-    if not file.exists():
+    """What changes when a file is changed; None where there is none, or something else than a file."""
+    try:
+        found = os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

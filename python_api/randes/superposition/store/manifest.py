@@ -1,24 +1,27 @@
 """A store's manifest: what it says of files, models and tensors, and how it is checked."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from randes.checkpoints import sources
+from randes.checkpoints import schema, sources
+from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import for_store
 from randes.checkpoints.layout import Layout
 from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.sources import Tensors
 from randes.config import Config
-from randes.errors import StoreError
+from randes.errors import CheckpointError, StoreError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
 from randes.superposition.packed_tensors import STEPS, Packing, flattened
 from randes.superposition.state import Group, State
+from randes.superposition.store.files import companion_name, tensors_name
 from randes_kernels import FORMAT_VERSION
+from randes_kernels.packing import HALF
 
 MANIFEST = "manifest.json"
 COORDINATES = "@basis"
@@ -27,14 +30,58 @@ DIRECTIONS = "@directions"
 """The same, for the basis of its own."""
 
 
+def _option(default: object) -> schema.Check:
+    """What a value of ``Config`` is in JSON; which values there can be, it says itself."""
+    if isinstance(default, bool):
+        return schema.truth
+    if isinstance(default, tuple):
+        return schema.listed(schema.text)
+    if isinstance(default, str | int):
+        return schema.either(schema.text, schema.integer(-1, (1 << 64) - 1))
+    return schema.each(schema.each(schema.integer(1, 1 << 31)))
+
+
+_PLAIN = Config()
+_MODEL = schema.record(
+    # ``check_scales`` says which numbers they can be.
+    {
+        "group": schema.anything, "alpha": schema.anything, "gains": schema.each(schema.anything),
+        "digests": schema.each(schema.digest),
+    },
+    {"units": schema.each(schema.anything), "alphas": schema.each(schema.anything), "index": schema.anything},
+)  # fmt: skip
+_VIEW = schema.record(
+    {
+        "shape": schema.listed(schema.integer(1), 1, 64), "parts": schema.each(schema.integer(1)),
+        "transposed": schema.truth, "stacked": schema.truth,
+    },
+)  # fmt: skip
+_MANIFEST = schema.record(
+    {
+        "format": schema.one_of("randes"), "version": schema.one_of(FORMAT_VERSION), "checksum": schema.digest,
+        "config": schema.record({}, {one.name: _option(getattr(_PLAIN, one.name)) for one in fields(Config)}),
+        "step": schema.one_of(STEP), "average_step": schema.one_of(AVERAGE_STEP), "base": schema.digest,
+        "superposed": schema.listed(schema.text, 1), "models": schema.each(_MODEL),
+        "files": schema.each(schema.each(schema.digest), tensors_name),
+    },
+    {
+        "layout": schema.record(
+            {"views": schema.each(_VIEW), "ties": schema.each(schema.text), "digests": schema.each(schema.digest)},
+        ),
+        "companions": schema.each(schema.digest, companion_name),
+        "packed": schema.each(schema.either(schema.text, schema.one_of(HALF), schema.integer())),
+    },
+)  # fmt: skip
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, checked against its own checksum. Raises ``StoreError``."""
+    """The manifest alone, checked against its own checksum and what a manifest must be. Raises ``StoreError``."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        data = read_whole(folder / MANIFEST, links=False)
+        manifest = schema.parsed(data, MANIFEST)
     except FileNotFoundError as error:
         raise StoreError(f"{folder} is not a store: it has no {MANIFEST}") from error
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         raise StoreError(f"{folder} is not a store: {error}") from error
     except ValueError as error:
         raise StoreError(f"{folder / MANIFEST} is torn: {error}") from error
@@ -42,10 +89,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{folder / MANIFEST} is not a manifest of randes")
     if manifest.get("version") != FORMAT_VERSION:
         raise StoreError(f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('version')}")
-    if manifest.get("checksum") != _checksum(manifest) or text != text_of(manifest):
+    if manifest.get("checksum") != _checksum(manifest) or data.decode() != text_of(manifest):
         raise StoreError(f"{folder / MANIFEST} was altered: its checksum does not match its content")
-    if (manifest["step"], manifest["average_step"]) != (STEP, AVERAGE_STEP):
-        raise StoreError(f"{folder} must have steps {STEP} and {AVERAGE_STEP}, got {manifest['step']}")
+    try:
+        _MANIFEST(MANIFEST, manifest)
+        for name, digests in manifest["files"].items():
+            right = name.rsplit("-", 1)[1] == f"{sources.combined_digest(digests)}.safetensors"
+            schema.must(right, "a file", "named by the digests of its tensors", name)
+        stems = {name.rsplit("-", 1)[0] for name in manifest["files"]}
+        schema.must(len(stems) == len(manifest["files"]), "files", "one of each kind", sorted(manifest["files"]))
+        schema.must("base" in stems, "files", "some with a base", sorted(manifest["files"]))
+    except ValueError as error:
+        raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
     return manifest
 
 
@@ -58,9 +113,18 @@ def described(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Layout, P
         members = {name: Member(**record) for name, record in manifest["models"].items()}
         for name, member in members.items():
             check_scales(name, member)
+            members[name] = replace(
+                member, alpha=float(member.alpha), gains=_floats(member.gains), units=_floats(member.units),
+                alphas=_floats(member.alphas),
+            )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
     return config, layout, packing, members
+
+
+def _floats(numbers: Mapping[str, float]) -> dict[str, float]:
+    """As torch takes them: JSON has integers beyond 64 bits."""
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def contents_of(superposition: State) -> dict[str, Tensors]:

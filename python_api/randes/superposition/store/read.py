@@ -6,17 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from randes.checkpoints.huggingface import model_files
+from randes.checkpoints.huggingface import CONFIG, is_model_file, read_files
 from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
-from randes.checkpoints.lazy_tensors import described as headers_of
 from randes.checkpoints.on_disk import Overlay, StoredTensors
 from randes.config import Config
-from randes.errors import StoreError
+from randes.errors import CheckpointError, StoreError
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import STEPS, PackedTensors, Packing, SuperposedDelta
 from randes.superposition.state import Group, State
-from randes.superposition.store.files import open_tensors, stored_now
+from randes.superposition.store.check import check_whole
+from randes.superposition.store.files import open_tensors, state_of, stored_now
 from randes.superposition.store.manifest import (
     COORDINATES,
     DIRECTIONS,
@@ -27,9 +27,14 @@ from randes.superposition.store.manifest import (
     model_file,
     read_manifest,
 )
-from randes_kernels import Packed
 
 S = TypeVar("S", bound=State)
+_ALTERED = (
+    "was altered or is missing: its checksum does not match the manifest. Models answer by what it says; to change it,"
+    " change it beside the base and make the store anew"
+)
+TRIES = 100
+"""Manifests that are read before files are said to be missing: each was written since the one before."""
 
 
 def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> S:
@@ -40,28 +45,50 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    for _ in range(TRIES):
+        try:
+            return _load(kind, folder, manifest, check=check, progress=progress)
+        except StoreError:
+            # A writer drops the files of the manifest before its own: this one's may have gone while they were opened.
+            before, manifest = manifest, read_manifest(folder)
+            if manifest["checksum"] == before["checksum"]:
+                raise
+    return _load(kind, folder, manifest, check=check, progress=progress)
+
+
+def _load(kind: type[S], folder: Path, manifest: dict[str, Any], *, check: bool, progress: Progress) -> S:
     found = described(folder, manifest)
-    contents: dict[str, StoredTensors] = {
-        name.rsplit("-", 1)[0]: open_tensors(folder, name, digests) for name, digests in manifest["files"].items()
-    }
+    stored = stored_now(folder, manifest)  # before they are read: what is written to since is not what was read
+    contents = {name.rsplit("-", 1)[0]: open_tensors(folder, name, known) for name, known in manifest["files"].items()}
+    beside = _companions(folder, manifest)
     if check:
         step = progress("checking", sum(map(size, contents.values())))
         for tensors in contents.values():
             tensors.check(step)
     try:
         superposition = _put_together(kind, manifest, found, contents)
-        _check_whole(superposition)
-    except (AttributeError, AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+        check_whole(superposition)
+    except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
-    superposition.model_files = model_files(folder)
-    for name, known_text in manifest.get("companions", {}).items():
-        if name not in superposition.model_files or digest_of(superposition.model_files[name]) != known_text:
-            raise StoreError(
-                f"{folder / name} was altered or is missing: its checksum does not match the manifest. Models answer by"
-                " what it says; to change it, change it beside the base and make the store anew"
-            )
-    superposition.stored = stored_now(folder, manifest)
+    superposition.model_files, superposition.stored = beside, stored
     return superposition
+
+
+def _companions(folder: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
+    """What the manifest names beside the tensors, held to its digests; of a store from before it did, what is there."""
+    known: dict[str, str] | None = manifest.get("companions")
+    files = {file.name for file in folder.iterdir() if state_of(file) is not None and is_model_file(file.name)}
+    names = (files if CONFIG in files else set()) if known is None else known.keys()
+    for name in names - files:
+        raise StoreError(f"{folder / name} {_ALTERED}")
+    try:
+        found = read_files(folder, sorted(names), links=False)
+    except (CheckpointError, OSError) as error:
+        raise StoreError(f"{folder} is not whole: {error}") from error
+    for name, digest in (known or {}).items():
+        if digest_of(found[name]) != digest:
+            raise StoreError(f"{folder / name} {_ALTERED}")
+    return found
 
 
 def _put_together(
@@ -108,33 +135,3 @@ def _put_together(
             for group, tensors in groups.items()
         }
     return superposition
-
-
-def _check_whole(superposition: State) -> None:
-    """Raise ``ValueError`` where a model lacks what its record says that it has: it would answer as the base there."""
-    for name, member in superposition.members.items():
-
-        def must(right: bool, tensor: str, what: str, name: str = name) -> None:
-            if not right:
-                raise ValueError(f"model {name!r} must have {what} of {tensor}, which is not there")
-
-        for tensor in member.gains:
-            must(tensor in superposition.superposed, tensor, "a superposed delta")
-            group = superposition.group_of(name, tensor)
-            held = superposition.held.get(group, {})
-            packing, unshared = superposition.packing, tensor in superposition.unshared
-            if packing is not None and unshared:
-                must(tensor in member.directions, tensor, "directions")
-                if superposition.in_no_bits(tensor):
-                    continue
-            must(superposition.place(name, tensor) in held, tensor, f"a superposition in group {group}")
-            if packing is not None:
-                rows = headers(superposition.base)[tensor].shape[0]
-                own = headers_of(held)[superposition.place(name, tensor)]
-                must(isinstance(own, Packed) and own.words.shape[:-1] == (rows,), tensor, f"{rows} packed rows")
-        for tensor in member.units:
-            must(tensor in member.gains and superposition.basis(name, tensor) is not None, tensor, "a basis")
-        if superposition.config.others == "keep":
-            for tensor in superposition.base.keys() - set(superposition.superposed):
-                changed = member.digests[tensor] != superposition.base_digests[tensor]
-                must(tensor in member.kept or not changed, tensor, "its own values")

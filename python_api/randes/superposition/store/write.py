@@ -3,15 +3,16 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from randes.checkpoints import sources
+from randes.checkpoints.files import make_folder, read_whole, write_whole
 from randes.checkpoints.huggingface import is_model_file
 from randes.checkpoints.lazy_tensors import Progress, silent, size
 from randes.checkpoints.on_disk import Overlay
-from randes.checkpoints.safetensors import write_file, write_whole
+from randes.checkpoints.safetensors import write_file
 from randes.errors import StoreError
 from randes.superposition.state import State
 from randes.superposition.store.files import OURS, Stored, open_tensors, state_of, stored_now
@@ -37,7 +38,7 @@ def save(superposition: State, path: str | os.PathLike[str], *, progress: Progre
     contents = contents_of(superposition)
     manifest = manifest_of(superposition, contents)
     check_destination(superposition, folder, manifest)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with _alone(folder):
         check_destination(superposition, folder, manifest)
         known = superposition.stored.files if isinstance(superposition.stored, Stored) else {}
@@ -54,17 +55,33 @@ def save(superposition: State, path: str | os.PathLike[str], *, progress: Progre
             for name, tensors in changed.items():
                 write_file(folder / name, tensors, step=step)
             for name, text in beside.items():
-                write_whole(folder / name, [memoryview(text)])
-        except OSError:
-            for file in new:  # a full disk is full enough, and no manifest names them
-                file.unlink(missing_ok=True)
+                if state_of(folder / name) is None or read_whole(folder / name, links=False) != text:
+                    write_whole(folder / name, [memoryview(text)])
+            write_whole(folder / MANIFEST, [memoryview(text_of(manifest).encode())])
+        except BaseException:
+            if _is_written(folder, manifest):
+                superposition.stored = stored_now(folder, manifest)
+            else:
+                with suppress(OSError):
+                    for file in new:  # a full disk is full enough, and no manifest names them
+                        file.unlink(missing_ok=True)
             raise
-        write_whole(folder / MANIFEST, [memoryview(text_of(manifest).encode())])
         superposition.stored = stored_now(folder, manifest)
-        _reopen(superposition, folder, manifest)
-        for file in folder.iterdir():
-            if OURS.fullmatch(file.name) and file.name not in manifest["files"]:
-                file.unlink()
+        # The store is the new one: what stays undone is done by the next save.
+        with suppress(OSError, StoreError):
+            _reopen(superposition, folder, manifest)
+        with suppress(OSError):
+            for file in folder.iterdir():
+                if OURS.fullmatch(file.name) and file.name not in manifest["files"]:
+                    file.unlink()
+
+
+def _is_written(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the store is the new one, although what came after its manifest failed; as far as can be known."""
+    try:
+        return bool(read_manifest(folder)["checksum"] == manifest["checksum"])
+    except StoreError:
+        return (folder / MANIFEST).exists()
 
 
 def _reopen(superposition: State, folder: Path, manifest: dict[str, Any]) -> None:
@@ -91,7 +108,7 @@ def check_destination(superposition: State, folder: Path, manifest: dict[str, An
         if found["base"] != sources.combined_digest(superposition.base_digests):
             raise StoreError(f"{folder} holds a store of another base; save to another folder")
         ours = isinstance(stored, Stored) and (stored.folder, stored.checksum) == (folder.resolve(), found["checksum"])
-        if not ours and found != manifest:
+        if not ours and (manifest is None or found["checksum"] != manifest["checksum"]):
             raise StoreError(f"{folder} holds a store that was written since, or is another's; load it and change that")
     else:
         check_new(folder)
@@ -114,7 +131,7 @@ def check_new(folder: Path) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other processes from saving to ``folder`` meanwhile."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

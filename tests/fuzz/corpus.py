@@ -1,0 +1,113 @@
+"""Whole stores, checkpoints and configurations, to be damaged."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from models import content, finetune, net
+from torch import Tensor
+
+import randes
+from randes.checkpoints.lora import ADAPTER_CONFIG, WEIGHTS
+from randes.checkpoints.safetensors import write_file
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2,
+    "n_positions": 16, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+    "num_labels": 2, "attn_pdrop": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
+}  # fmt: skip
+STORES: dict[str, tuple[randes.Config, float | None]] = {
+    "integers": (randes.Config(group_size=2), None),
+    "basis, centred": (randes.Config(rank=4, centre=True), None),
+    "averages, shuffled": (randes.Config(others="average", shuffle_layers=-1), None),
+    "4 bits, basis": (randes.Config(rank=4), 4),
+    "1 bit": (randes.Config(permute=8), 1),
+    "half a bit": (randes.Config(), 0.5),
+}
+Files = dict[str, bytes]
+
+
+@dataclass
+class Corpus:
+    """Whole stores and checkpoints as bytes, what the stores answer, and a folder that each damage has to itself."""
+
+    scratch: Path
+    stores: dict[str, Files] = field(default_factory=dict)
+    answers: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
+    checkpoint: Files = field(default_factory=dict)
+    shards: Files = field(default_factory=dict)
+    adapter: Files = field(default_factory=dict)
+    transformers: Files = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def made(cls, folder: Path, *, transformers: bool = True) -> "Corpus":
+        """transformers: whether the model of a Transformers folder is in it, which takes seconds to import."""
+        found, base = cls(folder / "scratch"), net()
+        models = {f"m{seed}": finetune(base, seed) for seed in range(3)}
+        for kind, (config, bits) in STORES.items():
+            sup = randes.compress(base, models, config)
+            sup.model_files = {"config.json": json.dumps(GPT2).encode(), "tokenizer.json": b'{"a": 1}'}
+            sup = sup if bits is None else sup.pack(bits)
+            sup.save(folder / kind)
+            found.stores[kind] = content(folder / kind)
+            found.answers[kind] = {name: sup.retrieve(name) for name in models}
+        found.base = {name: value.detach() for name, value in base.state_dict().items()}
+        _make(folder / "whole")
+        write_file(folder / "whole" / "model.safetensors", found.base)
+        found.checkpoint = content(folder / "whole")
+        _make(folder / "shards")
+        names = sorted(found.base)
+        parts = {"model-1.safetensors": names[:7], "model-2.safetensors": names[7:]}
+        for file, own in parts.items():
+            write_file(folder / "shards" / file, {name: found.base[name] for name in own})
+        index = {"metadata": {"total_size": 1}, "weight_map": {name: f for f, own in parts.items() for name in own}}
+        (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+        found.shards = content(folder / "shards")
+        found.adapter = _adapter(folder / "adapter", found.base)
+        if transformers:
+            found.transformers = _transformers(folder / "gpt2")
+        return found
+
+    def put(self, files: Files) -> Path:
+        """The files in a folder of their own, which was emptied."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        folder = self.scratch / "files"
+        folder.mkdir(parents=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return folder
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _adapter(folder: Path, base: dict[str, Tensor]) -> Files:
+    _make(folder)
+    tensors = {}
+    for module in ("layers.0.up", "layers.1.down"):
+        rows, columns = base[f"{module}.weight"].shape
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(4, columns)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(rows, 4)
+    write_file(folder / WEIGHTS, tensors)
+    config = {
+        "peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"up": 4, r"layers\.\d\.down": 4},
+        "alpha_pattern": {"layers.0.up": 2.5}, "use_rslora": False, "fan_in_fan_out": False, "bias": "none",
+        "target_modules": ["up", "down"], "init_lora_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+    return content(folder)
+
+
+def _transformers(folder: Path) -> Files:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    _make(folder)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
+    write_file(folder / "model.safetensors", dict(model.state_dict()))
+    (folder / "config.json").write_text(json.dumps(GPT2))
+    return content(folder)
