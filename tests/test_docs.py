@@ -18,7 +18,7 @@ from torch import nn
 
 import randes
 from randes.cli import app
-from randes.inspect.choose import predicted
+from randes.inspect.choose import BY_TABLES, predicted
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -227,10 +227,8 @@ def test_the_real_models_table_is_that_of_the_rows() -> None:
 
 def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:
     for row in language.read(smollm_kept.RESULTS):
-        if row["matrix"] != "signs":
-            continue  # which it does not choose
-        if row["embeddings"] not in (0, 1, 2) or row["rank"] not in ("auto", 0) or row["group"] == 1:
+        config = randes.Config(group_size=row["group"], rank=row["rank"], matrix=row["matrix"])
+        if row["embeddings"] not in BY_TABLES or row["rank"] not in ("auto", 0) or row["group"] == 1:
             continue
-        config = randes.Config(group_size=row["group"], rank=row["rank"])
         found = predicted(config, row["models"], row["bits"], row["embeddings"])
         assert found == pytest.approx(100 * sum(row["kept"]) / len(row["kept"]), abs=0.4), row

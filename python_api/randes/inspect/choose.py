@@ -22,8 +22,8 @@ from randes.superposition.superposition import Superposition
 from randes_kernels import Transform
 from randes_kernels.packing import BITS, HALF
 
-OF_NOISE, OF_ITS_SQUARE = 0.036, 0.0045
-WITHOUT_BASIS = 1.5
+OF_NOISE, OF_ITS_SQUARE = 0.05, 0.0015
+WITHOUT_BASIS = 1.8
 BIAS: dict[float, float] = {8: 0.0, 4: 0.0, 2: 1.0, 1: 2.5}
 """Of D under signs, where one model is in it; several mix loud columns with quiet ones. Half a bit is for rotations."""
 ROTATED = (1, HALF)
