@@ -124,15 +124,16 @@ def page(rows: list[dict[str, Any]], times: float) -> str:
     lines = [
         "# What they write",
         "",
-        f"{len(rows)} full fine-tunes of SmolLM2-135M in a store of {times:.2f} times one model, everything counted."
-        " Each continues the beginning of a text that it has not seen, greedily: the fine-tune itself, the same model"
-        " from the store, its row in one batch with all the others, and all of them merged into one model"
-        " (`python examples/language_model.py`).",
+        f"{len(rows)} full fine-tunes of SmolLM2-135M in a store of {times:.2f} times one model, everything counted.",
+        "Each continues the beginning of a text that it has not seen, greedily: the fine-tune itself, the same model",
+        "from the store, its row in one batch with all the others, and all of them merged into one model",
+        "(`python examples/language_model.py`).",
     ]
     for row in rows:
         lines += ["", f"## {row['kind']}", "", "Given:", "", *_quoted(row["prompt"])]
         for title, way in (("The fine-tune", "own"), ("From the store", "retrieved"), ("Merged", "merged")):
-            lines += ["", f"{title} ({kept(row, way):.1f} % of the gain kept):", "", *_quoted(row[f"{way} text"])]
+            share = "" if way == "own" else f" ({kept(row, way):.1f} % of the gain kept)"
+            lines += ["", f"{title}{share}:", "", *_quoted(row[f"{way} text"])]
     return "\n".join(lines) + "\n"
 
 

