@@ -1,0 +1,104 @@
+"""The table and the plot of rivals.py: its rows beside those of our own stores."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from language import Rows
+
+BEFORE = 1.01
+"""Where a size axis of what is beside the base begins: a merged model stands there."""
+FLOOR = 0.1
+"""In %: the least loss that is drawn. More is kept than this tells apart from all."""
+STYLES = {
+    "BitDelta": ("tab:orange", "s"),
+    "T-Switch": ("tab:green", "^"),
+    "Delta-CoMe": ("tab:purple", "D"),
+    "SVD": ("tab:brown", "v"),
+    "TSV-Compress": ("tab:brown", "<"),
+    "UltraDelta": ("tab:cyan", ">"),
+    "DARE": ("tab:olive", "X"),
+    "EMR": ("tab:pink", "P"),
+    "TALL-masks": ("tab:gray", "p"),
+    "task arithmetic": ("dimgray", "1"),
+    "TIES": ("dimgray", "2"),
+    "TSV-Merge": ("dimgray", "3"),
+}
+
+
+def mean_and_worst(row: dict[str, Any]) -> tuple[float, float]:
+    """In %."""
+    return 100 * statistics.mean(row["kept"]), 100 * min(row["kept"])
+
+
+def of_eight(ours: Rows) -> Rows:
+    """Our stores of as many models as the rivals have, without those that another is both smaller and better than."""
+    front: Rows = []
+    for row in sorted((row for row in ours if row["models"] == 8), key=lambda row: row["bytes"]):
+        if not front or statistics.mean(row["kept"]) > statistics.mean(front[-1]["kept"]):
+            front.append(row)
+    return front
+
+
+def named(row: dict[str, Any]) -> str:
+    """One of our stores."""
+    kind = "rotated" if row["matrix"] == "rotation" else f"rank {row['rank']}"
+    return f"groups of {row['group']}, {kind}, {row['bits']} bit{'s' * (row['bits'] > 1)}"
+
+
+def table(rows: Rows, ours: Rows) -> str:
+    """By whole-store size: the mean share that is kept, the worst in brackets. Ours are those of the front."""
+    lines = ["| method | matrices | table | kept | whole store |", "|---|---|---|---|---|"]
+    found = [(row, row["method"], row["form"], row["table"]) for row in rows]
+    found += [(row, "**ours**", named(row), f"{row['embeddings']} bits") for row in of_eight(ours)]
+    for row, *cells in sorted(found, key=lambda line: line[0]["times"]):
+        mean, worst = mean_and_worst(row)
+        scaled = f", λ = {row['scale']:g}" if row.get("scale", 1.0) != 1.0 else ""
+        cells[1] += scaled
+        lines.append(f"| {' | '.join(cells)} | {mean:.1f} ({worst:.1f}) | {row['times']:.2f}x |")
+    return "\n".join(lines)
+
+
+def draw(rows: Rows, ours: Rows, file: Path) -> None:
+    """What is kept by whole-store size; the worst of the eight is a fainter mark below the mean."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams |= {"figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+    mpl.rcParams |= {"font.size": 10, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+    figure, axis = plt.subplots(figsize=(10, 6.2))
+
+    def lost(share: float) -> float:
+        return max(100 - share, FLOOR)
+
+    def points(some: Rows, label: str, colour: str, marker: str, size: float, line: str = "") -> None:
+        where = [max(row["times"], BEFORE) - 1 for row in some]
+        mean, worst = zip(*(map(lost, mean_and_worst(row)) for row in some), strict=True)
+        axis.vlines(where, mean, worst, color=colour, alpha=0.2, lw=1.2)
+        axis.plot(where, worst, marker, color=colour, alpha=0.25, ms=0.7 * size)
+        axis.plot(where, mean, marker + line, color=colour, ms=size, label=label, zorder=3)
+
+    eight = [row for row in ours if row["models"] == 8]
+    points(of_eight(ours), "ours", "tab:red", "o", 8, "-")
+    points([row for row in eight if row not in of_eight(ours)], "ours, other settings", "lightcoral", "o", 4)
+    for method, (colour, marker) in STYLES.items():
+        chosen = [row for row in rows if row["method"] == method]
+        if chosen:
+            points(chosen, method, colour, marker, 7)
+    kept, sizes = (40, 60, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9), (1.05, 1.1, 1.2, 1.3, 1.5, 2, 2.5, 3.5)
+    axis.set(xscale="log", yscale="log", ylim=(70, 0.09), xlim=(BEFORE - 1 - 0.0012, 2.9))
+    axis.set_yticks([100 - share for share in kept], [f"{share:g} %" for share in kept])
+    axis.set_xticks([BEFORE - 1, *(size - 1 for size in sizes)], ["1x,\nmerged", *(f"{size:g}x" for size in sizes)])
+    axis.minorticks_off()
+    axis.set(xlabel="whole store of 8 fine-tunes, the base with it, in units of one model in bf16",
+             ylabel="share of the fine-tuning gain that is kept")  # fmt: skip
+    axis.set_title("SmolLM2-135M, 8 full fine-tunes: mean, and fainter the worst of the eight")
+    axis.legend(loc="lower right", ncols=2, fontsize=9)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+TABLES: dict[str, Callable[[Rows, Rows], str]] = {"rivals": table}
