@@ -12,6 +12,7 @@ import language
 import plots
 import pytest
 import quality
+import rivals
 import smollm_kept
 import torch
 from torch import nn
@@ -223,6 +224,14 @@ def test_the_real_models_table_is_that_of_the_rows() -> None:
     shown = re.search(r"<!-- smollm: .*? -->\n(.*?)\n<!-- /smollm -->", page, re.DOTALL)
     assert shown is not None
     assert shown[1].strip() == smollm_kept.table(language.read(smollm_kept.RESULTS))
+
+
+def test_the_table_beside_other_methods_is_that_of_the_rows() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- rivals: .*? -->\n(.*?)\n<!-- /rivals -->", page, re.DOTALL)
+    assert shown is not None
+    rows, ours = language.read(rivals.RESULTS), language.read(smollm_kept.RESULTS)
+    assert shown[1].strip() == rivals.table(rows, ours)
 
 
 def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:

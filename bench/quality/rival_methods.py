@@ -109,14 +109,14 @@ def low_rank(delta: Tensor, number: int, bands: Sequence[tuple[int, int]]) -> Ma
     ends = [0, *itertools.accumulate(directions for directions, _ in bands)]
     rank = min(ends[-1], *delta.shape)
     right = factors(delta, rank)[1]
-    spans = [range(rank)[first:last] for first, last in itertools.pairwise(ends)]
+    spans = [range(rank)[first:last] for first, last in itertools.pairwise(ends) if first < rank]
     nbytes = 0
     held = torch.empty_like(right)
-    for span, (_, bits) in zip(spans, bands, strict=True):
+    for span, (_, bits) in zip(spans, bands, strict=False):
         held[span] = right[span].half().float() if bits == 16 else _own_size(right[span], bits)
     left = torch.linalg.lstsq(held.mT, delta.mT).solution.mT
     made = torch.zeros_like(delta)
-    for span, (_, bits) in zip(spans, bands, strict=True):
+    for span, (_, bits) in zip(spans, bands, strict=False):
         part = left[:, span].half().float() if bits == 16 else _own_size(left[:, span].mT, bits).mT
         made += part @ held[span]
         nbytes += sum(delta.shape) * len(span) * bits // 8 + (0 if bits == 16 else 4 * len(span))

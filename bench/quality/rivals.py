@@ -1,7 +1,7 @@
 """Other methods at the same whole-store sizes, on the fine-tunes of SmolLM2-135M: re-creations, by the same judge.
 
     python bench/quality/rivals.py [--models FOLDER]     an hour on one core, into bench/results/rivals.json
-    python bench/quality/rivals.py --table               prints what is there as a Markdown table
+    python bench/quality/rivals.py --table [all]         prints what is there as a Markdown table, each method's best
     python bench/quality/rivals.py --plot                draws it beside our stores: bench/results/smollm.png
 
 Each method is in the form in which it does best here: unbiased scales, scales a row, rotated where that helps; rows say
@@ -226,11 +226,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=MODELS, help="where models are kept (%(default)s)")
     parser.add_argument("--only", default="", help="measure methods whose row holds this, and keep other rows")
-    parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--table", choices=("best", "all"), nargs="?", const="best", help="print what is there")
     parser.add_argument("--plot", action="store_true", help="draw what is there")
     given = parser.parse_args()
     if given.table:
-        print(table(read(RESULTS), read(OURS)))
+        print(table(read(RESULTS), read(OURS), given.table == "all"))
     if given.plot:
         draw(read(RESULTS), read(OURS), OURS.with_suffix(".png"))
     if given.table or given.plot:
