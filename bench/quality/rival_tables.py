@@ -8,14 +8,16 @@ from language import Rows
 
 BEFORE = 1.035
 """Where a size axis of what is beside the base begins: a merged model stands there."""
-FLOOR = 0.1
+WORTH = 0.3
+"""In points: what a larger form of a method has to keep more, to be a line of the short table."""
+FLOOR = 0.075
 """In %: the least loss that is drawn. More is kept than this tells apart from all."""
 STYLES = {
     "BitDelta": ("tab:orange", "s"),
     "T-Switch": ("tab:green", "^"),
     "Delta-CoMe": ("tab:purple", "D"),
     "SVD": ("tab:brown", "v"),
-    "TSV-Compress": ("tab:brown", "<"),
+    "TSV-Compress": ("tab:blue", "<"),
     "UltraDelta": ("tab:cyan", ">"),
     "DARE": ("tab:olive", "X"),
     "EMR": ("tab:pink", "P"),
@@ -31,11 +33,11 @@ def mean_and_worst(row: dict[str, Any]) -> tuple[float, float]:
     return 100 * statistics.mean(row["kept"]), 100 * min(row["kept"])
 
 
-def front(rows: Rows) -> Rows:
-    """Without those that another is both as small and as good as."""
+def front(rows: Rows, worth: float = 0.0) -> Rows:
+    """Those that keep more, by at least ``worth`` points, than any as small to a thousandth of a model."""
     best: Rows = []
-    for row in sorted(rows, key=lambda row: (row["bytes"], -statistics.mean(row["kept"]))):
-        if not best or statistics.mean(row["kept"]) > statistics.mean(best[-1]["kept"]):
+    for row in sorted(rows, key=lambda row: (round(row["times"], 3), -statistics.mean(row["kept"]))):
+        if not best or mean_and_worst(row)[0] > mean_and_worst(best[-1])[0] + worth:
             best.append(row)
     return best
 
@@ -50,17 +52,18 @@ def named(row: dict[str, Any]) -> list[str]:
     kind = "rotated" if row["matrix"] == "rotation" else "signs"
     rank = f", rank {row['rank']}" if row["rank"] else ""
     d = f"{row['bits']} bit{'s' * (row['bits'] > 1)} for {row['group']}"
-    table = row["embeddings"] if isinstance(row["embeddings"], str) else f"{row['embeddings']} bits and directions"
+    beside = {0: "directions", 1: "directions and 1 bit", 2: "directions and 2 bits"}
+    table = beside.get(row["embeddings"], row["embeddings"])
     return ["**ours**", f"{d}, {kind}{rank}", table]
 
 
 def table(rows: Rows, ours: Rows, whole: bool = False) -> str:
-    """By whole-store size: the mean share that is kept, the worst in brackets. whole: not only each method's front."""
+    """By whole-store size: the mean share that is kept, the worst in brackets. whole: not only each method's best."""
     lines = ["| method | matrices | table | kept | whole store |", "|---|---|---|---|---|"]
     by_method = [[row for row in rows if row["method"] == method] for method in STYLES]
-    chosen = rows if whole else [row for some in by_method for row in front(some)]
+    chosen = rows if whole else [row for some in by_method for row in front(some, WORTH)]
     found = [(row, row["method"], row["form"] + scaled(row), row["table"]) for row in chosen]
-    found += [(row, *named(row)) for row in front(of_eight(ours))]
+    found += [(row, *named(row)) for row in front(of_eight(ours), 0.0 if whole else WORTH)]
     for row, *cells in sorted(found, key=lambda line: (line[0]["times"], line[1])):
         mean, worst = mean_and_worst(row)
         lines.append(f"| {' | '.join(cells)} | {mean:.1f} ({worst:.1f}) | {row['times']:.2f}x |")
@@ -103,9 +106,12 @@ def draw(rows: Rows, ours: Rows, file: Path) -> None:
         for row in chosen:
             if "rotated" in row["form"]:
                 where = row["times"] - 1, lost(mean_and_worst(row)[0])
-                axis.annotate("rotated", where, (5, 4), textcoords="offset points", color=colour, fontsize=8)
-    kept, sizes = (40, 60, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9), (1.05, 1.1, 1.2, 1.3, 1.5, 2, 2.5, 3.5)
-    axis.set(xscale="log", yscale="log", ylim=(70, 0.09), xlim=(0.92 * (BEFORE - 1), 2.9))
+                axis.annotate(
+                    "rotated", where, (-6, 3), textcoords="offset points", color=colour, fontsize=8, ha="right"
+                )
+    kept = (20, 40, 60, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
+    sizes = (1.05, 1.1, 1.2, 1.3, 1.5, 2, 2.5, 3.5)
+    axis.set(xscale="log", yscale="log", ylim=(85, 0.075), xlim=(0.92 * (BEFORE - 1), 2.9))
     axis.set_yticks([100 - share for share in kept], [f"{share:g} %" for share in kept])
     axis.set_xticks([BEFORE - 1, *(size - 1 for size in sizes)], ["1x,\nmerged", *(f"{size:g}x" for size in sizes)])
     axis.minorticks_off()

@@ -1,6 +1,6 @@
 """Other methods at the same whole-store sizes, on the fine-tunes of SmolLM2-135M: re-creations, by the same judge.
 
-    python bench/quality/rivals.py [--models FOLDER]     an hour on one core, into bench/results/rivals.json
+    python bench/quality/rivals.py [--models FOLDER]     two hours on one core, into bench/results/rivals.json
     python bench/quality/rivals.py --table [all]         prints what is there as a Markdown table, each method's best
     python bench/quality/rivals.py --plot                draws it beside our stores: bench/results/smollm.png
 
@@ -123,6 +123,8 @@ def rivals() -> Iterator[Rival]:
     trimmed = Form("20 % of each, merged", methods.ties)
     yield Rival("TIES", trimmed, trimmed, (0.4, 0.7, 1.0, 1.4), alone=True)
     yield Rival("TSV-Merge", Form("1/8 of the directions", methods.singular_vectors_merged), total, MERGED, alone=True)
+    yield Rival("T-Switch", signs(0.05), turned)
+    yield Rival("T-Switch", signs(0.01), signs(0.01))
     yield Rival("BitDelta", bits(2, rotated=True), turned)
     yield Rival("SVD", of_rank(13, 16), of_rank(16, 16))
 
