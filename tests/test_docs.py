@@ -12,7 +12,9 @@ import language
 import plots
 import pytest
 import quality
+import rivals
 import smollm_kept
+import smollm_late
 import torch
 from torch import nn
 
@@ -223,6 +225,21 @@ def test_the_real_models_table_is_that_of_the_rows() -> None:
     shown = re.search(r"<!-- smollm: .*? -->\n(.*?)\n<!-- /smollm -->", page, re.DOTALL)
     assert shown is not None
     assert shown[1].strip() == smollm_kept.table(language.read(smollm_kept.RESULTS))
+
+
+def test_the_table_beside_other_methods_is_that_of_the_rows() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- rivals: .*? -->\n(.*?)\n<!-- /rivals -->", page, re.DOTALL)
+    assert shown is not None
+    rows, ours = language.read(rivals.RESULTS), language.read(smollm_kept.RESULTS)
+    assert shown[1].strip() == rivals.table(rows, ours)
+    first = re.search(r"<!-- rivals short: .*? -->\n(.*?)\n<!-- /rivals short -->", page, re.DOTALL)
+    assert first is not None
+    assert first[1].strip() == rivals.short_table(rows, ours)
+    assert first[1].count("\n") == 9
+    late = re.search(r"<!-- smollm late: .*? -->\n(.*?)\n<!-- /smollm late -->", page, re.DOTALL)
+    assert late is not None
+    assert late[1].strip() == smollm_late.table(language.read(smollm_late.RESULTS))
 
 
 def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:

