@@ -26,8 +26,9 @@ OF_NOISE, OF_ITS_SQUARE = 0.05, 0.0015
 WITHOUT_BASIS = 1.8
 BIAS: dict[float, float] = {8: 0.0, 4: 0.0, 2: 1.0, 1: 2.5}
 """Of D under signs, where one model is in it; several mix loud columns with quiet ones. Half a bit is for rotations."""
-ROTATED = (1, HALF)
-"""Bits that a rotation is tried for, which turns a decode step's rows at a price: more bits gain less by it."""
+ROTATED: dict[float, float] = {1: 0.0, HALF: 0.2}
+"""The same after a rotation, and the bits that one is tried for: it turns a decode step's rows, for which more bits gain
+too little."""
 MOST_ROTATED = 4
 """Models to a group up to which a rotation keeps more in 1 bit: of 8, a sum is near normal as it is."""
 BY_TABLES: dict[float, float] = {2: 0.05, 1: 0.15, HALF: 0.15, 0: 0.8}
@@ -163,7 +164,7 @@ def predicted(config: Config, models: int, bits: float, embeddings: float) -> fl
     """% of the gain that is kept, in the mean over fine-tunes like those it was measured on."""
     sharing = min(models, config.group_size)
     noise = sharing - 1 + sharing * added_noise(bits, WIDE)
-    bias = 0.0 if config.matrix == "rotation" else BIAS[bits] / sharing
+    bias = (ROTATED if config.matrix == "rotation" else BIAS)[bits] / sharing
     tables = BY_TABLES[embeddings] if config.embeddings == "own" else 0.0
     return 100 - (OF_NOISE * noise + OF_ITS_SQUARE * noise**2 + bias) * (1 if config.rank else WITHOUT_BASIS) - tables
 
