@@ -27,8 +27,8 @@ WITHOUT_BASIS = 1.8
 BIAS: dict[float, float] = {8: 0.0, 4: 0.0, 2: 1.0, 1: 2.5}
 """Of D under signs, where one model is in it; several mix loud columns with quiet ones. Half a bit is for rotations."""
 ROTATED: dict[float, float] = {1: 0.0, HALF: 0.2}
-"""The same after a rotation, and the bits that one is tried for: it turns a decode step's rows, for which more bits gain
-too little."""
+"""The same after a rotation, and the bits that one is tried for: it turns a decode step's rows, and more bits gain
+little by that."""
 MOST_ROTATED = 4
 """Models to a group up to which a rotation keeps more in 1 bit: of 8, a sum is near normal as it is."""
 BY_TABLES: dict[float, float] = {2: 0.05, 1: 0.15, HALF: 0.15, 0: 0.8}
