@@ -227,3 +227,10 @@ def test_what_is_held_lies_over_what_is_in_files(tmp_path: Path) -> None:
     for missing in (lambda: both["a"], lambda: both.__delitem__("a")):
         with pytest.raises(KeyError):
             missing()
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"PK\x03\x04"])
+def test_a_pickle_is_named_as_one(start: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "w.bin").write_bytes(start)
+    with pytest.raises(randes.CheckpointError, match="is a pickle, which can run code"):
+        open_file(path)
