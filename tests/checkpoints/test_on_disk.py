@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import randes
 from randes.checkpoints.lazy_tensors import digests
-from randes.checkpoints.on_disk import open_file
+from randes.checkpoints.on_disk import Overlay, check, in_files, known_digests, open_file, own, unchecked
 from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.inspect.summary import verify
@@ -160,3 +160,84 @@ def test_a_dtype_that_the_format_lacks_is_named_before_anything_is_written(tmp_p
     with pytest.raises(randes.CheckpointError, match="w must be of a dtype that safetensors has, got"):
         write_file(tmp_path / "w.safetensors", {"w": torch.zeros(4, dtype=torch.complex128)})
     assert not [*tmp_path.iterdir()]
+
+
+def replaced(path: Path, how: str) -> None:
+    """Put something in the place of a file of two tensors of four zeros."""
+    zeros = torch.zeros(4)
+    path.unlink()
+    if how == "another shape":
+        write_file(path, {"a": zeros, "b": zeros[:2]})
+    elif how == "one tensor":
+        write_file(path, {"a": zeros})
+    elif how == "no file":
+        path.mkdir()
+    elif how == "other values":
+        write_file(path, {"a": zeros, "b": zeros + 1})
+    elif how == "the same":
+        write_file(path, {"a": zeros, "b": zeros})
+
+
+@pytest.mark.parametrize("how", ["another shape", "one tensor", "no file", "other values", "the same", "nothing"])
+def test_a_file_in_the_place_of_another_is_that_one_or_refused(how: str, tmp_path: Path) -> None:
+    write_file(path := tmp_path / "two.safetensors", {"a": torch.zeros(4), "b": torch.zeros(4)})
+    tensors = open_file(path)
+    tensors.expect(digests(tensors), lambda path, _: randes.CheckpointError(f"{path} is another"))
+    replaced(path, how)
+    if how in ("the same", "nothing"):  # a file that was deleted is read on
+        check(tensors)
+        assert torch.equal(tensors["b"], torch.zeros(4))
+    else:
+        with pytest.raises(randes.CheckpointError, match="is another"):
+            check(tensors)
+
+
+def test_what_was_written_to_since_it_was_found_right_is_not_read(tmp_path: Path) -> None:
+    write_file(path := tmp_path / "one.safetensors", {"a": torch.zeros(4)})
+    tensors = open_file(path)
+    with path.open("ab") as file:
+        file.write(b"more")
+    for read in (lambda: tensors["a"], lambda: tensors.rows("a", 0, 1)):
+        with pytest.raises(randes.CheckpointError, match=r"a in .* was changed"):
+            read()
+
+
+def test_what_is_held_lies_over_what_is_in_files(tmp_path: Path) -> None:
+    write_file(path := tmp_path / "two.safetensors", {"a": torch.zeros(4), "b": torch.ones(4)})
+    tensors = open_file(path)
+    both = Overlay({"b": torch.full((4,), 2.0)}, tensors)
+    both["c"] = torch.full((4,), 3.0)
+    values = {"a": 0.0, "b": 2.0, "c": 3.0}
+    for name, value in values.items():
+        expected = torch.full((4,), value)
+        assert torch.equal(both[name], expected)
+        assert torch.equal(both.rows(name, 1, 3), expected[1:3])
+        assert torch.equal(own(both, name), expected)
+        assert torch.equal(torch.cat([*both.chunks(name)]), expected)
+    assert known_digests(both) == digests({name: torch.full((4,), value) for name, value in values.items()})
+    assert in_files(both)
+    assert not in_files({"a": torch.zeros(4)})
+    assert unchecked(both) == 0
+    known = tensors.held_to(digests(tensors), lambda *_: randes.CheckpointError())
+    assert unchecked(known) == 32
+    assert known_digests(known) == known.known
+    for name in ("a", "b"):
+        del both[name]
+    assert {*both} == {"c"}
+    for missing in (lambda: both["a"], lambda: both.__delitem__("a")):
+        with pytest.raises(KeyError):
+            missing()
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"PK\x03\x04"])
+def test_a_pickle_is_named_as_one(start: bytes, tmp_path: Path) -> None:
+    (path := tmp_path / "w.bin").write_bytes(start)
+    with pytest.raises(randes.CheckpointError, match="is a pickle, which can run code"):
+        open_file(path)
+
+
+def test_a_tensor_without_numbers_is_read(tmp_path: Path) -> None:
+    write_file(tmp_path / "empty.safetensors", {"none": torch.empty(0, 3), "some": torch.ones(2)})
+    held = open_file(tmp_path / "empty.safetensors")
+    assert held["none"].shape == (0, 3)
+    assert held.rows("none", 0, 0).shape == (0, 3)

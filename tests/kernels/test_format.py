@@ -205,3 +205,10 @@ def test_columns_that_do_not_divide_into_segments_are_refused() -> None:
 def test_columns_that_segments_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="must be a multiple of segments = 3, got 32"):
         fmt.column_permutation(1, 2, 32, Transform(True, True, 1, 3))
+
+
+@pytest.mark.parametrize("granule", [0, 8])
+def test_columns_stay_where_there_is_nothing_to_move(granule: int) -> None:
+    """Without a permutation, and where a segment is narrower than what moves together."""
+    columns = fmt.column_permutation(1, 2, 12, Transform(granule=granule, segments=2))
+    assert columns.tolist() == list(range(12))
