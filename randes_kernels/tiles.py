@@ -90,6 +90,8 @@ def linear_plan(
     weight_side = numbers["weight_side"][width]
     if weight_side is not None and weight_side["bulk"] and not aligned:
         weight_side = table("default")["weight_side"][width]
+    if weight_side is not None and bits < 1:  # smaller tiles spill there with Triton 3.6
+        weight_side = {name: value for name, value in weight_side.items() if name != "smaller"}
     activation_side = _activation_plan(m, n, k, width, numbers)
     if weight_side is not None and not turned and m >= weight_side["from_rows"]:
         tile = _weight_tile(m, n, weight_side, numbers["multiprocessors"])

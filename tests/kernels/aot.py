@@ -223,7 +223,7 @@ def packed_cases(table: dict[str, Any], default: dict[str, Any], *, whole: bool)
         numbers = table["weight_side"]["half" + kind]
         if bits < 1 and numbers["bulk"]:
             numbers = default["weight_side"]["half" + kind]
-        for tile in weight_tiles(numbers):
+        for tile in weight_tiles(numbers)[: 1 if bits < 1 else None]:
             yield weight_case("bf16", tile, bulk=numbers["bulk"], bits=bits)
         if not whole:
             continue

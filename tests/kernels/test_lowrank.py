@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from randes_kernels import Transform, gpu, lowrank, pack
+from randes_kernels.packing import operands
 from randes_kernels.tiles import Plan, Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +41,7 @@ def test_kernels_equal_the_specification(data: st.DataObject) -> None:
         case, words, packing = (
             case._replace(delta=made),
             case._replace(delta=made.words),
-            (made.steps.to(DEVICE), [4, 64]),
+            (made.steps.to(DEVICE), operands(made)[1]),
         )
     tile = Tile(16, 32, 128 if packing[1] else 32, warps=4, stages=2)
     plan = Plan(side, tile, grouped=draw(st.booleans()))

@@ -171,3 +171,12 @@ def test_a_measured_device_has_a_table_of_its_own(tmp_path: Path, monkeypatch: p
 def test_where_there_is_no_gpu_the_default_is_planned_for() -> None:
     if not torch.cuda.is_available():
         assert tiles.device_name(0) == "default"
+
+
+def test_half_a_bit_takes_the_largest_tile_however_few_rows_there_are() -> None:
+    for device in ("default", "sm_90", "gfx942"):
+        plans = {
+            linear_plan(m, 640, 640, torch.bfloat16, bits=0.5, aligned=False, device=device) for m in (128, 512, 4096)
+        }
+        tiles = {plan.tile for plan in plans if plan.path == "weight side"}
+        assert len(tiles) == 1
