@@ -41,6 +41,13 @@ def rows() -> Rows:
     return found
 
 
+def table_in(page: str, name: str) -> str:
+    """What stands between the marks of a table that a bench prints."""
+    found = re.search(rf"<!-- {name}: .*? -->\n(.*?)\n<!-- /{name} -->", page, re.DOTALL)
+    assert found is not None, name
+    return found[1]
+
+
 def normalised(rows: Rows, method: str, models: int, group_size: int, setting: str = FULL) -> float:
     """Mean over seeds, in %."""
     chosen = [
@@ -53,9 +60,8 @@ def normalised(rows: Rows, method: str, models: int, group_size: int, setting: s
 
 
 def test_the_readmes_table_is_that_of_the_rows(rows: Rows) -> None:
-    shown = re.search(r"<!-- quality: .*? -->\n(.*?)\n<!-- /quality -->", README, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == quality.table(rows)
+    shown = table_in(README, "quality")
+    assert shown.strip() == quality.table(rows)
 
 
 def test_the_measured_quality_reaches_its_goals(rows: Rows) -> None:
@@ -92,14 +98,10 @@ def test_every_command_that_the_readme_shows_exists() -> None:
 
 def test_the_methods_table_of_the_language_model_is_that_of_the_rows() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- language: .*? -->\n(.*?)\n<!-- /language -->", text, re.DOTALL)
     rows = json.loads(language.RESULTS.read_text(encoding="utf-8"))["rows"]
-    assert shown is not None
-    assert shown[1].strip() == language.table(rows)
+    assert table_in(text, "language").strip() == language.table(rows)
     for name in ("bits", "frontier"):
-        found = re.search(rf"<!-- language {name}: .*? -->\n(.*?)\n<!-- /language {name} -->", text, re.DOTALL)
-        assert found is not None
-        assert found[1].strip() == language.TABLES[name](rows)
+        assert table_in(text, f"language {name}").strip() == language.TABLES[name](rows)
     readme = " ".join(README.split())
     for measured in (rows, language.read(language.RESULTS.with_name("language-wide.json"))):
         plain = share(measured, "two-sided signs", 8, 16)
@@ -180,15 +182,13 @@ def test_the_claims_are_measured_as_the_rows_say() -> None:
 
 def test_the_digits_table_by_bits_is_that_of_the_rows() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- quality bits: .*? -->\n(.*?)\n<!-- /quality bits -->", text, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == quality.table_of_bits(quality.read(quality.BITS_RESULTS))
+    shown = table_in(text, "quality bits")
+    assert shown.strip() == quality.table_of_bits(quality.read(quality.BITS_RESULTS))
 
 
 def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:
-    shown = re.search(r"<!-- kernels: .*? -->\n(.*?)\n<!-- /kernels -->", README, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == plots.table(KERNEL_ROWS)
+    shown = table_in(README, "kernels")
+    assert shown.strip() == plots.table(KERNEL_ROWS)
 
 
 def test_every_row_says_what_it_ran_on_and_beside_what() -> None:
@@ -213,33 +213,28 @@ def test_the_cpu_reaches_what_the_readme_says_of_it() -> None:
 def test_the_table_of_architectures_is_that_of_the_rows_and_has_no_wrong_answer() -> None:
     measured = json.loads(architecture_sweep.RESULTS.read_text())
     page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- architectures: .*? -->\n(.*?)\n<!-- /architectures -->", page, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == architecture_sweep.markdown(measured)
+    shown = table_in(page, "architectures")
+    assert shown.strip() == architecture_sweep.markdown(measured)
     outcomes = {architecture_sweep.kind(row[way]) for row in measured["rows"] for way in architecture_sweep.WAYS}
     assert outcomes <= {"right", "refused", "not run", "indistinct", ""}
 
 
 def test_the_real_models_table_is_that_of_the_rows() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- smollm: .*? -->\n(.*?)\n<!-- /smollm -->", page, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == smollm_kept.table(language.read(smollm_kept.RESULTS))
+    shown = table_in(page, "smollm")
+    assert shown.strip() == smollm_kept.table(language.read(smollm_kept.RESULTS))
 
 
 def test_the_table_beside_other_methods_is_that_of_the_rows() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- rivals: .*? -->\n(.*?)\n<!-- /rivals -->", page, re.DOTALL)
-    assert shown is not None
+    shown = table_in(page, "rivals")
     rows, ours = language.read(rivals.RESULTS), language.read(smollm_kept.RESULTS)
-    assert shown[1].strip() == rivals.table(rows, ours)
-    first = re.search(r"<!-- rivals short: .*? -->\n(.*?)\n<!-- /rivals short -->", page, re.DOTALL)
-    assert first is not None
-    assert first[1].strip() == rivals.short_table(rows, ours)
-    assert first[1].count("\n") == 9
-    late = re.search(r"<!-- smollm late: .*? -->\n(.*?)\n<!-- /smollm late -->", page, re.DOTALL)
-    assert late is not None
-    assert late[1].strip() == smollm_late.table(language.read(smollm_late.RESULTS))
+    assert shown.strip() == rivals.table(rows, ours)
+    first = table_in(page, "rivals short")
+    assert first.strip() == rivals.short_table(rows, ours)
+    assert first.count("\n") == 9
+    late = table_in(page, "smollm late")
+    assert late.strip() == smollm_late.table(language.read(smollm_late.RESULTS))
 
 
 def test_what_is_chosen_for_the_real_model_is_what_its_rows_say() -> None:

@@ -153,8 +153,8 @@ def settled(superposition: Superposition, wanted: Wanted) -> Choice:
     """The bits that suit models that are superposed already, from sizes as they are. Raises ``RandesError``."""
     config, models = superposition.config, len(superposition.names)
     found = []
-    for bits in BITS:
-        for embeddings in BY_TABLES if _tried(config, bits) else ():
+    for bits in (bits for bits in BITS if _tried(config, bits)):
+        for embeddings in BY_TABLES:
             sizes, kept = packed_sizes(superposition, bits, embeddings), predicted(config, models, bits, embeddings)
             found.append(Choice(config, bits, embeddings, sizes.total, sizes.total / sizes.base, kept, exact=True))
     return wanted.best(found)
