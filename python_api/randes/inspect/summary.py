@@ -10,8 +10,10 @@ from torch import Tensor
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.sources import Checkpoint
 from randes.checkpoints.threads import ahead
+from randes.superposition.added_rows import added_in
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import added_noise, coordinates_of, values_of
+from randes.superposition.reading import read_added
 from randes.superposition.retrieve import matrices
 from randes.superposition.superposition import Superposition
 from randes_kernels.mixing import amplification, growth
@@ -50,7 +52,7 @@ def verify(
     member = superposition.member(name)
     retrieved = matrices(superposition, name, progress=progress)
     step = progress("verifying", 2 * size(superposition.base))
-    original = superposition.read_added(name, finetuned, step=step)
+    original = read_added(superposition, name, finetuned, step=step)
     squares: dict[str, tuple[float, float]] = {}
     for tensor in member.gains:
         own = (chunks(tensors, tensor) for tensors in (retrieved, original, superposition.base))
@@ -62,7 +64,7 @@ def verify(
                 step(tuned.nbytes)
         squares[tensor] = math.fsum(errors), math.fsum(sizes)
     error, total = (sum(part) for part in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
-    kept = digests(retrieved, headers(member.kept), step=step)
+    kept = digests(retrieved, [*headers(member.kept), *added_in(member.digests).values()], step=step)
     group = sum(other.group == member.group for other in superposition.members.values())
     return Verification(
         model=name,
@@ -160,7 +162,7 @@ def summary(superposition: Superposition) -> dict[str, Any]:
                 "tuned_tensors": len(member.alphas),
                 "superposed_tensors": len(member.gains),
                 "kept_tensors": len(member.kept),
-                "kept_bytes": size(member.kept),
+                "kept_bytes": member.kept_bytes,
             }
             for name, member in ((name, superposition.members[name]) for name in superposition.served)
         },

@@ -21,6 +21,7 @@ from randes.errors import BaseMismatchError
 from randes.superposition import update
 from randes.superposition.members import BASE_NAME, NewModel, check_alpha
 from randes.superposition.packing import packed
+from randes.superposition.reading import read, read_added
 from randes.superposition.retrieve import matrices
 from randes.superposition.state import State
 from randes.superposition.store.read import load
@@ -86,7 +87,7 @@ class Superposition(State):
         self.check_name(name)
         check_alpha(alpha)
         check_configuration(self.model_files, finetuned)
-        model = NewModel(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
+        model = NewModel(name, self.place_for(group), float(alpha), read(self, finetuned), self.next_index(index))
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))
         update.add_model(self, model, step)
@@ -104,7 +105,7 @@ class Superposition(State):
             raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
         self.check(member.group, progress=progress)
         step = progress("removing", 2 * size(self.base))
-        update.remove_model(self, name, self.read_added(name, finetuned, step=step), step)
+        update.remove_model(self, name, read_added(self, name, finetuned, step=step), step)
 
     def pack(
         self, bits: float = 2, *, group: int | None = None, coordinates: int | None = None,
@@ -146,7 +147,7 @@ class Superposition(State):
         Kept tensors are exact; superposed ones carry the other models of the group as noise.
         Raises ``UnknownModelError``.
         """
-        joined = self.layout.joined(matrices(self, name), ties=False)
+        joined = self.layout_of(name).joined(matrices(self, name), ties=False)
         assert isinstance(joined, LazyTensors)
         whole = {tensor: joined.read(tensor) for tensor in joined}
         return whole | {alias: whole[tensor] for alias, tensor in self.layout.ties.items()}
@@ -156,7 +157,7 @@ class Superposition(State):
 
         ``randes.checkpoints.sources.write_file`` writes it without holding more than a part of a tensor.
         """
-        return self.layout.joined(matrices(self, name, progress=progress))
+        return self.layout_of(name).joined(matrices(self, name, progress=progress))
 
     def save(self, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
         """Write a store: a folder of safetensors and one manifest. See ``randes.superposition.store``."""
