@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from randes.checkpoints import sources
+from randes.checkpoints.huggingface import CONFIG, skeleton_of
 from randes.checkpoints.layout import Layout, tied
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
-from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
+from randes.checkpoints.names.conversion import Conversion, without
+from randes.checkpoints.names.from_transformers import conversion_of
+from randes.checkpoints.on_disk import Overlay, StoredTensors, check, in_files, unchecked
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config, is_embedding
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
@@ -52,6 +55,8 @@ class State:
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
         self.model_files: dict[str, bytes] = {}  # files that go with a Transformers base, by name
+        self.to_files = Conversion()  # back to the names that the base's files had, where those are others
+        self._skeleton: nn.Module | None = None
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), tuple(name for name in self.superposed if name not in self.unshared))
@@ -191,7 +196,11 @@ class State:
         # An adapter is of the base itself, which is not here where deltas are measured from something else.
         measured = self.config.centre or not self.has_base
         base = None if measured else self.layout.joined(self.base, ties=False)
-        tensors = self.layout.split(sources.read(finetuned, base))
+        found = sources.read(finetuned, base)
+        if isinstance(found, StoredTensors) and (module := self._module(len(found))) is not None:
+            found = conversion_of(module, found, finetuned).apply(found)
+            found = without(found, self.to_files.dropped)
+        tensors = self.layout.split(found)
         # A head that this checkpoint ties and the base's omits.
         extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
         if extra:
@@ -199,6 +208,16 @@ class State:
         free = self.base.keys() - {*self.superposed} | self.unshared if self.config.others == "keep" else set()
         sources.check_fits(tensors, self.base, free)
         return tensors
+
+    def _module(self, tensors: int) -> nn.Module | None:
+        """The model of the base's configuration, on "meta", where it was a Transformers folder."""
+        if self._skeleton is None and CONFIG in self.model_files:
+            self._skeleton = skeleton_of(self.model_files[CONFIG], tensors, "the base")
+        if self._skeleton is None:
+            return None
+        own = self.layout.joined(self.base, ties=False).keys()
+        # A store from before files were read under the model's names has theirs.
+        return self._skeleton if own <= self._skeleton.state_dict().keys() else None
 
     def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
         """The tensors of the checkpoint that was added as ``name``. step: called with the bytes read.

@@ -1,12 +1,14 @@
 """How the tensors of a folder's files are those of a model: which have another name, and which are made of several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from randes.checkpoints import schema
-from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.lazy_tensors import LazyTensors, headers
 from randes.checkpoints.names.pieces import Piece, Rearranged
 from randes.checkpoints.on_disk import StoredTensors
 from randes.checkpoints.sources import Tensors
@@ -29,7 +31,7 @@ class Conversion:
     """From tensors of some names to the same elements under others. What is in none of these keeps its name.
 
     own_names: of each that is renamed, the name before. pieces: of each that is made of others, of what; shapes: its
-    shape. dropped: names from before that nothing is made of.
+    shape. dropped: names in files that no tensor of the model is made of.
     """
 
     own_names: Mapping[str, str] = field(default_factory=dict)
@@ -47,19 +49,15 @@ class Conversion:
         """
         if not self:
             return tensors
-        pieces = {name: some for name, some in self.pieces.items() if any(piece.source in tensors for piece in some)}
-        self._check(pieces, headers(tensors))
+        pieces = self.check(headers(tensors))
         used = {*self.own_names.values(), *(piece.source for some in self.pieces.values() for piece in some)}
         own = {name: before for name, before in self.own_names.items() if before in tensors}
         own |= {name: name for name in tensors if name not in used | self.dropped}
-        if pieces:
-            return Rearranged(tensors, self.shapes, pieces, own)
-        if isinstance(tensors, StoredTensors | Rearranged):
-            return tensors.renamed(own)
-        return {name: tensors[before] for name, before in own.items()}
+        return Rearranged(tensors, self.shapes, pieces, own) if pieces else renamed(tensors, own)
 
-    def _check(self, pieces: Mapping[str, tuple[Piece, ...]], held: Tensors) -> None:
-        """Every element is somewhere, and of one dtype with those beside it."""
+    def check(self, held: Mapping[str, Tensor]) -> dict[str, tuple[Piece, ...]]:
+        """The ``pieces`` of tensors that are there. Raises ``CheckpointError`` unless these are all their elements."""
+        pieces = {name: some for name, some in self.pieces.items() if any(piece.source in held for piece in some)}
         counts: dict[str, int] = {}
         for name, some in pieces.items():
             sources = {piece.source for piece in some}
@@ -70,10 +68,13 @@ class Conversion:
             if sum(prod(piece.shape) for piece in some) != prod(self.shapes[name]):
                 raise CheckpointError(f"{name} must be {self.shapes[name]}, which what it is made of does not fill")
             for piece in some:
+                if not piece.fits(prod(self.shapes[name]), held[piece.source].numel()):
+                    raise CheckpointError(f"{name} must be made of elements that {piece.source} has")
                 counts[piece.source] = counts.get(piece.source, 0) + prod(piece.shape)
         for source, count in counts.items():
             if count != held[source].numel():
                 raise CheckpointError(f"{source} must have {count} elements, got {held[source].numel()}")
+        return pieces
 
     def back(self, held: Tensors) -> "Conversion":
         """The way back to ``held``, whose names, shapes and dtypes are looked at."""
@@ -82,7 +83,7 @@ class Conversion:
         for name, some in self.pieces.items():
             for piece in some:
                 pieces[piece.source] = (*pieces.get(piece.source, ()), piece.back(name))
-        return Conversion(known, pieces, {name: tuple(found[name].shape) for name in pieces}, frozenset())
+        return Conversion(known, pieces, {name: tuple(found[name].shape) for name in pieces}, self.dropped)
 
     def to_dict(self) -> dict[str, Any]:
         """For a manifest: of each new name the one before, or what it is made of."""
@@ -111,6 +112,20 @@ class Conversion:
             {name: tuple(value["shape"]) for name, value in made.items()},
             frozenset(name for name, value in values.items() if value is None),
         )  # fmt: skip
+
+
+def renamed(tensors: Tensors, names: Mapping[str, str]) -> Tensors:
+    """Some of the tensors under other names: of each new name the one here. Lazy ones stay so."""
+    if isinstance(tensors, StoredTensors | Rearranged):
+        return tensors.renamed(names)
+    if isinstance(tensors, LazyTensors):
+        return Rearranged(tensors, {}, {}, names)
+    return {name: tensors[before] for name, before in names.items()}
+
+
+def without(tensors: Tensors, names: Set[str]) -> Tensors:
+    """The tensors but for those of these names."""
+    return renamed(tensors, {name: name for name in tensors if name not in names}) if names else tensors
 
 
 def _piece(piece: Piece) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 import copy
 import importlib
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from randes.checkpoints.huggingface import is_supported, library
 from randes.checkpoints.layout import tied_in
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.names.conversion import Conversion
@@ -16,13 +19,35 @@ from randes.checkpoints.sources import Tensors
 from randes.errors import CheckpointError
 
 
+def read_base(model: nn.Module, tensors: Tensors, where: object) -> tuple[Tensors, Conversion]:
+    """A folder's tensors as those of its model, which is on "meta", and the way back to them. where: for messages.
+
+    What the model does not have is left out, with a warning, as Transformers does.
+    Raises ``CheckpointError`` as ``conversion_of`` does, and where a tensor of the model is missing.
+    """
+    conversion = conversion_of(model, tensors, where)
+    found = conversion.apply(tensors)
+    if unused := found.keys() - model.state_dict().keys():
+        names = sorted(unused)
+        warnings.warn(
+            f"{len(names)} tensors of {where} are left out, because a {type(model).__name__} has none such:"
+            f" {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+            stacklevel=2,
+        )
+        conversion = replace(conversion, dropped=frozenset(names))
+        found = conversion.apply(tensors)
+    check_complete(model, found, where)
+    return found, conversion.back(tensors)
+
+
 def conversion_of(model: nn.Module, tensors: Tensors, where: object) -> Conversion:
     """From the tensors of a folder's files to those of the model that Transformers would make of it.
 
-    model: that, on "meta". where: for messages. What the model has not stays as it is: ``dropped`` names nothing.
+    What the model does not have stays as it is. Nothing changes for what is no model of Transformers, or of one that is
+    older than ``OLDEST``.
     Raises ``CheckpointError`` where Transformers does more than put elements in another order.
     """
-    if not hasattr(model, "base_model_prefix"):
+    if not is_supported() or not isinstance(model, library().PreTrainedModel):
         return Conversion()
     found = headers(tensors)
     own: dict[str, str] = {}
@@ -32,24 +57,19 @@ def conversion_of(model: nn.Module, tensors: Tensors, where: object) -> Conversi
         if converter is None:
             ((before, *others),) = by_pattern.values()
             if others:
-                raise CheckpointError(f"{where} must have one tensor that is the model's {name}, got {before}, {others[0]}")
+                raise CheckpointError(f"{where} has both {before} and {others[0]}, which are one tensor of the model")
             own[name] = before
             continue
         for target, pieces, shape in _converted(model, name, converter, by_pattern, found, where):
             if target in made:
-                raise CheckpointError(f"{where} must have one tensor that is the model's {target}, got two")
+                raise CheckpointError(f"{where} has two tensors that are the model's {target}")
             if len(pieces) == 1 and _is_whole(pieces[0], found):
                 own[target] = pieces[0].source
             else:
                 made[target], shapes[target] = pieces, shape
     if twice := sorted(own.keys() & made.keys()):
-        raise CheckpointError(f"{where} must have one tensor that is the model's {twice[0]}, got two")
+        raise CheckpointError(f"{where} has two tensors that are the model's {twice[0]}")
     return Conversion({name: before for name, before in own.items() if name != before}, made, shapes)
-
-
-def unused(model: nn.Module, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The names of tensors that the model does not have."""
-    return set(tensors) - model.state_dict().keys()
 
 
 def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:

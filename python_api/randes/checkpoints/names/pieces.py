@@ -8,14 +8,16 @@ A ``Piece`` says it of a block of elements, with the same sizes and other stride
 both contiguous. Read from right to left it is the way back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, headers, rows
+from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, digests, headers, rows
+from randes.checkpoints.on_disk import StoredTensors
 
 
 class Piece(NamedTuple):
@@ -31,6 +33,15 @@ class Piece(NamedTuple):
     def back(self, target: str) -> "Piece":
         """The same elements of ``source``, found in the target of that name."""
         return Piece(target, self.shape, self.from_stride, self.from_offset, self.to_stride, self.to_offset)
+
+    def fits(self, target: int, source: int) -> bool:
+        """Whether its elements are among so many of either."""
+        sides = (self.to_stride, self.to_offset, target), (self.from_stride, self.from_offset, source)
+        return all(
+            len(strides) == len(self.shape)
+            and offset + sum((size - 1) * stride for size, stride in zip(self.shape, strides, strict=True)) < count
+            for strides, offset, count in sides
+        )
 
     def within(self, start: int, end: int, row: int) -> "Piece | None":
         """The part of it in the target's rows ``start`` to ``end``, of ``row`` elements each, with its offset counted
@@ -99,7 +110,7 @@ class Rearranged(LazyTensors):
             found = [piece.within(start, end, row) for piece in self.pieces[name]] if row else []
         except ValueError:
             return self._whole(name)[start:end]
-        made = torch.empty((end - start, *header.shape[1:]), dtype=header.dtype, device="cpu")
+        made = torch.zeros((end - start, *header.shape[1:]), dtype=header.dtype, device="cpu")
         for piece in found:
             if piece is not None:
                 self._copy(piece, made)
@@ -111,13 +122,19 @@ class Rearranged(LazyTensors):
         own = {new: self.own_names[old] for new, old in names.items() if old in self.own_names}
         return Rearranged(self.source, {new: self._shapes[names[new]] for new in pieces}, pieces, own)
 
+    def expect(self, known: Mapping[str, str], altered: Callable[[Path, str], Exception]) -> None:
+        """Hold the files that the source lies in to these digests, of the tensors here, which were just found."""
+        if isinstance(self.source, StoredTensors):
+            own = {before: known[name] for name, before in self.own_names.items()}
+            self.source.expect(own | digests(self.source, [n for n in self.source if n not in own]), altered)
+
     def _whole(self, name: str) -> Tensor:
         if name in self.own_names:
             return self.source[self.own_names[name]]
         if (held := self._held.get(name)) is not None:
             return held
         header = self.headers[name]
-        made = torch.empty(header.shape, dtype=header.dtype, device="cpu")
+        made = torch.zeros(header.shape, dtype=header.dtype, device="cpu")
         for piece in self.pieces[name]:
             self._copy(piece, made)
         return made

@@ -57,7 +57,7 @@ def pieces_of(value: Traced) -> tuple[Piece, ...]:
         Piece(
             box.source, tuple(box.view.shape), strides,
             sum(at * stride for at, stride in zip(box.start, strides, strict=True)),
-            tuple(box.view.stride()), box.view.storage_offset(),
+            tuple(box.view.stride()), int(box.view.storage_offset()),
         )
         for box in value.boxes
     )  # fmt: skip
@@ -111,9 +111,7 @@ def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
 
 def _unsqueeze(value: Traced, dim: int) -> Traced:
     dim %= value.dim() + 1
-    boxes = [
-        Box((*box.start[:dim], 0, *box.start[dim:]), box.source, box.view.unsqueeze(dim)) for box in value.boxes
-    ]
+    boxes = [Box((*box.start[:dim], 0, *box.start[dim:]), box.source, box.view.unsqueeze(dim)) for box in value.boxes]
     return _made((*value.shape[:dim], 1, *value.shape[dim:]), value.dtype, boxes)
 
 
@@ -121,9 +119,7 @@ def _squeeze(value: Traced, dim: int) -> Traced:
     dim %= value.dim()
     if value.shape[dim] != 1:
         return value
-    boxes = [
-        Box((*box.start[:dim], *box.start[dim + 1 :]), box.source, box.view.squeeze(dim)) for box in value.boxes
-    ]
+    boxes = [Box((*box.start[:dim], *box.start[dim + 1 :]), box.source, box.view.squeeze(dim)) for box in value.boxes]
     return _made((*value.shape[:dim], *value.shape[dim + 1 :]), value.dtype, boxes)
 
 
