@@ -4,15 +4,14 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from randes.checkpoints import sources
-from randes.checkpoints.huggingface import CONFIG, skeleton_of
 from randes.checkpoints.layout import Layout, tied
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.names.conversion import Conversion, without
-from randes.checkpoints.names.from_transformers import conversion_of
-from randes.checkpoints.on_disk import Overlay, StoredTensors, check, in_files, unchecked
+from randes.checkpoints.names.from_transformers import read_finetuned
+from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config, is_embedding
 from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
@@ -28,10 +27,8 @@ UNTURNED = Transform(False, False, 0, 1)
 
 
 class State:
-    """One base and the superposed deltas of its fine-tunes, as integers.
-
-    device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
-    """
+    """One base and the superposed deltas of its fine-tunes, as integers. device: where adding, removing and retrieving
+    compute, "cpu" unless it is set; the bytes are the same."""
 
     def __init__(
         self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None,
@@ -56,7 +53,6 @@ class State:
         self.device = torch.device("cpu")
         self.model_files: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.to_files = Conversion()  # back to the names that the base's files had, where those are others
-        self._skeleton: nn.Module | None = None
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), tuple(name for name in self.superposed if name not in self.unshared))
@@ -76,8 +72,7 @@ class State:
     def member(self, name: str) -> Member:
         """One model's record. Raises ``UnknownModelError`` for a name that was never added."""
         if name not in self.members:
-            known = ", ".join(self.names) or "no models"
-            raise UnknownModelError(f"no model is called {name!r}; there are: {known}")
+            raise UnknownModelError(f"no model is called {name!r}; there are: {', '.join(self.names) or 'no models'}")
         return self.members[name]
 
     @property
@@ -193,31 +188,17 @@ class State:
 
         Raises ``CheckpointError`` for one that does not fit. Tensors that no models share may have other shapes.
         """
+        own = self.layout.joined(self.base, ties=False)
         # An adapter is of the base itself, which is not here where deltas are measured from something else.
-        measured = self.config.centre or not self.has_base
-        base = None if measured else self.layout.joined(self.base, ties=False)
-        found = sources.read(finetuned, base)
-        if isinstance(found, StoredTensors) and (module := self._module(len(found))) is not None:
-            found = conversion_of(module, found, finetuned).apply(found)
-            found = without(found, self.to_files.dropped)
+        found = sources.read(finetuned, None if self.config.centre or not self.has_base else own)
+        found = read_finetuned(found, self.model_files, own.keys(), self.to_files.dropped, finetuned)
         tensors = self.layout.split(found)
         # A head that this checkpoint ties and the base's omits.
         extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
-        if extra:
-            tensors = {name: value for name, value in tensors.items() if name not in extra}
+        tensors = without(tensors, extra)
         free = self.base.keys() - {*self.superposed} | self.unshared if self.config.others == "keep" else set()
         sources.check_fits(tensors, self.base, free)
         return tensors
-
-    def _module(self, tensors: int) -> nn.Module | None:
-        """The model of the base's configuration, on "meta", where it was a Transformers folder."""
-        if self._skeleton is None and CONFIG in self.model_files:
-            self._skeleton = skeleton_of(self.model_files[CONFIG], tensors, "the base")
-        if self._skeleton is None:
-            return None
-        own = self.layout.joined(self.base, ties=False).keys()
-        # A store from before files were read under the model's names has theirs.
-        return self._skeleton if own <= self._skeleton.state_dict().keys() else None
 
     def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
         """The tensors of the checkpoint that was added as ``name``. step: called with the bytes read.

@@ -3,18 +3,20 @@
 import copy
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from randes.checkpoints.huggingface import is_supported, library
+from randes.checkpoints.huggingface import CONFIG, is_supported, library, skeleton_of
 from randes.checkpoints.layout import tied_in
 from randes.checkpoints.lazy_tensors import headers
-from randes.checkpoints.names.conversion import Conversion
+from randes.checkpoints.names.conversion import Conversion, without
 from randes.checkpoints.names.pieces import Piece, contiguous
 from randes.checkpoints.names.traced import UntraceableError, pieces_of, traced
+from randes.checkpoints.on_disk import StoredTensors
 from randes.checkpoints.sources import Tensors
 from randes.errors import CheckpointError
 
@@ -38,6 +40,28 @@ def read_base(model: nn.Module, tensors: Tensors, where: object) -> tuple[Tensor
         found = conversion.apply(tensors)
     check_complete(model, found, where)
     return found, conversion.back(tensors)
+
+
+def read_finetuned(
+    tensors: Tensors, base: Mapping[str, bytes], own: Set[str], dropped: Set[str], where: object
+) -> Tensors:  # fmt: skip
+    """A fine-tune's tensors, of files, as those of the base's model; what is of no files stays as it is.
+
+    base: the files that go with it. own: its tensors' names; where they are not the model's, as in a store from before
+    files were read so, nothing changes. dropped: what is left out of the base's files. where: for messages.
+    Raises ``CheckpointError`` as ``conversion_of`` does.
+    """
+    if not isinstance(tensors, StoredTensors) or CONFIG not in base:
+        return tensors
+    model = _skeleton(base[CONFIG], len(tensors))
+    if model is None or not own <= model.state_dict().keys():
+        return tensors
+    return without(conversion_of(model, tensors, where).apply(tensors), dropped)
+
+
+@lru_cache(maxsize=1)
+def _skeleton(config: bytes, tensors: int) -> nn.Module | None:
+    return skeleton_of(config, tensors, "the base")
 
 
 def conversion_of(model: nn.Module, tensors: Tensors, where: object) -> Conversion:
