@@ -47,6 +47,7 @@ class RandesQuantizer(Served):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        super()._process_model_after_weight_loading(model)
         give_adapters(model, SuperposedModel(model, Superposition.load(self.store)))
         return model
 

@@ -95,6 +95,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
 
 
 def breadth_first(chosen: list[Case]) -> list[Case]:
@@ -111,7 +112,8 @@ def breadth_first(chosen: list[Case]) -> list[Case]:
 WAYS = {
     "single": "one model, by `set_adapter`", "named": "one model, by name", "mixed": "a mixed batch",
     "square": "a mixed batch as large as its rows are long", "generates": "`generate`, one model",
-    "generates_mixed": "`generate`, a mixed batch",
+    "generates_mixed": "`generate`, a mixed batch", "disk": "one model, from folders by way of a store",
+    "disk_mixed": "a mixed batch, from folders by way of a store",
 }  # fmt: skip
 
 

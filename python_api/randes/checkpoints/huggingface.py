@@ -152,16 +152,21 @@ def skeleton(base: object, tensors: int) -> nn.Module | None:
     model of many times as many parts.
     """
     text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
-    if text is None:
-        return None
-    configuration(text, str(base))
+    return None if text is None else skeleton_of(text, tensors, base)
+
+
+def skeleton_of(text: bytes, tensors: int, where: object) -> nn.Module | None:
+    """The same of a ``config.json``. where: for messages."""
+    values = configuration(text, str(where))
+    if (values.get("quantization_config") or {}).get("quant_method") == METHOD:
+        del values["quantization_config"]
     if importlib.util.find_spec("transformers") is None:
         return None
     transformers = library()
     try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"), _parts_below(1000 + 50 * tensors, base):
-            model: nn.Module = model_class(config, base)(config)
+        config = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        with torch.device("meta"), _parts_below(1000 + 50 * tensors, where):
+            model: nn.Module = model_class(config, where)(config)
     except CheckpointError:
         raise
     except Exception:  # whatever a class has against a configuration
@@ -196,10 +201,17 @@ def library() -> Any:
         raise ImportError("this needs Transformers: pip install 'randes[transformers]'") from error
 
 
+def is_supported() -> bool:
+    """Whether there is a Transformers that is new enough."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    return tuple(int(number) for number in str(library().__version__).split(".")[:2]) >= OLDEST
+
+
 def check_version(transformers: Any) -> None:
     """Raise ``ImportError`` for a Transformers that is too old."""
     found = str(transformers.__version__)
-    if tuple(int(number) for number in found.split(".")[:2]) < OLDEST:
+    if not is_supported():
         least = ".".join(map(str, OLDEST))
         raise ImportError(
             f"stores need Transformers {least} or later, got {found}: pip install 'transformers>={least}'"

@@ -61,7 +61,8 @@ def plan(
     config = config or TOGETHER
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    split, _, names, _ = matrices_of(base, config)
+    found = matrices_of(base, config)
+    split, names = found.tensors, found.superposed
     tensors = headers(split)
     matrices = {name: tensors[name] for name in names if not config.is_unshared(name)}
     tables = {name: tensors[name] for name in names if config.is_unshared(name)}

@@ -40,7 +40,8 @@ def load_base(
     config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name, **trust)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
-        config.transformers_weights = quantization["base"]
-        del config.quantization_config
+        from randes.checkpoints.quantization import BASE_ALONE  # imports Transformers
+
+        config.quantization_config = {**quantization, "quant_method": BASE_ALONE}
     model: nn.Module = model_class(config, path_or_name).from_pretrained(path_or_name, config=config, **kwargs)
     return model, superposition

@@ -54,7 +54,7 @@ def packed(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,
     )  # fmt: skip
-    made.model_files = superposition.model_files
+    made.model_files, made.to_files = superposition.model_files, superposition.to_files
     made.packing = replace(packing, master=checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for name, member in superposition.members.items():
