@@ -12,9 +12,10 @@ from randes.checkpoints.huggingface import METHOD
 
 
 class RandesConfig(QuantizationConfigMixin):
-    """What a store's config.json says of its weights. base: the file of the base's, beside it."""
+    """What a store's config.json says of its weights. base: the file of the base's, beside it; "" for a model that
+    was not loaded from one."""
 
-    def __init__(self, base: str, **_: Any) -> None:
+    def __init__(self, base: Any = "", **_: Any) -> None:
         self.quant_method, self.base = METHOD, base
 
 
