@@ -40,11 +40,12 @@ class Corpus:
     shards: Files = field(default_factory=dict)
     adapter: Files = field(default_factory=dict)
     transformers: Files = field(default_factory=dict)
+    served: randes.Superposition | None = None
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0))
     base: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def made(cls, folder: Path, *, transformers: bool = True) -> "Corpus":
-        """transformers: whether the model of a Transformers folder is in it, which takes seconds to import."""
+    def made(cls, folder: Path) -> "Corpus":
         found, base = cls(folder / "scratch"), net()
         models = {f"m{seed}": finetune(base, seed) for seed in range(3)}
         for kind, (config, bits) in STORES.items():
@@ -67,8 +68,10 @@ class Corpus:
         (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
         found.shards = content(folder / "shards")
         found.adapter = _adapter(folder / "adapter", found.base)
-        if transformers:
-            found.transformers = _transformers(folder / "gpt2")
+        found.transformers = _transformers(folder / "gpt2")
+        found.served = randes.Superposition.create(folder / "gpt2")
+        found.served.add("m", folder / "gpt2")
+        found.logits = logits(randes.from_pretrained(folder / "gpt2", found.served))
         return found
 
     def put(self, files: Files) -> Path:
@@ -79,6 +82,14 @@ class Corpus:
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return folder
+
+
+@torch.no_grad()
+def logits(model: randes.SuperposedModel) -> Tensor:
+    """What a model over ``served`` answers."""
+    with model.using(["m"]):
+        found: Tensor = model(input_ids=torch.tensor([[1, 2]])).logits
+        return found
 
 
 def _make(folder: Path) -> None:
@@ -105,9 +116,11 @@ def _adapter(folder: Path, base: dict[str, Tensor]) -> Files:
 def _transformers(folder: Path) -> Files:
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     _make(folder)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
     write_file(folder / "model.safetensors", dict(model.state_dict()))
     (folder / "config.json").write_text(json.dumps(GPT2))
+    (folder / "generation_config.json").write_text(json.dumps({"max_length": 5, "eos_token_id": 2}))
     return content(folder)

@@ -14,9 +14,10 @@ BASE_ALONE = f"{METHOD}-base"
 
 
 class RandesConfig(QuantizationConfigMixin):
-    """What a store's config.json says of its weights. base: the file of the base's, beside it."""
+    """What a store's config.json says of its weights. base: the file of the base's, beside it; "" for a model that
+    was not loaded from one."""
 
-    def __init__(self, base: str, **_: Any) -> None:
+    def __init__(self, base: Any = "", **_: Any) -> None:
         self.quant_method, self.base = METHOD, base
 
 
