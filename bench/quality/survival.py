@@ -31,7 +31,7 @@ MERGED = {
 """Merging methods and their λ, of which each gets the one that is best on the validation text."""
 CALIBRATING = 32
 """Sequences of each kind to calibrate with."""
-PLAIN = randes.Config(include=("layers*weight",))
+PLAIN = randes.Config(include=("layers*weight",), rank=0)
 
 
 class Made(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from randes.checkpoints.lazy_tensors import Progress, silent
 from randes.checkpoints.sources import Checkpoint
 from randes.serving.batch import Batch
-from randes.serving.pretrained import load_base
+from randes.serving.pretrained import load_base, opened
 from randes.serving.routing import Router, check_rows, first_input, sequences_of
 from randes.serving.served_models import ServedModels
 from randes.serving.takeover import check_layers, take_centre
@@ -31,6 +31,8 @@ class SuperposedModel(nn.Module):
     with superposed weights what serves them (``layers/other_layers.py``); the rest take each row's own norms, biases
     and heads where those are kept per model.
 
+    superposition: one at hand, or a store's folder. base_module must hold the base's weights: ``randes.load`` loads
+    them into it from the store.
     capacity: for how many models there shall be room, so that they can be added and deleted while others are answered:
     memory for the superpositions of so many groups and one more, and for what models keep (``served_models.py``,
     docs/serving.md). Without it the model serves those that the superposition holds now.
@@ -48,8 +50,12 @@ class SuperposedModel(nn.Module):
     for a capacity below the number of models, and for one where the superposition is packed.
     """
 
-    def __init__(self, base_module: nn.Module, superposition: Superposition, *, capacity: int | None = None) -> None:
+    def __init__(
+        self, base_module: nn.Module, superposition: Superposition | str | os.PathLike[str], *,
+        capacity: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        superposition = opened(base_module, superposition)
         self.router = Router((), superposition.has_base)
         self._served = ServedModels(superposition, self.router, capacity)
         layers = self._served.layers(base_module)

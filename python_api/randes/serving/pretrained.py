@@ -24,6 +24,11 @@ def load_base(
     path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None, **kwargs: Any
 ) -> tuple[nn.Module, Superposition]:
     """The base and the superposition for ``SuperposedModel.from_pretrained``, which says what is taken and raised."""
+    if isinstance(path_or_name, nn.Module):
+        raise ValueError(
+            "path_or_name must be a folder or a name, as Transformers takes it, got a module: serve one of your own"
+            " with randes.load(store, module)"
+        )
     transformers = library()
     check_version(transformers)
     path = Path(path_or_name)
@@ -44,3 +49,14 @@ def load_base(
         del config.quantization_config
     model: nn.Module = model_class(config, path_or_name).from_pretrained(path_or_name, config=config, **kwargs)
     return model, superposition
+
+
+def opened(module: object, superposition: Superposition | str | os.PathLike[str]) -> Superposition:
+    """What ``SuperposedModel`` serves: a superposition, or a store's. Raises ``ValueError`` for anything else."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"base_module must be an nn.Module, got {type(module).__name__}")
+    if isinstance(superposition, str | os.PathLike):
+        return Superposition.load(superposition)
+    if not isinstance(superposition, Superposition):
+        raise ValueError(f"superposition must be one, or a store's folder, got {type(superposition).__name__}")
+    return superposition

@@ -13,9 +13,12 @@ from randes.checkpoints.threads import ahead
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import added_noise, coordinates_of, values_of
 from randes.superposition.retrieve import matrices
-from randes.superposition.superposition import Superposition
+from randes.superposition.state import State
 from randes_kernels.mixing import amplification, growth
 from randes_kernels.slices import squares as row_squares
+
+SHOWN = 8
+"""Names in a description before they are counted instead."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,7 @@ class Verification:
     tensors: dict[str, float]
 
 
-def verify(
-    superposition: Superposition, name: str, finetuned: Checkpoint, *, progress: Progress = silent
-) -> Verification:
+def verify(superposition: State, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> Verification:
     """Compare a model, as retrieved, with the checkpoint that was added under its name.
 
     progress: told of each stage and its bytes, for a progress bar.
@@ -74,14 +75,14 @@ def verify(
     )
 
 
-def _predicted_error(superposition: Superposition, name: str) -> float:
+def _predicted_error(superposition: State, name: str) -> float:
     sharing = sharing_of(superposition)
     found = [predicted(superposition, name, t, sharing[name, t]) for t in superposition.members[name].gains]
     size, error = (sum(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0)
     return math.sqrt(error / size) if size else 0.0
 
 
-def sharing_of(superposition: Superposition) -> dict[tuple[str, str], int]:
+def sharing_of(superposition: State) -> dict[tuple[str, str], int]:
     """Of each model and tensor that it has a delta of, how many models' deltas are in the same superposition."""
     lying = {
         (name, tensor): (superposition.group_of(name, tensor), superposition.place(name, tensor))
@@ -92,7 +93,7 @@ def sharing_of(superposition: Superposition) -> dict[tuple[str, str], int]:
     return {where: counted[place] for where, place in lying.items()}
 
 
-def predicted(superposition: Superposition, name: str, tensor: str, sharing: int) -> tuple[float, float]:
+def predicted(superposition: State, name: str, tensor: str, sharing: int) -> tuple[float, float]:
     """‖δ‖² of a model's delta of one tensor, and ‖Ŵ − W‖² of what comes back where so many models share the buffer.
 
     Every neighbour comes as large as the delta itself, and packing adds a share of all of them; what turns columns back
@@ -119,7 +120,7 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     return size, (1 - alpha) ** 2 * size + alpha**2 * noise
 
 
-def _predicted_alone(superposition: Superposition, member: Member, tensor: str, size: float) -> tuple[float, float]:
+def _predicted_alone(superposition: State, member: Member, tensor: str, size: float) -> tuple[float, float]:
     """The same of a delta that the model has to itself: the error of few bits, and of α. What they round is what is not
     in its directions, and what those lose."""
     error, alpha, packing = 0.0, member.alpha_of(tensor), superposition.packing
@@ -132,7 +133,7 @@ def _predicted_alone(superposition: Superposition, member: Member, tensor: str, 
     return size, (1 - alpha) ** 2 * size + alpha**2 * error
 
 
-def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -> float:
+def energy(superposition: State, name: str, tensor: str, sharing: int) -> float:
     """‖δ‖² of what is superposed of a model's delta of one tensor; where gains are shared, which say nothing of it, the
     mean over the models in the buffer, from what is in there."""
     member, config = superposition.members[name], superposition.config
@@ -147,7 +148,7 @@ def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -
     )
 
 
-def summary(superposition: Superposition) -> dict[str, Any]:
+def summary(superposition: State) -> dict[str, Any]:
     """Models, transform, sizes in bytes, and which tensors are superposed, kept or shared: ready for JSON."""
     sizes = superposition.sizes
     kept = set(superposition.others)
@@ -182,7 +183,22 @@ def summary(superposition: Superposition) -> dict[str, Any]:
     }
 
 
-def ranks(superposition: Superposition) -> str:
+def described(superposition: State) -> str:
+    """One paragraph for people: which models, what they take, how they are stored."""
+    sizes, config, names = superposition.sizes, superposition.config, superposition.names
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    packing = superposition.packing
+    bits = "as integers" if packing is None else f"in {packing.bits:g} bit{'s' * (packing.bits > 1)}"
+    bases = f", shared bases of {ranks(superposition)}" if config.rank and superposition.superposed else ""
+    return (
+        f"Superposition of {len(names)} fine-tune{'s' * (len(names) != 1)}{': ' if names else ''}{shown}\n"
+        f"  {sizes.total / 1e6:.1f} MB, {sizes.total / sizes.base:.2f} times one model"
+        f" ({len(names)} whole models: {sizes.separate_models / 1e6:.1f} MB)\n"
+        f"  {len(superposition.superposed)} matrices superposed {bits}, in groups of {config.group_size}{bases}"
+    )
+
+
+def ranks(superposition: State) -> str:
     """How many directions the matrices' shared bases have, in words; empty where there are none by choice."""
     if superposition.config.rank != "auto":
         return f"rank {superposition.config.rank}" if superposition.config.rank else ""
@@ -190,11 +206,11 @@ def ranks(superposition: Superposition) -> str:
     return f"rank {min(found)} to {max(found)}, {sum(found) / len(found):.1f} in the mean (auto)"
 
 
-def _rank(superposition: Superposition, tensor: str) -> int:
+def _rank(superposition: State, tensor: str) -> int:
     return int(headers(superposition.bases)[tensor].shape[1]) if tensor in superposition.bases else 0
 
 
-def _described(superposition: Superposition, names: tuple[str, ...] | list[str]) -> dict[str, str]:
+def _described(superposition: State, names: tuple[str, ...] | list[str]) -> dict[str, str]:
     """Shape and dtype of each tensor."""
     tensors = {name: headers(superposition.base)[name] for name in names}
     return {name: f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
