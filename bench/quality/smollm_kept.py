@@ -2,12 +2,12 @@
 
     python bench/quality/smollm_kept.py [--models FOLDER]     an hour and a half on 2 cores, into
                                                               bench/results/smollm.json; smollm.py makes the models
-    python bench/quality/smollm_kept.py --table [sixteen]     prints what is there as a Markdown table
+    python bench/quality/smollm_kept.py --table [more]        prints what is there as a Markdown table
 
 The share is ``(L_base − L_retrieved) / (L_base − L_own)`` in nats a token on held-out text, everything retrieved:
-matrices, tables, norms. A store is counted whole, the base with it, in units of one model in bf16. More models than
-there are fine-tunes are these again under other names, so with other signs: the interference of so many. Sixteen
-fine-tunes are the first eight and those on the next eight kinds of text.
+matrices, tables, norms. A store is counted whole, the base with it, in units of one model in bf16. Where there are
+more models than fine-tunes, they are these again under other names, so with other signs: the interference of so many.
+Sixteen and thirty-two fine-tunes are the first eight and those on the next kinds of text.
 """
 
 import argparse
@@ -73,9 +73,11 @@ def stores() -> Iterator[Store]:
         for bits, embeddings in forms:
             yield Store(models, group, rank, bits, embeddings, matrix)
     yield Store(8, 8, "auto", 2, "shared")
-    for group in (8, 16):
-        for bits in (2, 1):
-            yield Store(16, group, "auto", bits, 0.5, finetunes=16)
+    for finetunes, groups in ((16, (8, 16)), (32, (8, 16, 32))):
+        for group in groups:
+            for bits in (2, 1):
+                yield Store(finetunes, group, "auto", bits, 0.5, finetunes=finetunes)
+        yield Store(finetunes, 4, "auto", 0.5, 0.5, "rotation", finetunes=finetunes)
 
 
 class Judge:
@@ -152,10 +154,10 @@ def measured(folder: Path, wanted: str, done: set[Store]) -> Iterator[dict[str, 
         }
 
 
-def table(rows: Rows, finetunes: int = 8) -> str:
+def table(rows: Rows, finetunes: tuple[int, ...] = (8,)) -> str:
     """By store: % of the gain that is kept in the mean, the worst in brackets, and the whole store's size."""
     lines = ["| models | a group | rank | D | embeddings | kept | whole store |", "|---|---|---|---|---|---|---|"]
-    chosen = [row for row in rows if Store.of(row).finetunes == finetunes]
+    chosen = [row for row in rows if Store.of(row).finetunes in finetunes]
     for row in sorted(chosen, key=lambda row: (row["models"], row["times"])):
         mean, worst = 100 * statistics.mean(row["kept"]), 100 * min(row["kept"])
         bits = f"{row['bits']} bit" + "s" * (row["bits"] > 1) + (", rotated" if row["matrix"] == "rotation" else "")
@@ -164,7 +166,7 @@ def table(rows: Rows, finetunes: int = 8) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"eight": 8, "sixteen": 16}
+TABLES = {"eight": (8,), "more": (16, 32)}
 
 
 def main() -> None:

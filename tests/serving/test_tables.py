@@ -156,7 +156,7 @@ def test_live_models_come_and_go() -> None:
     torch.testing.assert_close(model(x, adapter_names=["m0", "m2"])[1], alone(base, sup, "m2")(x)[1], **CLOSE)
 
 
-def test_a_larger_vocabulary_is_kept_whole(tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_no_fine_tune_of_the_base_is_kept_whole(tmp_path: Path) -> None:
     base, tuned = made(tied=False)
     larger = tuned["m1"]
     larger.embed_tokens = nn.Embedding(VOCABULARY + 3, WIDTH)

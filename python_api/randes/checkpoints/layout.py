@@ -31,6 +31,8 @@ from randes.config import Config
 from randes.errors import CheckpointError
 
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
+ADDED = "@added"
+"""Follows a matrix's name, for the rows that a checkpoint has below the base's."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class Layout:
     def parts(self) -> dict[str, str]:
         """Of each matrix the tensor that it is a part of, where that has another name."""
         return {part: tensor for tensor, view in self.views.items() for part in view.parts if part != tensor}
+
+    def with_added(self, counts: Mapping[str, int], base: Tensors) -> "Layout":
+        """The layout of a checkpoint that has so many more rows than ``base`` of some matrices: parts of their own."""
+        shapes = {name: headers(base)[name].shape for name in counts}
+        views = {
+            name: View((shape[0] + counts[name], shape[1]), {name: shape[0], f"{name}{ADDED}": counts[name]})
+            for name, shape in shapes.items()
+        }
+        return Layout({**self.views, **views}, self.ties) if views else self
 
     def split(self, tensors: Tensors) -> Tensors:
         """A checkpoint's tensors as they are superposed or kept: no tied names, and matrices for tensors.

@@ -8,13 +8,16 @@ from torch import nn
 
 from randes.checkpoints import sources
 from randes.checkpoints.huggingface import skeleton
-from randes.checkpoints.layout import SUPERPOSABLE, Layout, layout_of
+from randes.checkpoints.layout import ADDED, SUPERPOSABLE, Layout, layout_of
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
 from randes_kernels.mixing import MOST_DENSE_COLUMNS
+
+RESERVED = (ADDED, "@basis", "@directions", "@steps")
+"""What stores' files put behind a tensor's name."""
 
 
 def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list[str], Config]:
@@ -36,6 +39,8 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
 
         config = replace(config, include=include)
     module = base if isinstance(base, nn.Module) else _skeleton(base, tensors)
+    if taken := [name for name in headers(tensors) if name.endswith(RESERVED)]:
+        raise CheckpointError(f"a tensor's name must not end with {', '.join(RESERVED)}, got {taken[0]!r}")
     layout = layout_of(tensors, config, module)
     chosen = _every(config.every, tensors, layout, config, _read_by_code(module, layout))
     layout = Layout({name: view for name, view in layout.views.items() if name in chosen}, layout.ties)

@@ -130,10 +130,12 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     return blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def check_fits(tensors: Tensors, base: Tensors, free: Set[str] = frozenset()) -> None:
+def check_fits(
+    tensors: Tensors, base: Tensors, free: Set[str] = frozenset(), beside: Set[str] = frozenset()
+) -> None:  # fmt: skip
     """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes. Reads no values.
 
-    free: names of tensors whose shapes may differ.
+    free: names of tensors whose shapes may differ. beside: of those that may be there and not in the base.
     """
     check_values(tensors, "a fine-tune")
     found, expected = headers(tensors), headers(base)
@@ -141,13 +143,15 @@ def check_fits(tensors: Tensors, base: Tensors, free: Set[str] = frozenset()) ->
         raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
     if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{len(missing)} tensors of the base are missing from the checkpoint: {_some(missing)}")
-    if extra := found.keys() - expected.keys():
+    if extra := found.keys() - expected.keys() - beside:
         raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
     for name, own in expected.items():
         value = found[name]
         if (value.shape != own.shape and name not in free) or value.dtype != own.dtype:
+            hint = "; exclude it, and each model keeps its own" if value.shape != own.shape else ""
             raise CheckpointError(
-                f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)} {value.dtype}"
+                f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)}"
+                f" {value.dtype}{hint}"
             )
 
 

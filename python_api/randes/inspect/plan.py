@@ -120,7 +120,7 @@ def packed_sizes(superposition: Superposition, bits: float, embeddings: float | 
     return Sizes(
         base=sizes.base,
         superposed=sum(packed_bytes(rows, columns, bits) for rows, columns in shared),
-        kept=sum(size(member.kept) for member in members) + size(sup.averages) + sum(left for _, left in tables),
+        kept=sum(member.kept_bytes for member in members) + size(sup.averages) + sum(left for _, left in tables),
         basis=size(sup.bases) + sum(own) + sum(directions for directions, _ in tables),
         separate_models=sizes.separate_models,
     )

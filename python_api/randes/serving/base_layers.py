@@ -110,6 +110,12 @@ def is_plain(layer: Layer) -> bool:
     )  # fmt: skip
 
 
+def adds_rows(layer: Layer, superposition: Superposition) -> bool:
+    """Whether some model has rows below the base's in a matrix of a layer."""
+    tensors = {layer.tensors[name] for name in layer.views}
+    return any(not tensors.isdisjoint(member.added) for member in superposition.members.values())
+
+
 def _takes_deltas(layer: Layer, superposition: Superposition, read: Collection[str]) -> bool:
     """Whether a layer can multiply with tables of embeddings, or look them up, where they are not there as tensors.
 
@@ -124,6 +130,6 @@ def _takes_deltas(layer: Layer, superposition: Superposition, read: Collection[s
         return True
     kind = kind_of(module, layer.views)
     if kind is not SuperposedEmbedding:
-        return kind is not None
+        return kind is not None and not adds_rows(layer, superposition)
     by_row = calls_super(module) and not reads_its_own(module, "weight")
     return by_row and not is_relative(layer) and "position" not in layer.path

@@ -21,6 +21,7 @@ from randes.serving.unload import Unloaded, give, merged_tensors
 from randes.serving.warm_up import run_each_kind
 from randes.superposition import update
 from randes.superposition.members import BASE_NAME
+from randes.superposition.reading import read
 from randes.superposition.superposition import Superposition
 
 
@@ -162,7 +163,7 @@ class SuperposedModel(nn.Module):
             try:
                 served.serve(self.base_model, names)
             except BaseException:
-                update.restore_model(superposition, name, member, superposition.read(checkpoint))
+                update.restore_model(superposition, name, member, read(superposition, checkpoint, member.kept))
                 raise
 
     def set_adapter(self, name: str) -> None:

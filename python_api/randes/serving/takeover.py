@@ -11,10 +11,10 @@ from randes.checkpoints.modules.parameters import plain_state
 from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.sources import digest
 from randes.errors import BaseMismatchError, CheckpointError
-from randes.serving.base_layers import Layer, base_names, is_plain, is_relative
+from randes.serving.base_layers import Layer, adds_rows, base_names, is_plain, is_relative
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.linear import SuperposedLinear
-from randes.serving.layers.other_layers import SuperposedLayer, kind_of
+from randes.serving.layers.other_layers import SuperposedEmbedding, SuperposedLayer, kind_of
 from randes.serving.layers.per_model import PerModelTensor, Routed
 from randes.serving.layers.per_row import (
     RoutedEmbedding,
@@ -41,6 +41,17 @@ class Room:
     kept: int | None = None
 
 
+def check_added(layers: Sequence[Layer], superposition: Superposition) -> None:
+    """Raise ``ValueError`` for a layer that cannot have more rows for some models than the base has."""
+    for layer in layers:
+        longer = adds_rows(layer, superposition) and not is_plain(layer)
+        if longer and kind_of(layer.module, layer.views) is not SuperposedEmbedding:
+            raise ValueError(
+                f"{layer.path} must be an nn.Linear or an nn.Embedding to have rows beyond the base's for some models,"
+                f" got a {type(layer.module).__name__}; exclude its tensors when the superposition is created"
+            )
+
+
 def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Superposition) -> None:
     """Raise ``BaseMismatchError`` unless the module holds the base, and ``ValueError`` for a layer that would not call
     what serves it."""
@@ -54,6 +65,7 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
         if isinstance(layer.module, Superposed | Routed):
             raise ValueError("base_module is served by a superposition already; give each its own copy of the base")
     check_calls(module, layers)
+    check_added(layers, superposition)
     read = weights_read(module, seen_alone=True)
     for layer in layers:
         if found := [name for name in layer.views if f"{layer.path}.{name}".lstrip(".") in read]:

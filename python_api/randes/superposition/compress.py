@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from glob import escape
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import replaced
 from randes.checkpoints.threads import one_thread
 from randes.config import Config
+from randes.errors import CheckpointError
 from randes.superposition import update
 from randes.superposition.basis.calibration import calibrated, matched
 from randes.superposition.basis.shared_basis import PASSES, loudest
 from randes.superposition.members import BASE_NAME, NewModel, check_alpha
+from randes.superposition.reading import heads_of_others, read
 from randes.superposition.superposition import Superposition
 
 
@@ -50,6 +53,8 @@ def compress(
     "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
     added later keep their own delta in the same directions. (``basis/shared_basis.py``; design, section 2.)
 
+    A head for another number of classes than the base's is kept as it is, and so is that of every other model.
+
     alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
         or 1 / J for the average of a model soup (``origin="zero"``).
     calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
@@ -70,8 +75,14 @@ def compress(
     for name in models:
         superposition.check_name(name)
         check_configuration(superposition.model_files, models[name])
+    try:
+        sources = {name: read(superposition, model) for name, model in models.items()}
+    except CheckpointError:
+        if not (heads := heads_of_others(superposition, models.values())):
+            raise
+        config = replace(config, exclude=(*config.exclude, *map(escape, heads)))
+        return compress(base, models, config, alpha=alpha, calibration=calibration, progress=progress)
     original, superposed = superposition.base, superposition.superposed
-    sources = {name: superposition.read(model) for name, model in models.items()}
     shared = tuple(name for name in superposed if name not in superposition.unshared)
     moments = matched(calibration, original, shared, superposition.layout) if calibration is not None else {}
     matrices = sum(headers(original)[tensor].nbytes for tensor in shared)
@@ -82,8 +93,8 @@ def compress(
     if rank:
         matrices_alone = [name for name in shared if name not in superposition.layout.vectors]
         passes = {name: PASSES if name not in moments else int(rank == "auto") for name in matrices_alone}
-        read = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
-        step = progress("shared bases", read * len(sources))
+        nbytes = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
+        step = progress("shared bases", nbytes * len(sources))
         unseen = [name for name in matrices_alone if name not in moments]
         bases = loudest(sources, stored, unseen, rank, config.seed, step)
         with one_thread() as computing:

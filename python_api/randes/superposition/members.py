@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from randes.checkpoints.lazy_tensors import size
 from randes.checkpoints.schema import is_utf8
 from randes_kernels import Packed
 
@@ -25,6 +26,7 @@ class Member:
     kept: its own other tensors, where they differ from the base's (``others="keep"``).
     coordinates: its deltas in the shared bases, (N, r) int16 by tensor, in steps of ``units``; or (r, N) packed.
     directions: bases of its own, (K, r) int16, of unshared tensors in few bits.
+    added: rows that its matrices have below the base's, (A, K) by tensor (added_rows.py).
     index: its place among the models, which its layers are shifted by (``shuffle_layers`` above 0); it stays where
         others come and go.
     alphas: what a tensor's delta is scaled by where that was tuned (``Superposition.tune``); else ``alpha``.
@@ -40,6 +42,12 @@ class Member:
     alphas: Mapping[str, float] = field(default_factory=dict)
     index: int = 0
     directions: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of what it has beside all superpositions, whole tensors and added rows."""
+        return size(self.kept) + size(self.added)
 
     def alpha_of(self, tensor: str) -> float:
         """What the delta of one tensor is scaled by."""
@@ -60,10 +68,11 @@ class NewModel:
     kept: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, float] = field(default_factory=dict)
     coordinates: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
 
     def member(self) -> Member:
         found = self.gains, self.digests, self.kept, self.units, self.coordinates
-        return Member(self.group, self.alpha, *found, index=self.index)
+        return Member(self.group, self.alpha, *found, index=self.index, added=self.added)
 
 
 def is_name(name: object) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from randes.checkpoints.layout import ADDED
 from randes.checkpoints.lazy_tensors import LazyTensors, Progress, chunk_bounds, chunks, headers, silent
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import STEP
@@ -19,12 +20,16 @@ class Retrieved(LazyTensors):
 
     def __init__(self, superposition: State, name: str) -> None:
         # A kept tensor may have another shape than the base's.
-        super().__init__({**headers(superposition.base), **headers(superposition.members[name].kept)})
+        member = superposition.members[name]
+        self._added = {f"{tensor}{ADDED}": rows for tensor, rows in headers(member.added).items()}
+        super().__init__({**headers(superposition.base), **headers(member.kept), **self._added})
         self._superposition, self._name = superposition, name
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         sup, member = self._superposition, self._superposition.member(self._name)
-        if name not in member.gains:
+        if name in self._added:
+            yield from chunks(member.added, name.removesuffix(ADDED))
+        elif name not in member.gains:
             if name in member.kept:
                 yield from chunks(member.kept, name)
             elif name in sup.averages:
@@ -127,7 +132,7 @@ def unsuperposed(superposition: State, name: str, tensor: str) -> Tensor:
     if tensor in superposition.layout.vectors:
         return Retrieved(superposition, name)[tensor][0]
     if tensor not in superposition.members[name].kept and tensor in superposition.own_tensors(name):
-        view, retrieved = superposition.layout.views.get(tensor), Retrieved(superposition, name)
+        view, retrieved = superposition.layout_of(name).views.get(tensor), Retrieved(superposition, name)
         return retrieved[tensor] if view is None else view.tensor({part: retrieved[part] for part in view.parts})
     own = superposition.members[name].kept.get(tensor)
     return superposition.averaged(name, tensor) if own is None else own

@@ -6,13 +6,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from randes.checkpoints import sources
-from randes.checkpoints.layout import Layout, tied
+from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
-from randes.checkpoints.sources import Checkpoint, Tensors
+from randes.checkpoints.sources import Tensors
 from randes.config import Config, is_embedding
-from randes.errors import BaseMismatchError, CheckpointError, RandesError, UnknownModelError
+from randes.errors import BaseMismatchError, RandesError, UnknownModelError
+from randes.superposition.added_rows import counts
 from randes.superposition.integers import AVERAGE_STEP, shared_gain
 from randes.superposition.layer_families import families, shifted, shuffled
 from randes.superposition.members import BASE_NAME, Member, Sizes, free_group, free_index, is_name
@@ -183,39 +183,6 @@ class State:
         superposed = self.layout.vectors | ({*self.tables.values()} - self.unshared)
         return tensor in superposed or (self.config.others == "sum" and self.is_averaged(tensor))
 
-    def read(self, finetuned: Checkpoint) -> Tensors:
-        """A fine-tune's tensors under the base's names, as matrices where they are superposed as such.
-
-        Raises ``CheckpointError`` for one that does not fit. Tensors that no models share may have other shapes.
-        """
-        # An adapter is of the base itself, which is not here where deltas are measured from something else.
-        measured = self.config.centre or not self.has_base
-        base = None if measured else self.layout.joined(self.base, ties=False)
-        tensors = self.layout.split(sources.read(finetuned, base))
-        # A head that this checkpoint ties and the base's omits.
-        extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
-        if extra:
-            tensors = {name: value for name, value in tensors.items() if name not in extra}
-        free = self.base.keys() - {*self.superposed} | self.unshared if self.config.others == "keep" else set()
-        sources.check_fits(tensors, self.base, free)
-        return tensors
-
-    def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
-        """The tensors of the checkpoint that was added as ``name``. step: called with the bytes read.
-
-        Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint.
-        """
-        member = self.member(name)
-        tensors = self.read(finetuned)
-        found = digests(tensors, look=sources.check_finite, step=step)
-        other = [tensor for tensor in tensors if found[tensor] != member.digests[tensor]]
-        if other:
-            raise CheckpointError(
-                f"this is not the checkpoint that was added as {name!r}: {len(other)} of {len(tensors)} tensors differ,"
-                f" {other[0]} the first"
-            )
-        return tensors
-
     @property
     def others(self) -> list[str]:
         """The tensors that some model has its own of, or that are averaged or summed."""
@@ -227,8 +194,13 @@ class State:
     def own_tensors(self, name: str) -> set[str]:
         """The tensors of a checkpoint that a model has its own of where no layer multiplies with them: what it keeps,
         and superposed tables of embeddings."""
-        kept, gains = self.members[name].kept, self.members[name].gains
-        return {*kept, *(self.tables[matrix] for matrix in self.tables.keys() & gains.keys())}
+        member = self.members[name]
+        superposed = member.gains.keys() | member.added.keys()
+        return {*member.kept, *(self.tables[matrix] for matrix in self.tables.keys() & superposed)}
+
+    def layout_of(self, name: str) -> Layout:
+        """How a model's checkpoint is its tensors: with the rows that it adds to some."""
+        return self.layout.with_added(counts(self.member(name).added), self.base)
 
     @property
     def sizes(self) -> Sizes:
@@ -238,7 +210,7 @@ class State:
         return Sizes(
             base=base,
             superposed=sum(size(tensors) for group, tensors in held if isinstance(group, int)),
-            kept=own + sum(size(member.kept) for member in members) + size(self.averages),
+            kept=own + sum(member.kept_bytes for member in members) + size(self.averages),
             basis=size(self.bases) + sum(size(m.coordinates) + size(m.directions) for m in members),
             separate_models=base * len(self.names),
         )
@@ -268,7 +240,7 @@ class State:
         used: list[Mapping[str, SuperposedDelta]] = [self.held.get(group, {}), self.averages, self.bases]
         if name is not None:
             member = self.members[name]
-            used += [self.held.get(name, {}), member.kept, member.coordinates, member.directions]
+            used += [self.held.get(name, {}), member.kept, member.coordinates, member.directions, member.added]
         nbytes = sum(map(unchecked, [self.base, *used]))
         step = (progress if nbytes else silent)("checking", nbytes)
         self.check_base(step=step)

@@ -21,6 +21,7 @@ from randes.errors import BaseMismatchError
 from randes.superposition import update
 from randes.superposition.members import BASE_NAME, NewModel, check_alpha
 from randes.superposition.packing import packed
+from randes.superposition.reading import read, read_added
 from randes.superposition.retrieve import matrices
 from randes.superposition.state import State
 from randes.superposition.store.read import load
@@ -88,7 +89,7 @@ class Superposition(State):
         self.check_name(name)
         check_alpha(alpha)
         check_configuration(self.model_files, finetuned)
-        model = NewModel(name, self.place_for(group), float(alpha), self.read(finetuned), self.next_index(index))
+        model = NewModel(name, self.place_for(group), float(alpha), read(self, finetuned), self.next_index(index))
         self.check(model.group, progress=progress)
         step = progress("adding", 2 * size(self.base))
         update.add_model(self, model, step)
@@ -112,7 +113,7 @@ class Superposition(State):
             raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
         self.check(member.group, progress=progress)
         step = progress("removing", 2 * size(self.base))
-        update.remove_model(self, name, self.read_added(name, finetuned, step=step), step)
+        update.remove_model(self, name, read_added(self, name, finetuned, step=step), step)
 
     def pack(
         self, bits: float = 2, *, group: int | None = None, coordinates: int | None = None,
@@ -155,7 +156,7 @@ class Superposition(State):
         base, exactly, unless deltas are centred: then it carries noise as the others do.
         Raises ``UnknownModelError``.
         """
-        joined = self.layout.joined(self._matrices(name, silent), ties=False)
+        joined = self._joined(name, silent, ties=False)
         if isinstance(joined, LazyTensors):
             whole = {tensor: joined.read(tensor) for tensor in joined}
         else:
@@ -167,13 +168,14 @@ class Superposition(State):
 
         ``randes.checkpoints.sources.write_file`` writes it without holding more than a part of a tensor.
         """
-        return self.layout.joined(self._matrices(name, progress))
+        return self._joined(name, progress, ties=True)
 
-    def _matrices(self, name: str, progress: Progress) -> Tensors:
+    def _joined(self, name: str, progress: Progress, *, ties: bool) -> Tensors:
+        """A model's tensors as its checkpoint had them; the base's for its own name, where it is no member."""
         if name == BASE_NAME and name not in self.members and self.has_base:
             self.check_base()
-            return self.base
-        return matrices(self, name, progress=progress)
+            return self.layout.joined(self.base, ties=ties)
+        return self.layout_of(name).joined(matrices(self, name, progress=progress), ties=ties)
 
     # ---------------------------------------------------------------- questions
 

@@ -19,6 +19,7 @@ from randes.checkpoints.on_disk import own
 from randes.checkpoints.sources import check_finite
 from randes.checkpoints.threads import ahead, one_thread
 from randes.errors import CheckpointError, RandesError
+from randes.superposition.added_rows import keep_added
 from randes.superposition.basis import shared_basis
 from randes.superposition.integers import averaged, check_average, gain_of, narrow, rate
 from randes.superposition.members import BASE_NAME, Member, NewModel, check_scales
@@ -36,6 +37,7 @@ SUMMED = ("average", "sum")
 
 def add_model(sup: State, model: NewModel, step: Callable[[int], None]) -> None:
     """Superpose one more model. Nothing is changed by what raises."""
+    keep_added(model)
     with Prefetch(sup, [model], step) as reading:
         for tensor in reading:
             for _, incoming in reading.models():
@@ -71,6 +73,8 @@ def _measured(name: str, held: Member, tensors: Mapping[str, Tensor]) -> NewMode
 
 def add_models(sup: State, models: list[NewModel], step: Callable[[int], None]) -> None:
     """Superpose the models of a new superposition, which what raises leaves unfinished."""
+    for model in models:
+        keep_added(model)
     with Prefetch(sup, models, step) as reading:
         for tensor in reading:
             for model, incoming in reading.models():

@@ -9,6 +9,7 @@ from randes.checkpoints.lazy_tensors import Progress, chunks, headers, silent, s
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.inspect.analysis.likeness import Comparison, Device, Likeness, Products
 from randes.inspect.analysis.subspaces import subspace_similarity
+from randes.superposition.reading import read, read_added
 from randes.superposition.retrieve import matrices
 from randes.superposition.superposition import Superposition
 
@@ -47,7 +48,7 @@ def retrieval(
     """
     sup, member = superposition, superposition.member(name)
     step = progress("comparing", 2 * size(sup.base))
-    retrieved, original = matrices(sup, name), sup.read_added(name, finetuned, step=step)
+    retrieved, original = matrices(sup, name), read_added(sup, name, finetuned, step=step)
     weights: list[Products] = []
     deltas: dict[str, Products] = {}
     for tensor, header in headers(sup.base).items():
@@ -87,7 +88,7 @@ def decorrelation(
 
     for name in models:
         superposition.member(name)
-    sources = {name: superposition.read(model) for name, model in models.items()}
+    sources = {name: read(superposition, model) for name, model in models.items()}
     step = progress("cosines", 2 * sum(headers(superposition.base)[name].nbytes for name in superposition.superposed))
     before, after = (of_originals(superposition, sources, turned=turned, step=step) for turned in (False, True))
     return before, after

@@ -46,7 +46,7 @@ def storage(superposition: Superposition) -> Storage:
     held: list[Mapping[str, SuperposedDelta]] = [headers(sup.base), headers(sup.averages), headers(sup.bases)]
     held += [described(tensors) for tensors in sup.held.values()]
     for member in sup.members.values():
-        held += [headers(member.kept), described(member.coordinates)]
+        held += [headers(member.kept), headers(member.added), described(member.coordinates)]
     return Storage(
         model_numbers=_elements(sup.base),
         model_bytes=size(sup.base),

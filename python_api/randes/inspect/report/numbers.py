@@ -19,6 +19,7 @@ from randes.inspect.plan import packed_sizes
 from randes.inspect.report.cosines import Cosines, of_originals, of_retrieved
 from randes.superposition.members import Member, Sizes
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
+from randes.superposition.reading import read
 from randes.superposition.summary import Verification, energy, predicted, ranks, sharing_of, verify
 from randes.superposition.superposition import Superposition
 from randes_kernels.packing import BITS
@@ -135,7 +136,7 @@ def _cosines(
 ) -> dict[str, Cosines]:
     matrices = sum(headers(sup.base)[tensor].nbytes for tensor in sup.superposed)
     if len(given) >= 2:
-        models = {name: sup.read(checkpoint) for name, checkpoint in given.items()}
+        models = {name: read(sup, checkpoint) for name, checkpoint in given.items()}
         step = progress("cosines", 2 * matrices)
         return {
             "before": of_originals(sup, models, turned=False, step=step),
@@ -174,6 +175,8 @@ def _kinds(sup: Superposition) -> tuple[Kind, ...]:
         if name in sup.superposed:
             fate, reason = "its own delta" if name in sup.unshared else "superposed", ""
             stored = sum(_nbytes(held, name) for held in sup.held.values() if name in held)
+            whole = [part for member in sup.members.values() for part in (headers(member.kept), headers(member.added))]
+            stored += sum(part[name].nbytes for part in whole if name in part)
         else:
             fate = (joint if name in sup.averages else "kept per model") if name in kept else "shared with the base"
             reason = why_not(sup.config, name, header)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from randes.checkpoints.lazy_tensors import size
 from randes.inspect.report import pictures
 from randes.inspect.report.cosines import SAMPLE, Cosines
 from randes.inspect.report.html import UNITS, Value, byte_size, details, escaped, figure, number, share, table
@@ -133,7 +132,7 @@ def _models(numbers: Numbers) -> str:
     rows: list[Sequence[Value]] = []
     for name in numbers.names:
         member, own, verified = numbers.members[name], numbers.together(name), numbers.verified.get(name)
-        kept = size(member.kept)
+        kept = member.kept_bytes
         rows.append((
             name, member.group, member.alpha, len(member.alphas), len(member.gains), len(member.kept), byte_size(kept),
             number(math.sqrt(own.size)), number(own.relative(own.predicted)),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import move
+from randes.errors import CheckpointError
 from randes.serving.batch import Batch, Version
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.served_weights import ServedWeight
@@ -40,6 +41,7 @@ class SuperposedLinear(Superposed, nn.Linear):
     base_weight: Tensor
     base_bias: Tensor | None
     biases: Tensor | None
+    added_biases: Tensor | None  # (J, A), of rows that models add
     router: Router
     bias_tensor: str
 
@@ -105,15 +107,27 @@ class SuperposedLinear(Superposed, nn.Linear):
         layer.router, layer.bias_tensor = router, bias
         layer.register_buffer("biases", biases, persistent=False)
         cls._take_deltas(layer, superposition, weight, linear.weight, pool, numbers)
+        added = None if biases is None or layer.added is None else biases.new_zeros(layer.added.shape[:2])
+        layer.register_buffer("added_biases", added, persistent=False)
         move(linear, cls.moved, cls)
 
     @torch.no_grad()
     def write(self, superposition: Superposition, versions: Sequence[Version]) -> None:
         """See ``Superposed.write``; and their biases."""
         super().write(superposition, versions)
-        if self.biases is not None and versions:
-            own = [unsuperposed(superposition, version.name, self.bias_tensor) for version in versions]
-            put(self.biases, [version.number for version in versions], torch.stack(own))
+        if self.biases is None:
+            return
+        for version in versions:
+            own, count = unsuperposed(superposition, version.name, self.bias_tensor), self.out_features
+            added = len(superposition.members[version.name].added.get(self.matrix, ()))
+            if own.shape != (count + added,):
+                raise CheckpointError(
+                    f"{self.bias_tensor} of {version.name!r} must be ({count + added},) as its weight, got"
+                    f" {tuple(own.shape)}"
+                )
+            put(self.biases, version.number, own[:count])
+            if self.added_biases is not None:
+                put(self.added_biases, version.number, F.pad(own[count:], (0, self.added_biases.shape[1] - added)))
 
     def forward(self, input: Tensor, adapter_names: Sequence[str] | Batch | None = None) -> Tensor:
         """``input``: (..., K). ``adapter_names``: one name a row of its first dimension, or one for all rows.
@@ -126,7 +140,8 @@ class SuperposedLinear(Superposed, nn.Linear):
         if batch.runs_base:
             return F.linear(input, self.base_weight, self.base_bias)
         x = batch.spread(input)
-        return self._product(x, self.base_weight, self.base_bias, batch.on(x.device), self.biases)
+        y = self._product(x, self.base_weight, self.base_bias, batch.on(x.device), self.biases)
+        return self.with_added(y, x, batch, self.added_biases)
 
     def product_with(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor | None:
         """``F.linear`` of x (..., K) with ``weight`` as each row's own model has it; None for the base alone."""
@@ -134,7 +149,7 @@ class SuperposedLinear(Superposed, nn.Linear):
         if batch.runs_base:
             return None
         x = batch.spread(x)
-        return self._product(x, self.base_weight, bias, batch.on(x.device))
+        return self.with_added(self._product(x, self.base_weight, bias, batch.on(x.device)), x, batch)
 
     @property
     def weight(self) -> ServedWeight:  # type: ignore[override]
@@ -160,7 +175,12 @@ class SuperposedLinear(Superposed, nn.Linear):
         if torch.compiler.is_compiling():
             ids = batch.on(base.device)
             return torch.where(ids >= 0, biases[ids.clamp(min=0)[0]], base)
-        return base if batch.number < 0 else biases[batch.number]
+        if batch.number < 0:
+            return base
+        if self.added_biases is None or self.added_counts is None:
+            return biases[batch.number]
+        added = self.added_biases[batch.number, : int(self.added_counts[batch.number])]
+        return torch.cat([biases[batch.number], added])
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""

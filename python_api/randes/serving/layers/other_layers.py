@@ -67,7 +67,8 @@ class SuperposedLayer(Routed):
             return None
         x = batch.spread(x)
         y = self._multiply(x, batch.on(x.device), name)
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return self._matrices(name)[0].with_added(y, x, batch)
 
     def _plus_bias(self, y: Tensor, ids: Tensor) -> Tensor:
         """y (..., N) plus each row's own model's bias."""
@@ -146,9 +147,28 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""
         input, ids = self._spread(input)
-        weight = base_of(self, "weight")
-        base = F.embedding(input, weight)
         (matrix,) = self._matrices("weight")
+        if ids is not None and matrix.added is not None:
+            return self._with_added(matrix, matrix.added, input, ids)
+        return self._of_base_rows(matrix, input, ids)
+
+    def _with_added(self, matrix: SuperposedMatrix, added: Tensor, input: Tensor, ids: Tensor) -> Tensor:
+        """The same, where some models have tokens of their own. Raises ``IndexError`` for one that a row's lacks."""
+        place, counts = input.reshape(len(ids), -1) - self.num_embeddings, matrix.added_counts
+        assert counts is not None
+        model = ids.clamp(min=0)
+        known = place < torch.where(ids < 0, 0, counts[model])[:, None]
+        if torch.compiler.is_compiling() or known.is_cuda:
+            torch._assert_async(known.all(), "a token must be in its model's vocabulary")
+        elif not known.all():
+            token = int(input.reshape(known.shape)[~known][0])
+            raise IndexError(f"token {token} is not in the vocabulary of its row's model")
+        own = added[model[:, None], place.clamp(min=0)]
+        found = self._of_base_rows(matrix, torch.where(input < self.num_embeddings, input, 0), ids)
+        return torch.where((place < 0).view(input.shape)[..., None], found, own.view(found.shape))
+
+    def _of_base_rows(self, matrix: SuperposedMatrix, input: Tensor, ids: Tensor | None) -> Tensor:
+        base = F.embedding(input, base_of(self, "weight"))
         if ids is None:
             return base
         tokens = input.reshape(len(ids), -1)

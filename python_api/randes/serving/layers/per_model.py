@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.parameters import base_of, has
+from randes.config import is_embedding
 from randes.errors import CheckpointError
 from randes.serving.batch import Version
 from randes.serving.layers.recomputed import recomputed_property
 from randes.serving.layers.served_weights import ServedWeight
 from randes.serving.routing import Router
 from randes.serving.table_rows import Row, Rows, put
-from randes.superposition.members import BASE_NAME
+from randes.superposition.members import BASE_NAME, Member
 from randes.superposition.retrieve import unsuperposed
 from randes.superposition.superposition import Superposition
 
@@ -26,6 +27,7 @@ class PerModelTensor(nn.Module):
     """One tensor as each model has it: the rows of those that differ from the base, and who has which.
 
     Where models differ in its shape (heads of other numbers of classes), ``values`` is empty and each has its own.
+    vocabulary: whether its rows are tokens.
 
     like: the base's. numbers: of models that there is room for; ``write`` says which those are. room: for how many
     tensors, by default for those that the models have.
@@ -41,12 +43,12 @@ class PerModelTensor(nn.Module):
         like = like.detach()
         members = superposition.members
         own = [name for name in members if tensor in superposition.own_tensors(name)]
-        shapes = [headers(members[name].kept).get(tensor, like).shape for name in own]
+        shapes = [_shape_of(members[name], tensor, like) for name in own]
         count = len(own) + superposition.is_averaged(tensor)
         if superposition.has_own(tensor):
             count = len(members)
         self.tensor, self.shape = tensor, like.shape
-        self.ragged = any(shape != like.shape for shape in shapes)
+        self.ragged, self.vocabulary = any(shape != like.shape for shape in shapes), is_embedding(tensor)
         self.table_rows = Rows(max(count, room or 0))
         # Whether any model's tensor may be here: a layer that nobody changed costs nothing.
         self.used = count > 0 or (room is not None and like.numel() <= RESERVED_ELEMENTS)
@@ -121,6 +123,13 @@ class PerModelTensor(nn.Module):
         if row < 0:
             return base
         return getattr(self, f"value_{row}") if self.ragged else self.values[row]
+
+
+def _shape_of(member: Member, tensor: str, like: Tensor) -> tuple[int, ...]:
+    """Of a model's own tensor, where the base's is ``like``."""
+    added = headers(member.added)
+    first = len(like) + len(added[tensor]) if tensor in added else 0
+    return (first, *like.shape[1:]) if first else tuple(headers(member.kept).get(tensor, like).shape)
 
 
 class Routed(nn.Module):

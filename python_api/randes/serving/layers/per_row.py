@@ -30,7 +30,8 @@ class RoutedLinear(Routed, nn.Linear):
     """A linear layer that is not superposed, a class head say, with each model's own weight and bias."""
 
     def forward(self, input: Tensor) -> Any:
-        """(..., K) → (..., N); a list with an output for each row where their models differ in N."""
+        """(..., K) → (..., N); where the rows' models differ in N a list with an output for each, or, where the N are
+        tokens, as many as any of them has, −∞ for those that a row's own has not."""
         input, ids = self._spread(input)
         if ids is None:
             return super().forward(input)
@@ -43,7 +44,8 @@ class RoutedLinear(Routed, nn.Linear):
         )
         ragged = any(table.ragged for table in tables)
         if batch.mixed and (ragged or large):
-            return by_model(self._router, super().forward, (input,), {}, ragged=ragged)
+            y = by_model(self._router, super().forward, (input,), {}, ragged=ragged)
+            return _of_one_width(y, input.dim()) if ragged and tables[0].vocabulary else y
         weight, bias = self._own("weight", ids), self._own("bias", ids)
         assert weight is not None
         if len(ids) == 1:
@@ -51,6 +53,12 @@ class RoutedLinear(Routed, nn.Linear):
         rows = input.reshape(len(ids), -1, input.shape[-1])
         y = rows @ weight.mT if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
         return y.view(*input.shape[:-1], self.out_features)
+
+
+def _of_one_width(rows: list[Tensor], dimensions: int) -> Tensor:
+    width = max(row.shape[-1] for row in rows)
+    padded = [F.pad(row, (0, width - row.shape[-1]), value=-torch.inf) for row in rows]
+    return torch.stack(padded) if rows[0].dim() < dimensions else torch.cat(padded)
 
 
 class RoutedLayerNorm(Routed, nn.LayerNorm):

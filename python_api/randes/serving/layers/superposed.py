@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from randes.checkpoints.lazy_tensors import headers
-from randes.errors import BaseMismatchError
-from randes.serving.batch import Version
+from randes.errors import BaseMismatchError, CheckpointError
+from randes.serving.batch import Batch, Version
 from randes.serving.layers.delta_pool import DeltaPool, group_rows
 from randes.serving.table_rows import put
 from randes.superposition.basis import shared_basis
 from randes.superposition.basis.shared_basis import UNIT
+from randes.superposition.members import Member
 from randes.superposition.packed_tensors import SuperposedDelta, coordinates_of
 from randes.superposition.superposition import Superposition
 from randes_kernels import Basis, mixing, superposed_linear
@@ -63,6 +64,8 @@ class Superposed(nn.Module):
     directions: Tensor | None  # (J, K, r), of a basis a model
     corrections: Tensor | None
     inverses: Tensor | None  # of dense matrices (Config.matrix), one a model
+    added: Tensor | None  # (J, A, K): rows that models' matrices have below the base's
+    added_counts: Tensor | None
 
     def _take_deltas(
         self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
@@ -94,7 +97,12 @@ class Superposed(nn.Module):
             "directions": directions,
             "corrections": corrections,
             "inverses": inverses,
+            "added": None,
+            "added_counts": None,
         }
+        if most := max((len(m.added[tensor]) for m in superposition.members.values() if tensor in m.added), default=0):
+            tables["added"] = weight.new_zeros(numbers, most, weight.shape[1])
+            tables["added_counts"] = torch.zeros(numbers, dtype=torch.int32, device=weight.device)
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
@@ -105,6 +113,7 @@ class Superposed(nn.Module):
             return
         tensor, numbers = self.matrix, [version.number for version in versions]
         members = [superposition.members[version.name] for version in versions]
+        self._write_added(versions, members)
         numbered = [
             self.pool.slots[self.pool.row_of(version), superposition.place(version.name, tensor)]
             if tensor in member.gains and not superposition.in_no_bits(tensor)
@@ -136,6 +145,41 @@ class Superposed(nn.Module):
             tables = self.keys[numbers], self.scale[numbers], self.slots[numbers]
             held = shared_basis.corrections(shared, held, self.pool.delta, *tables, self.tensor, self.transform)
         put(self.corrections, numbers, held)
+
+    def _write_added(self, versions: Sequence[Version], members: Sequence[Member]) -> None:
+        room = 0 if self.added is None else self.added.shape[1]
+        for version, member in zip(versions, members, strict=True):
+            rows = member.added.get(self.matrix, self.keys.new_zeros(0, 1))
+            if len(rows) > room:
+                raise CheckpointError(
+                    f"{self.matrix} of {version.name!r} must have at most {room} rows more than the base's, got"
+                    f" {len(rows)}: a model with more can join only where one was served from the start"
+                )
+            if self.added is not None and self.added_counts is not None:
+                whole = self.added.new_zeros(self.added.shape[1:])
+                whole[: len(rows)] = rows
+                put(self.added, version.number, whole)
+                put(self.added_counts, version.number, torch.tensor(len(rows), dtype=torch.int32, device="cpu"))
+
+    def with_added(self, y: Tensor, x: Tensor, batch: Batch, biases: Tensor | None = None) -> Tensor:
+        """Products y (..., N) of x (..., K) beside those with the rows that models add, (..., N + A).
+
+        A is what the batch's one model adds, or the most of any. In the rows of a model that adds fewer, what is
+        missing is −∞: a token that it does not know is never one of its own. biases: (J, A), of those rows.
+        """
+        if self.added is None or self.added_counts is None:
+            return y
+        ids, added = batch.on(x.device), self.added
+        if not batch.mixed and not torch.compiler.is_compiling():
+            added = added[:, : int(self.added_counts[batch.number])]
+        model = ids.clamp(min=0)
+        runs = x.reshape(len(ids), -1, x.shape[-1])
+        own = torch.bmm(runs, added[model].to(runs.dtype).mT)
+        own = own if biases is None else own + biases[model, None, : own.shape[-1]]
+        counts = torch.where(ids < 0, 0, self.added_counts[model])
+        missing = torch.arange(own.shape[-1], device=x.device) >= counts[:, None]
+        own = own.masked_fill(missing[:, None], -torch.inf)
+        return torch.cat([y, own.view(*y.shape[:-1], -1).to(y.dtype)], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Superposed":
         scale, inverses = self.scale, self.inverses

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from randes.checkpoints.layout import SUPERPOSABLE
+from randes.checkpoints.layout import ADDED, SUPERPOSABLE
 from randes.checkpoints.lazy_tensors import described, headers
+from randes.superposition.added_rows import added_in
 from randes.superposition.members import BASE_NAME
 from randes.superposition.packed_tensors import SuperposedDelta
 from randes.superposition.state import Group, State
@@ -83,6 +84,13 @@ def _check_member(superposition: State, name: str) -> None:
     for tensor, kept in headers(member.kept).items():
         must(tensor in base and tensor not in member.gains, tensor, "no own values beside a delta")
         _must_be(kept, f"{tensor} of model {name!r}", tuple(kept.shape), (base[tensor].dtype,))
+    added = headers(member.added)
+    for tensor in added.keys() | added_in(member.digests).keys():
+        must(tensor in added and f"{tensor}{ADDED}" in member.digests, tensor, "added rows and their digest")
+        must(tensor in superposition.superposed and tensor not in member.kept, tensor, "a superposed matrix above them")
+        shape = (len(added[tensor]), base[tensor].shape[1])
+        must(len(added[tensor]) > 0, tensor, "added rows")
+        _must_be(added[tensor], f"rows added to {tensor} of model {name!r}", shape, (base[tensor].dtype,))
     if superposition.config.others == "keep":
         for tensor in base.keys() - set(superposition.superposed):
             changed = member.digests[tensor] != superposition.base_digests[tensor]

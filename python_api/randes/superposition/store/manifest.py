@@ -10,7 +10,7 @@ from typing import Any
 from randes.checkpoints import schema, sources
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import for_store
-from randes.checkpoints.layout import Layout
+from randes.checkpoints.layout import ADDED, Layout
 from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.sources import Tensors
 from randes.config import Config
@@ -135,12 +135,17 @@ def contents_of(superposition: State) -> dict[str, Tensors]:
     for name in superposition.served:
         member = superposition.members[name]
         own, coordinates = member.kept, member.coordinates
-        if isinstance(own, StoredTensors) and isinstance(coordinates, StoredTensors) and not member.directions:
+        if (
+            isinstance(own, StoredTensors)
+            and isinstance(coordinates, StoredTensors)
+            and not (member.directions or member.added)
+        ):
             own = Overlay({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
         else:
             held = flattened(coordinates)
             own = {**own, **{_coordinates_in(stem): held[stem] for stem in held}}
             own |= {f"{tensor}{DIRECTIONS}": value for tensor, value in member.directions.items()}
+            own |= {f"{tensor}{ADDED}": value for tensor, value in member.added.items()}
         contents[model_file(superposition, name)] = own
     contents["average"] = superposition.averages
     return {stem: contents[stem] for stem in sorted(contents) if contents[stem]}

@@ -12,6 +12,7 @@ from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
 from randes.checkpoints.on_disk import Overlay, StoredTensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
+from randes.superposition.added_rows import added_in
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import STEPS, PackedTensors, Packing, SuperposedDelta
 from randes.superposition.state import Group, State
@@ -115,10 +116,14 @@ def _put_together(
             rows = {tensor: headers(base)[tensor].shape[0] for tensor in member.units}
             coordinates = PackedTensors(own.renamed(held), packing.coordinates, 64, rows)
         directions = {stem.removesuffix(DIRECTIONS): stem for stem in own if stem.endswith(DIRECTIONS)}
-        kept = {tensor: tensor for tensor in own if tensor not in {*held.values(), *directions.values()}}
+        added = added_in(own)
+        kept = {
+            tensor: tensor for tensor in own if tensor not in {*held.values(), *directions.values(), *added.values()}
+        }
         superposition.members[name] = replace(
-            member, kept=own.renamed(kept), coordinates=coordinates, directions=own.renamed(directions)
-        )
+            member, kept=own.renamed(kept), coordinates=coordinates, directions=own.renamed(directions),
+            added=own.renamed(added),
+        )  # fmt: skip
     superposition.averages = Overlay({}, contents.pop("average")) if "average" in contents else {}
     alone = {group_file(superposition, name): name for name in members}
     if strangers := [stem for stem in contents if not stem.startswith("group-") and stem not in alone]:

@@ -1,24 +1,22 @@
-"""What a superposition holds, and how near a retrieved model is to its original."""
+"""How near a retrieved model is to its original, as measured and as predicted."""
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.sources import Checkpoint
 from randes.checkpoints.threads import ahead
+from randes.superposition.added_rows import added_in
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import added_noise, coordinates_of, values_of
+from randes.superposition.reading import read_added
 from randes.superposition.retrieve import matrices
 from randes.superposition.state import State
 from randes_kernels.mixing import amplification, growth
 from randes_kernels.slices import squares as row_squares
-
-SHOWN = 8
-"""Names in a description before they are counted instead."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def verify(superposition: State, name: str, finetuned: Checkpoint, *, progress: 
     member = superposition.member(name)
     retrieved = matrices(superposition, name, progress=progress)
     step = progress("verifying", 2 * size(superposition.base))
-    original = superposition.read_added(name, finetuned, step=step)
+    original = read_added(superposition, name, finetuned, step=step)
     squares: dict[str, tuple[float, float]] = {}
     for tensor in member.gains:
         own = (chunks(tensors, tensor) for tensors in (retrieved, original, superposition.base))
@@ -63,7 +61,7 @@ def verify(superposition: State, name: str, finetuned: Checkpoint, *, progress: 
                 step(tuned.nbytes)
         squares[tensor] = math.fsum(errors), math.fsum(sizes)
     error, total = (sum(part) for part in zip(*squares.values(), strict=True)) if squares else (0.0, 1.0)
-    kept = digests(retrieved, headers(member.kept), step=step)
+    kept = digests(retrieved, [*headers(member.kept), *added_in(member.digests).values()], step=step)
     group = sum(other.group == member.group for other in superposition.members.values())
     return Verification(
         model=name,
@@ -112,7 +110,7 @@ def predicted(superposition: State, name: str, tensor: str, sharing: int) -> tup
     )
     if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
         own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
-        noise *= 1 - _rank(superposition, tensor) / columns
+        noise *= 1 - rank_of(superposition, tensor) / columns
         if packing is not None and packing.coordinates < 16:
             noise += own * added_noise(packing.coordinates, len(header))
         size += own
@@ -148,72 +146,9 @@ def energy(superposition: State, name: str, tensor: str, sharing: int) -> float:
     )
 
 
-def summary(superposition: State) -> dict[str, Any]:
-    """Models, transform, sizes in bytes, and which tensors are superposed, kept or shared: ready for JSON."""
-    sizes = superposition.sizes
-    kept = set(superposition.others)
-    shared = superposition.base.keys() - kept - set(superposition.superposed)
-    return {
-        "models": {
-            name: {
-                "group": member.group,
-                "alpha": member.alpha,
-                "tuned_tensors": len(member.alphas),
-                "superposed_tensors": len(member.gains),
-                "kept_tensors": len(member.kept),
-                "kept_bytes": size(member.kept),
-            }
-            for name, member in ((name, superposition.members[name]) for name in superposition.served)
-        },
-        "config": superposition.config.to_dict(),
-        "packed": None if superposition.packing is None else asdict(superposition.packing),
-        "bytes": {**asdict(sizes), "total": sizes.total},
-        "coverage": {
-            "superposed": {
-                name: f"{text}, rank {rank}" if (rank := _rank(superposition, name)) else text
-                for name, text in _described(superposition, superposition.superposed).items()
-                if name not in superposition.unshared
-            },
-            "each_model_its_own_delta": _described(superposition, sorted(superposition.unshared)),
-            {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
-                superposition, sorted(kept)
-            ),
-            "shared_with_base": _described(superposition, sorted(shared)),
-        },
-    }
-
-
-def described(superposition: State) -> str:
-    """One paragraph for people: which models, what they take, how they are stored."""
-    sizes, config, names = superposition.sizes, superposition.config, superposition.names
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-    packing = superposition.packing
-    bits = "as integers" if packing is None else f"in {packing.bits:g} bit{'s' * (packing.bits > 1)}"
-    bases = f", shared bases of {ranks(superposition)}" if config.rank and superposition.superposed else ""
-    return (
-        f"Superposition of {len(names)} fine-tune{'s' * (len(names) != 1)}{': ' if names else ''}{shown}\n"
-        f"  {sizes.total / 1e6:.1f} MB, {sizes.total / sizes.base:.2f} times one model"
-        f" ({len(names)} whole models: {sizes.separate_models / 1e6:.1f} MB)\n"
-        f"  {len(superposition.superposed)} matrices superposed {bits}, in groups of {config.group_size}{bases}"
-    )
-
-
-def ranks(superposition: State) -> str:
-    """How many directions the matrices' shared bases have, in words; empty where there are none by choice."""
-    if superposition.config.rank != "auto":
-        return f"rank {superposition.config.rank}" if superposition.config.rank else ""
-    found = [_rank(superposition, tensor) for tensor in superposition.superposed]
-    return f"rank {min(found)} to {max(found)}, {sum(found) / len(found):.1f} in the mean (auto)"
-
-
-def _rank(superposition: State, tensor: str) -> int:
+def rank_of(superposition: State, tensor: str) -> int:
+    """How many directions a matrix's shared basis has; 0 where it has none."""
     return int(headers(superposition.bases)[tensor].shape[1]) if tensor in superposition.bases else 0
-
-
-def _described(superposition: State, names: tuple[str, ...] | list[str]) -> dict[str, str]:
-    """Shape and dtype of each tensor."""
-    tensors = {name: headers(superposition.base)[name] for name in names}
-    return {name: f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
 
 
 def _squared_norm(value: Tensor) -> float:
