@@ -151,7 +151,7 @@ class SuperposedModel(nn.Module):
             if checkpoint is None:
                 self.router.of([name])
             member = superposition.member(name)
-            if self.router.chosen is not None and name in _names_of(self.router.chosen):
+            if self.router.chosen is not None and name in self.router.chosen.models:
                 raise ValueError(f"name must not be the model that set_adapter chose, {name!r}; choose another first")
             names = [other for other in self.router.names if other != name]
             if checkpoint is None:
@@ -175,7 +175,7 @@ class SuperposedModel(nn.Module):
     def active_adapters(self) -> list[str]:
         """What answers this thread's calls that name no model: a scope's models, the one that was chosen, or none."""
         batch = self.router.current()
-        return [] if batch is None else _names_of(batch)
+        return [] if batch is None else batch.models
 
     @property
     def active_adapter(self) -> str | None:
@@ -194,9 +194,9 @@ class SuperposedModel(nn.Module):
         with self.router.changing:
             batch = self.router.batch() if name is None else self.router.of([name])
             if len(batch.named.versions) > 1:
-                raise ValueError(f"name must be given where several models are active, {_names_of(batch)}")
+                raise ValueError(f"name must be given where several models are active, {batch.models}")
             module = self.base_model
-            merged = merged_tensors(module, self.superposition, _names_of(batch)[0])
+            merged = merged_tensors(module, self.superposition, batch.models[0])
             for hook in self._hooks:
                 hook.remove()
             for original in reversed(self._served.originals):
@@ -295,7 +295,3 @@ class SuperposedModel(nn.Module):
             if name == "base_model":
                 raise
         return of_one_choice(getattr(self.base_model, name), self.base_model, self.router)
-
-
-def _names_of(batch: Batch) -> list[str]:
-    return [version.name for version in batch.named.versions]
