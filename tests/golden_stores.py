@@ -24,9 +24,10 @@ NAMES = ("german", "legal/v2", "código")
 BEFORE: dict[str, Any] = {
     "exclude": ("*embed*", "*wte*", "*wpe*", "*norm*", "*shared.weight", "*relative*", "*router*", "*.gate.weight"),
     "embeddings": "shared",
+    "rank": 0,
 }
 """What was the default then."""
-EVERYTHING: dict[str, Any] = {"include": ("*weight",), "exclude": (), "min_width": 2, "embeddings": "shared"}
+EVERYTHING: dict[str, Any] = {"include": ("*weight",), "exclude": (), "min_width": 2, "embeddings": "shared", "rank": 0}
 CONFIGS = {
     "plain": randes.Config(**BEFORE),
     "groups": randes.Config(**BEFORE, group_size=2, seed=7),
@@ -38,7 +39,7 @@ CONFIGS = {
     "vectors": randes.Config(**BEFORE, vectors=True, origin="zero", gains="shared", min_width=1),
     "layers": randes.Config(**EVERYTHING),
     "centred": randes.Config(**BEFORE, centre=True),
-    "basis": randes.Config(**BEFORE, rank=3),
+    "basis": randes.Config(**{**BEFORE, "rank": 3}),
 }
 
 

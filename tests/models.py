@@ -13,13 +13,13 @@ import randes
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 """What products in fp32 differ by."""
 TRANSFORMS = {
-    "both": randes.Config(),
-    "columns": randes.Config(signs="columns"),
-    "none": randes.Config(signs="none"),
-    "permuted": randes.Config(permute=1),
-    "granules": randes.Config(permute=8, segments=2),
-    "shuffled": randes.Config(shuffle_layers=-1),
-    "everything": randes.Config(permute=8, shuffle_layers=-1, group_size=2, seed=7),
+    "both": randes.Config(rank=0),
+    "columns": randes.Config(signs="columns", rank=0),
+    "none": randes.Config(signs="none", rank=0),
+    "permuted": randes.Config(permute=1, rank=0),
+    "granules": randes.Config(permute=8, segments=2, rank=0),
+    "shuffled": randes.Config(shuffle_layers=-1, rank=0),
+    "everything": randes.Config(permute=8, shuffle_layers=-1, group_size=2, seed=7, rank=0),
 }
 """One configuration for each way of turning a delta."""
 

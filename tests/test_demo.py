@@ -1,6 +1,7 @@
 """The demonstration, small: its data, its baselines, and the whole command."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_the_other_commands_take_what_it_leaves(folder: Path) -> None:
         result = CliRunner().invoke(app, [command, str(folder / "store"), f"rot90={folder}/rot90.safetensors"])
         assert result.exit_code == 0, result.output
     assert (folder / "store" / "manifest.json").read_bytes() == before
+
+
+def test_the_commands_that_it_names_next_run_as_they_stand(folder: Path) -> None:
+    said = (folder / "output.txt").read_text().partition("What to try on them next:\n")[2]
+    commands = [line.removeprefix("    ") for line in said.splitlines()]
+    assert [command.split()[1] for command in commands] == ["info", "verify", "pack", "remove", "add", "retrieve"]
+    before = (folder / "store" / "manifest.json").read_bytes()
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, result.output
+    assert (folder / "store" / "manifest.json").read_bytes() == before
+    assert randes.Superposition.load(folder / "served").packing is not None
 
 
 def test_the_picture_shows_something(folder: Path) -> None:

@@ -153,8 +153,8 @@ def by_count(tuned: Finetunes) -> Iterator[Row]:
             yield {
                 "experiment": "count", "models": count, "method": method, **judge.shares(made, made.names),
                 "bytes": made.nbytes, "separate_bytes": made.sizes.separate_models,
-                "fusionbench_gb": theirs.total_gb_retrieved, "context_numbers": held.nonzero_param_count_context,
-                "fusionbench_context_numbers": theirs.nonzero_param_count_context,
+                "fusionbench_gb": theirs.nbytes / 1e9, "context_numbers": held.context_numbers,
+                "fusionbench_context_numbers": theirs.context_numbers,
             }  # fmt: skip
 
 

@@ -34,9 +34,9 @@ GROUPINGS = ((8, 8), (16, 8), (16, 16))  # models, models to a group
 SETTINGS = {"full fine-tunes": False, "only matrices fine-tuned": True}
 RANKS = (4, 16, "auto")
 CONFIGURATIONS = {
-    "two-sided signs": randes.Config(),
+    "two-sided signs": randes.Config(rank=0),
     **{f"shared basis of rank {rank}": randes.Config(rank=rank) for rank in RANKS},
-    "two-sided, centred": randes.Config(centre=True),
+    "two-sided, centred": randes.Config(rank=0, centre=True),
     "shared basis of rank auto, centred": randes.Config(rank="auto", centre=True),
 }
 GROUPS = (2, 4, 8, 16)

@@ -17,8 +17,7 @@ from smollm import KINDS, MODELS, base_folder, finetuned
 from smollm_kept import Judge
 
 import randes
-from randes.config import TOGETHER
-from randes.inspect.summary import verify
+from randes.superposition.summary import verify
 
 RESULTS = Path(__file__).parents[1] / "results" / "smollm-late.json"
 LAST, NEIGHBOUR = "Tcl", "Perl"
@@ -32,7 +31,7 @@ def measured(folder: Path) -> Rows:
     others = {name: path for name, path in names.items() if name != f"{LAST} 0"}
     rows = []
     for way in ("compressed with the others", "added later", "without a basis"):
-        config = randes.Config() if way == "without a basis" else TOGETHER
+        config = randes.Config(rank=0 if way == "without a basis" else "auto")
         sup = randes.compress(base, others if way == "added later" else names, config)
         if way == "added later":
             sup.add(f"{LAST} 0", names[f"{LAST} 0"])

@@ -32,7 +32,7 @@ MERGED = {
 CALIBRATING = 32
 """Sequences of each kind to calibrate with."""
 AUTO = "shared basis of rank auto"
-PLAIN = randes.Config(include=("layers*weight",))
+PLAIN = randes.Config(include=("layers*weight",), rank=0)
 
 
 class Made(NamedTuple):

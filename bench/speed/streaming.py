@@ -46,7 +46,7 @@ def processor():
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the imports'
 before, used, start = status("VmRSS"), processor(), time.perf_counter()
 if kind == "compress":
-    randes.compress(base, models, randes.Config()).save(store)
+    randes.compress(base, models, randes.Config(rank=0)).save(store)
 else:
     write_file(Path(out), randes.Superposition.load(store, check=False).retrieved("m0"))
 seconds = time.perf_counter() - start

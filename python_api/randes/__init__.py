@@ -1,9 +1,9 @@
 """randes: many full fine-tunes of one base model, superposed into one buffer and served from inside the matmul.
 
-sup = randes.Superposition.create(base)
-sup.add("german", finetuned)
-model = randes.SuperposedModel(base, sup)
-model(x, adapter_names=["german", "__base__"])
+sup = randes.compress(base, {"german": german, "legal": legal})
+sup.save("store")
+model = randes.load("store", Net())  # also in a new process
+model(x, adapter_names=["german", "legal", "__base__"])  # one name a row
 """
 
 from randes.config import Config
@@ -16,9 +16,11 @@ from randes.errors import (
     UnknownModelError,
     WeightReadError,
 )
+from randes.inspect import analysis, report
 from randes.inspect.choose import choose
 from randes.inspect.plan import plan
 from randes.serving.layers.linear import SuperposedLinear
+from randes.serving.load import load
 from randes.serving.model import SuperposedModel
 from randes.serving.servable import compress
 from randes.superposition.basis.calibration import calibrate
@@ -41,11 +43,14 @@ __all__ = [
     "Superposition",
     "UnknownModelError",
     "WeightReadError",
+    "analysis",
     "calibrate",
     "choose",
     "compress",
     "from_pretrained",
+    "load",
     "merge_adapter",
     "plan",
+    "report",
     "superpose_adapters",
 ]

@@ -1,7 +1,7 @@
 """The choices that fix a superposition when it is created."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Literal, TypeAlias, get_args
@@ -25,7 +25,7 @@ LATER = (
     "centre", "rank", "transposed", "fused", "matrix", "gains", "origin", "every", "per_layer", "vectors", "embeddings",
 )  # fmt: skip
 """Options that the first version did not have."""
-BEFORE: dict[str, Any] = {"embeddings": "shared"}
+BEFORE: dict[str, Any] = {"embeddings": "shared", "rank": 0}
 """What they were before there was a choice, where that is not their default."""
 
 
@@ -52,8 +52,9 @@ class Config:
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
         is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
     rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none,
-        "auto" for those that hold at least 2 % of the matrix's delta energy, which may be none. All models must be
-        there at once here, too.
+        "auto" for those that hold at least 2 % of the matrix's delta energy, which may be none. None, the default, is
+        the best there is: "auto" where all models are at hand at once (``randes.compress``, ``plan``, ``choose``) and
+        the other options allow a basis, 0 where they are added one by one to ``Superposition.create``.
     transposed: patterns of weights that are (K, N), for layers that multiply from the right (Transformers' Conv1D).
         Where the base is a module, or a Transformers folder, its layers say so themselves.
     fused: weights that are the concatenation of others, which signs and gains come from: the rows of each part by
@@ -85,7 +86,7 @@ class Config:
     min_width: int = 32
     embeddings: Embeddings = "own"
     centre: bool = False
-    rank: Rank = 0
+    rank: Rank | None = None
     transposed: tuple[str, ...] = ()
     fused: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
     matrix: Turning = "signs"
@@ -108,7 +109,7 @@ class Config:
         _at_least("segments", self.segments, 1)
         _at_least("min_width", self.min_width, 1)
         _at_least("seed", self.seed, 0)
-        if self.rank != "auto" and (type(self.rank) is not int or self.rank < 0):
+        if self.rank not in (None, "auto") and (type(self.rank) is not int or self.rank < 0):
             raise ValueError(f"rank must be an integer of at least 0, or 'auto', got {self.rank!r}")
         _at_least("every", self.every, 1)
         for name in ("centre", "per_layer", "vectors"):
@@ -155,6 +156,13 @@ class Config:
         column_signs = self.signs != "none" and matrix == Matrix.SIGNS
         return Transform(self.signs == "both", column_signs, self.permute, self.segments, int(matrix))
 
+    def resolved(self, *, together: bool) -> "Config":
+        """The same with a rank, where that was left open. together: whether all models are at hand at once."""
+        if self.rank is not None:
+            return self
+        possible = together and self.matrix != "dense" and self.origin == "base"
+        return replace(self, rank="auto" if possible else 0)
+
     def selects(self, tensor_name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this name and shape is superposed, with others' or unshared."""
         if not (len(shape) == 2 or (self.vectors and len(shape) == 1)) or min(shape) < self.min_width:
@@ -181,16 +189,24 @@ class Config:
         """
         if callable(self.include):
             raise ValueError("include must be a tuple of patterns to be written down, got a function")
-        values, plain = asdict(self), asdict(Config(**BEFORE))
+        values, plain = asdict(self.resolved(together=False)), asdict(Config(**BEFORE))
         return {name: value for name, value in values.items() if name not in LATER or value != plain[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """From a manifest; raises ``ValueError`` for an unknown name."""
+        """From a manifest, where what is left out is what it was before there was a choice.
+
+        Raises ``ValueError`` for an unknown name.
+        """
+        return cls.from_choices({**BEFORE, **values})
+
+    @classmethod
+    def from_choices(cls, values: Mapping[str, Any]) -> "Config":
+        """From options by name; raises ``ValueError`` for an unknown one."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"config must hold known names only, got {sorted(unknown)}")
-        return cls(**{**BEFORE, **values})
+        return cls(**values)
 
 
 def _check_fused(fused: object) -> None:
@@ -220,8 +236,3 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 def _at_least(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:  # nor True, which is 1
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-TOGETHER = Config(rank="auto")
-"""What is taken where no config is given and all models are at hand: at equal storage a basis keeps more of each than
-smaller groups do (docs/method.md). Models that come one by one cannot know one, so ``Config()`` has none."""

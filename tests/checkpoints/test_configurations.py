@@ -21,7 +21,7 @@ from randes.checkpoints.huggingface import configuration, model_class
 from randes.checkpoints.sources import write_file
 from randes.cli import app
 
-CONFIG = randes.Config(min_width=16)
+CONFIG = randes.Config(min_width=16, rank=0)
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **GROUPED}
 
 

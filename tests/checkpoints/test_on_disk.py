@@ -16,16 +16,16 @@ from randes.checkpoints.lazy_tensors import digests
 from randes.checkpoints.on_disk import Overlay, check, in_files, known_digests, open_file, own, unchecked
 from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.inspect.summary import verify
 from randes.superposition.retrieve import Retrieved
+from randes.superposition.summary import verify
 
 FLIPS = 5
 """Bits of each file, one at a time: some in the header of it, the others anywhere."""
 STORES = {
-    "integers": (randes.Config(), None),
+    "integers": (randes.Config(rank=0), None),
     "a basis, centred": (randes.Config(rank=6, centre=True), None),
-    "averages": (randes.Config(others="average", group_size=2), None),
-    "8 bits": (randes.Config(), (8, 16)),
+    "averages": (randes.Config(others="average", group_size=2, rank=0), None),
+    "8 bits": (randes.Config(rank=0), (8, 16)),
     "4 bits, a basis in 8": (randes.Config(rank=6), (4, 8)),
     "2 bits, a basis in 4, averages": (randes.Config(rank=6, others="average", group_size=2), (2, 4)),
 }
@@ -120,7 +120,9 @@ def test_the_command_line_refuses_what_it_would_use(tmp_path: Path) -> None:
 
 def test_one_model_is_retrieved_without_reading_other_groups(tmp_path: Path) -> None:
     base = net()
-    sup = randes.compress(base, {f"m{seed}": finetune(base, seed) for seed in range(4)}, randes.Config(group_size=2))
+    sup = randes.compress(
+        base, {f"m{seed}": finetune(base, seed) for seed in range(4)}, randes.Config(group_size=2, rank=0)
+    )
     for number, saved in enumerate((sup, sup.pack(4))):
         saved.save(store := tmp_path / str(number))
         other = next(store.glob("group-1-*"))

@@ -16,14 +16,14 @@ from randes.checkpoints import lazy_tensors, safetensors, sources
 from randes.checkpoints.lazy_tensors import chunks, digests, headers
 from randes.checkpoints.safetensors import write_file
 from randes.checkpoints.tensor_views import SplitTensors
-from randes.inspect.summary import verify
+from randes.superposition.summary import verify
 
 SHAPES = {
     "turned.weight": (9, 12), "qkv.weight": (24, 10), "conv.weight": (9, 4, 3, 2), "experts.up_proj": (4, 10, 8),
     "experts.down_proj": (4, 6, 10), "both.weight": (8, 16), "plain.weight": (11, 8), "head.weight": (1, 8),
 }  # fmt: skip
 CONFIG = randes.Config(
-    min_width=2, transposed=("turned.*", "both.*", "*down_proj"),
+    rank=0, min_width=2, transposed=("turned.*", "both.*", "*down_proj"),
     fused={"*qkv.weight": {"*q.weight": 12, "*k.weight": 6, "*v.weight": 6},
            "*both.weight": {"*one.weight": 6, "*two.weight": 10}},
 )  # fmt: skip

@@ -1,6 +1,5 @@
 """Likeness of tensors and models, against the definitions in plain torch; sizes, against files."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -175,27 +174,27 @@ def test_storage_counts_what_a_store_holds(tmp_path: Path) -> None:
     superposition.save(tmp_path / "store")
     found = analysis.storage(superposition)
     numbers = 128 * 64 + 3 * 64
-    assert found.total_param_count_original == numbers
-    assert found.total_gb_original == pytest.approx(numbers * 4e-9)
+    assert found.model_numbers == numbers
+    assert found.model_bytes == numbers * 4
     # The base, D, and of each model its bias and one gain. (A new norm is like any other.)
-    assert found.nonzero_parameter_count == numbers + 128 * 64 + 3 * 64 + 3
-    assert found.nonzero_param_count_context == 3
+    assert found.numbers == numbers + 128 * 64 + 3 * 64 + 3
+    assert found.context_numbers == 3
     in_files = sum(file.stat().st_size for file in (tmp_path / "store").glob("*.safetensors"))
-    assert found.total_gb_retrieved * 1e9 == pytest.approx(in_files, rel=0.2)
+    assert found.nbytes == pytest.approx(in_files, rel=0.2)
     packed = analysis.storage(superposition.pack(4))
-    assert packed.nonzero_parameter_count == found.nonzero_parameter_count + 64 * 2  # two groups of steps a row
-    assert packed.total_gb_retrieved < found.total_gb_retrieved
+    assert packed.numbers == found.numbers + 64 * 2  # two groups of steps a row
+    assert packed.nbytes < found.nbytes
 
 
 def test_storage_as_fusionbench_counts_it() -> None:
     numbers = 128 * 64 + 3 * 64
     deltas = analysis.fusionbench_storage(superposed(signs="columns"))
-    assert deltas.nonzero_param_count_context == 3 * 128
-    assert deltas.nonzero_parameter_count == numbers + 128 * 64 + 3 * 128
-    assert deltas.total_gb_retrieved == pytest.approx((4 * (numbers + 128 * 64) + 3 * 128) / 1e9)
+    assert deltas.context_numbers == 3 * 128
+    assert deltas.numbers == numbers + 128 * 64 + 3 * 128
+    assert deltas.nbytes == 4 * (numbers + 128 * 64) + 3 * 128
     plain = analysis.fusionbench_storage(superposed(signs="none"))
-    assert plain.nonzero_parameter_count == numbers
-    assert not math.isnan(plain.total_gb_retrieved)
+    assert plain.numbers == numbers
+    assert plain.nbytes == 4 * numbers
 
 
 # -------------------------------------------------------------------- retrieved models

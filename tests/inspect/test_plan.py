@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 import randes
 from randes.cli import app
 from randes.errors import CheckpointError
-from randes.inspect.summary import verify
+from randes.superposition.summary import verify
 
 CONFIGS = {
-    "two-sided": randes.Config(),
-    "groups of 2": randes.Config(group_size=2),
+    "two-sided": randes.Config(rank=0),
+    "groups of 2": randes.Config(group_size=2, rank=0),
     "rank, centred": randes.Config(rank=6, centre=True),
-    "others from the base": randes.Config(others="base"),
+    "others from the base": randes.Config(others="base", rank=0),
 }
 
 
@@ -49,15 +49,15 @@ def test_sizes_are_what_stores_and_models_take(config: randes.Config) -> None:
 def test_interference_is_what_verify_finds() -> None:
     base = net()
     models = {f"m{number}": finetune(base, number) for number in range(4)}
-    sup = randes.compress(base, models, randes.Config())
-    for row in randes.plan(base, 4, randes.Config()):
+    sup = randes.compress(base, models, randes.Config(rank=0))
+    for row in randes.plan(base, 4, randes.Config(rank=0)):
         held = sup if row.bits == 16 else sup.pack(row.bits)
         assert verify(held, "m1", models["m1"]).relative_error == pytest.approx(row.interference, rel=0.1)
 
 
 def test_costs_are_the_designs() -> None:
     base = nn.Linear(4096, 1024, dtype=torch.bfloat16)
-    plain = randes.Config()
+    plain = randes.Config(rank=0)
     costs = {row.bits: row.decode for row in randes.plan(base, 8, plain)}
     assert costs == pytest.approx({16: 2.0, 8: 1.5, 4: 1.27, 2: 1.13, 1: 1.06, 0.5: 1.03}, abs=0.01)
     many = {row.bits: row.decode_all for row in randes.plan(base, 16, plain)}

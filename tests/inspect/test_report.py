@@ -17,7 +17,7 @@ import randes
 from randes.cli import app
 from randes.inspect import analysis, report
 from randes.inspect.report import cosines, pictures
-from randes.inspect.summary import verify
+from randes.superposition.summary import verify
 from randes_kernels import reference, tensor_id
 
 Row = list[tuple[str, str]]

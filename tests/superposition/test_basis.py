@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 import randes
 from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.inspect import summary
-from randes.inspect.summary import verify
 from randes.serving.layers.superposed import Superposed
+from randes.superposition import summary
 from randes.superposition.basis import shared_basis
 from randes.superposition.basis.shared_basis import UNIT
+from randes.superposition.summary import verify
 from randes_kernels import lowrank
 
 RANK = randes.Config(rank=6)
@@ -215,14 +215,18 @@ def test_auto_may_find_nothing_at_all(tmp_path: Path) -> None:
     assert summary.ranks(sup) == "rank 0 to 0, 0.0 in the mean (auto)"
     sup.save(tmp_path / "store")
     again = randes.Superposition.load(tmp_path / "store")
-    plain = randes.compress(base, models, randes.Config())
+    plain = randes.compress(base, models, randes.Config(rank=0))
     assert all(torch.equal(value, again.retrieve("m1")[name]) for name, value in plain.retrieve("m1").items())
 
 
 def test_a_basis_is_the_default_where_all_models_are_at_hand_and_nowhere_else(tmp_path: Path) -> None:
     base, models = uneven()
     assert randes.compress(base, models).config == randes.Config(rank="auto")
-    assert randes.compress(base, models, randes.Config()).config.rank == 0
+    assert randes.compress(base, models, randes.Config(group_size=2)).config.rank == "auto"
+    assert randes.compress(base, models, randes.Config(rank=0)).config.rank == 0
+    for config in (randes.Config(matrix="dense"), randes.Config(origin="zero")):
+        assert randes.compress(base, models, config).config.rank == 0
+    assert randes.Superposition.create(base, randes.Config()).config.rank == 0
     assert (
         "rank" not in json.loads(stored(randes.Superposition.create(base), tmp_path / "s")["manifest.json"])["config"]
     )
@@ -231,7 +235,7 @@ def test_a_basis_is_the_default_where_all_models_are_at_hand_and_nowhere_else(tm
 def test_interference_in_the_loudest_directions_is_gone() -> None:
     base = net()
     models = loud(base)
-    plain, ranked = (randes.compress(base, models, config) for config in (randes.Config(), RANK))
+    plain, ranked = (randes.compress(base, models, config) for config in (randes.Config(rank=0), RANK))
     for name, model in models.items():
         far, near = verify(plain, name, model), verify(ranked, name, model)
         assert near.relative_error < far.relative_error / 3

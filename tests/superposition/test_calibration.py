@@ -187,7 +187,7 @@ def test_a_calibration_that_does_not_fit_is_refused() -> None:
     models = {"a": finetune(base, 1)}
     moments = randes.calibrate(base, [tokens(4)])
     with pytest.raises(ValueError, match=r"config.rank must be 'auto' or above 0, got 0"):
-        randes.compress(base, models, randes.Config(), calibration=moments)
+        randes.compress(base, models, randes.Config(rank=0), calibration=moments)
     wrong = {**moments, "layers.0.up.weight": torch.ones(31, 31)}
     with pytest.raises(
         ValueError, match=r"calibration\['layers.0.up.weight'\] must be .* = \(32, 32\), got \(31, 31\)"

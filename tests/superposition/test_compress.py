@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import randes
 from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.inspect.summary import verify
+from randes.superposition.summary import verify
 
-CENTRED = randes.Config(centre=True, group_size=3)
+CENTRED = randes.Config(centre=True, group_size=3, rank=0)
 NAMES = ("a", "b", "c", "d")
 
 
@@ -42,7 +42,7 @@ def states(sup: randes.Superposition) -> dict[str, Tensor]:
     return held | {f"{group} {name}": v for group, tensors in sup.deltas.items() for name, v in tensors.items()}
 
 
-@pytest.mark.parametrize("config", [*TRANSFORMS.values(), randes.Config(others="average")])
+@pytest.mark.parametrize("config", [*TRANSFORMS.values(), randes.Config(others="average", rank=0)])
 def test_it_is_what_adding_one_by_one_gives(config: randes.Config) -> None:
     base = net()
     models = correlated(base)
@@ -249,3 +249,27 @@ def test_the_command_line_centres(tmp_path: Path) -> None:
     assert "centred on their mean" in " ".join(shown.output.split())
     twice = CliRunner().invoke(app, [*command[:-1], f"--out={tmp_path}/other", models[0]])
     assert twice.exit_code == 2
+
+
+def test_options_are_the_fields_of_a_configuration() -> None:
+    base = net()
+    models = {name: finetune(base, seed) for seed, name in enumerate(NAMES)}
+    found = randes.compress(base, models, group_size=2, signs="columns")
+    expected = randes.compress(base, models, randes.Config(group_size=2, signs="columns"))
+    assert found.config == expected.config
+    assert all(torch.equal(value, states(expected)[name]) for name, value in states(found).items())
+    assert randes.compress(base, models, randes.Config(group_size=2, seed=3), group_size=4).config.seed == 3
+    with pytest.raises(TypeError, match="has none called 'groupsize'; did you mean group_size"):
+        randes.compress(base, models, groupsize=2)
+    with pytest.raises(ValueError, match="group_size must be an integer of at least 1"):
+        randes.compress(base, models, group_size=0)
+
+
+def test_what_has_shapes_alone_is_no_checkpoint() -> None:
+    base = net()
+    with torch.device("meta"):
+        empty = net()
+    with pytest.raises(randes.CheckpointError, match=r"the base must have values, got .* on the meta device"):
+        randes.compress(empty, {"a": base})
+    with pytest.raises(randes.CheckpointError, match=r"a fine-tune must have values, got .* on the meta device"):
+        randes.compress(base, {"a": empty})

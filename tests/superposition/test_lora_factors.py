@@ -131,10 +131,10 @@ def test_an_average_counts_what_adapters_left_alone(tmp_path: Path) -> None:
     base = net()
     tuned = finetune(base, 0)
     models = {"full": tuned, "lora": adapter(tmp_path / "a", 0)}
-    sup = randes.compress(base, models, randes.Config(others="average"))
+    sup = randes.compress(base, models, randes.Config(others="average", rank=0))
     mean = (base.norm.weight.detach() + tuned.norm.weight.detach()) / 2
     torch.testing.assert_close(sup.retrieve("lora")["norm.weight"], mean)
-    added = randes.Superposition.create(base, randes.Config(others="average"))
+    added = randes.Superposition.create(base, randes.Config(others="average", rank=0))
     for name, model in models.items():
         added.add(name, model)
     assert stored(added, tmp_path / "added") == stored(sup, tmp_path / "compressed")

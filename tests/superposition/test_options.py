@@ -14,27 +14,32 @@ from torch import Tensor, nn
 
 import randes
 from randes.errors import CheckpointError, UnknownModelError
-from randes.inspect.summary import predicted, summary, verify
 from randes.superposition.integers import STEP
+from randes.superposition.summary import predicted, summary, verify
 
-PLAIN = randes.Config(signs="none", gains="shared")
+ROTATED = randes.Config(matrix="rotation", rank=0)
+PLAIN = randes.Config(signs="none", gains="shared", rank=0)
 """As the published method's identity: deltas are summed as they are."""
 OPTIONS = {
-    "shared gains": randes.Config(gains="shared", group_size=2),
-    "from zero": randes.Config(origin="zero"),
-    "a soup": randes.Config(origin="zero", gains="shared", signs="columns", others="sum"),
-    "shifted": randes.Config(shuffle_layers=1),
-    "shifted, shared gains": randes.Config(shuffle_layers=2, gains="shared", signs="columns", group_size=2),
-    "every second": randes.Config(every=2),
-    "one transform": randes.Config(per_layer=False, permute=1),
-    "summed": randes.Config(others="sum"),
-    "rotated": randes.Config(matrix="rotation"),
-    "rotated, one side, shuffled": randes.Config(matrix="rotation", signs="none", gains="shared", shuffle_layers=-1),
+    "shared gains": randes.Config(gains="shared", group_size=2, rank=0),
+    "from zero": randes.Config(origin="zero", rank=0),
+    "a soup": randes.Config(origin="zero", gains="shared", signs="columns", others="sum", rank=0),
+    "shifted": randes.Config(shuffle_layers=1, rank=0),
+    "shifted, shared gains": randes.Config(shuffle_layers=2, gains="shared", signs="columns", group_size=2, rank=0),
+    "every second": randes.Config(every=2, rank=0),
+    "one transform": randes.Config(per_layer=False, permute=1, rank=0),
+    "summed": randes.Config(others="sum", rank=0),
+    "rotated": ROTATED,
+    "rotated, one side, shuffled": randes.Config(
+        matrix="rotation", signs="none", gains="shared", shuffle_layers=-1, rank=0
+    ),
     "rotated, in a basis": randes.Config(matrix="rotation", rank=4, centre=True),
-    "diagonal": randes.Config(matrix="diagonal", segments=2),
-    "diagonal, one transform": randes.Config(matrix="diagonal", signs="columns", per_layer=False, gains="shared"),
-    "dense": randes.Config(matrix="dense", group_size=1),
-    "dense soup": randes.Config(matrix="dense", signs="none", origin="zero", gains="shared", others="sum"),
+    "diagonal": randes.Config(matrix="diagonal", segments=2, rank=0),
+    "diagonal, one transform": randes.Config(
+        matrix="diagonal", signs="columns", per_layer=False, gains="shared", rank=0
+    ),
+    "dense": randes.Config(matrix="dense", group_size=1, rank=0),
+    "dense soup": randes.Config(matrix="dense", signs="none", origin="zero", gains="shared", others="sum", rank=0),
 }
 TOKENS = torch.arange(24).view(4, 6) % 11
 
@@ -110,7 +115,7 @@ def test_a_soup_is_the_mean_of_the_weights_and_has_no_base(tmp_path: Path) -> No
 
 def test_a_layer_alone_answers_from_zero_whatever_its_own_weight_is() -> None:
     base = net()
-    sup, _ = superposed(base, 2, randes.Config(origin="zero"))
+    sup, _ = superposed(base, 2, randes.Config(origin="zero", rank=0))
     layer = randes.SuperposedLinear.from_linear(base.layers[0].up, sup, "layers.0.up")
     x = torch.ones(2, 32)
     weight = sup.retrieve("m1")["layers.0.up.weight"]
@@ -154,7 +159,7 @@ def test_layers_shift_by_each_models_index_around_their_own_family() -> None:
     torch.manual_seed(0)
     base = Towers()
     models = {name: finetune(base, number) for number, name in enumerate(["z", "a", "m"])}
-    sup = randes.compress(base, models, randes.Config(shuffle_layers=1))
+    sup = randes.compress(base, models, randes.Config(shuffle_layers=1, rank=0))
     assert [sup.members[name].index for name in models] == [0, 1, 2]
     assert sup.place("a", "text.2.up.weight") == "text.0.up.weight"
     assert sup.place("m", "text.2.up.weight") == "text.1.up.weight"
@@ -173,7 +178,7 @@ def test_layers_shift_by_each_models_index_around_their_own_family() -> None:
 
 def test_an_index_is_stored_where_layers_shift_and_nowhere_else(tmp_path: Path) -> None:
     base = net()
-    for config, expected in ((randes.Config(shuffle_layers=1), 1), (randes.Config(), None)):
+    for config, expected in ((randes.Config(shuffle_layers=1, rank=0), 1), (randes.Config(rank=0), None)):
         folder = tmp_path / str(config.shuffle_layers)
         sup, _ = superposed(base, 2, config)
         sup.save(folder)
@@ -185,19 +190,19 @@ def test_every_nth_selected_tensor_is_superposed_and_the_rest_is_kept() -> None:
     base = net()
     every = randes.Superposition.create(base).superposed
     in_order = [name for name in base.state_dict() if name in every]
-    sup = randes.Superposition.create(base, randes.Config(every=4))
+    sup = randes.Superposition.create(base, randes.Config(every=4, rank=0))
     assert sup.superposed == (in_order[3],)
     tuned = finetune(base, 0)
     sup.add("m", tuned)
     assert torch.equal(sup.retrieve("m")[in_order[0]], tuned.state_dict()[in_order[0]])
     with pytest.raises(CheckpointError, match="every = 7"):
-        randes.Superposition.create(base, randes.Config(every=7))
+        randes.Superposition.create(base, randes.Config(every=7, rank=0))
 
 
 def test_every_counts_tensors_not_the_parts_they_are_seen_as() -> None:
     base = net()
     fused = {"*.up.weight": {"*.a.weight": 16, "*.b.weight": 32}}
-    config = randes.Config(every=2, fused=fused, min_width=16)
+    config = randes.Config(every=2, fused=fused, min_width=16, rank=0)
     assert set(randes.Superposition.create(base, config).superposed) == {
         f"layers.{number}.down.weight" for number in range(3)
     }
@@ -214,7 +219,7 @@ def test_one_transform_turns_every_tensor() -> None:
     with torch.no_grad():
         for layer in tuned.layers:
             layer.up.weight += 0.05 * torch.eye(48, 32)
-    own, same = (randes.compress(base, {"m": tuned}, randes.Config(per_layer=each)) for each in (True, False))
+    own, same = (randes.compress(base, {"m": tuned}, randes.Config(per_layer=each, rank=0)) for each in (True, False))
     first, second = "layers.0.up.weight", "layers.1.up.weight"
     assert torch.equal(same.deltas[0][first], same.deltas[0][second])
     assert not torch.equal(own.deltas[0][first], own.deltas[0][second])
@@ -227,13 +232,13 @@ def test_alpha_is_every_models() -> None:
     assert {member.alpha for member in sup.members.values()} == {0.25}
     with pytest.raises(ValueError, match=r"^alpha must be a finite number"):
         randes.compress(base, models, alpha=math.nan)
-    centred = randes.compress(base, models, randes.Config(centre=True), alpha=0.25)
+    centred = randes.compress(base, models, randes.Config(centre=True, rank=0), alpha=0.25)
     assert centred.members["__base__"].alpha == 1.0
 
 
 def test_sums_have_each_models_alpha_when_served() -> None:
     base = net()
-    sup = randes.Superposition.create(copy.deepcopy(base), randes.Config(others="sum"))
+    sup = randes.Superposition.create(copy.deepcopy(base), randes.Config(others="sum", rank=0))
     for name, alpha in (("a", 0.5), ("b", 2.0), ("c", 0.5)):
         sup.add(name, finetune(base, ord(name)), alpha=alpha)
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
@@ -246,7 +251,7 @@ def test_sums_have_each_models_alpha_when_served() -> None:
 
 def test_half_precision_serves_deltas_of_any_size_beside_their_shared_gain() -> None:
     base = net(dtype=torch.float16)
-    sup, _ = superposed(base, 2, randes.Config(gains="shared", origin="zero"), size=2.0)
+    sup, _ = superposed(base, 2, randes.Config(gains="shared", origin="zero", rank=0), size=2.0)
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
     layer = model.base_model.layers[0].up
     assert 1 <= float(layer.pool.values.abs().max()) <= 8
@@ -295,7 +300,7 @@ class Kinds(nn.Module):
 @pytest.mark.parametrize("matrix", ["rotation", "dense"])
 def test_one_compiled_program_serves_every_mix(matrix: Any) -> None:
     base = net()
-    sup, _ = superposed(base, 2, randes.Config(matrix=matrix))
+    sup, _ = superposed(base, 2, randes.Config(matrix=matrix, rank=0))
     model = randes.SuperposedModel(copy.deepcopy(base), sup)
     layer = model.base_model.layers[0].up
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -309,12 +314,12 @@ def test_one_compiled_program_serves_every_mix(matrix: Any) -> None:
 def test_a_dense_matrix_too_wide_for_its_inverse_is_refused_with_its_size() -> None:
     base = {"wide.weight": torch.ones(32, 5000)}
     with pytest.raises(CheckpointError, match=r"at most 4096 columns with matrix=\"dense\", got 5000: .* 0.1 GB"):
-        randes.Superposition.create(base, randes.Config(matrix="dense"))
+        randes.Superposition.create(base, randes.Config(matrix="dense", rank=0))
 
 
 def test_half_a_model_keeps_fp32_inverses() -> None:
     base = net()
-    sup, _ = superposed(base, 2, randes.Config(matrix="dense"))
+    sup, _ = superposed(base, 2, randes.Config(matrix="dense", rank=0))
     layer = randes.SuperposedModel(copy.deepcopy(base), sup).half().base_model.layers[0].up
     assert layer.inverses.dtype == torch.float32
     assert torch.isfinite(layer(torch.ones(1, 32, dtype=torch.float16), adapter_names=["m0"])).all()
@@ -322,7 +327,7 @@ def test_half_a_model_keeps_fp32_inverses() -> None:
 
 def test_plan_counts_the_inverses_of_dense_matrices() -> None:
     base = net()
-    plain, dense = (randes.plan(base, 3, randes.Config(matrix=matrix)) for matrix in ("signs", "dense"))
+    plain, dense = (randes.plan(base, 3, randes.Config(matrix=matrix, rank=0)) for matrix in ("signs", "dense"))
     assert dense[0].serving - plain[0].serving == 3 * sum(
         4 * base.state_dict()[name].shape[1] ** 2 for name in randes.Superposition.create(base).superposed
     )
@@ -340,7 +345,7 @@ def test_a_function_chooses_and_its_names_are_kept(tmp_path: Path) -> None:
     assert randes.Superposition.create(odd, config).superposed == ("a[0].weight",)
 
 
-VECTORS = randes.Config(vectors=True, include=("*",), exclude=("temperature", "head.*"))
+VECTORS = randes.Config(vectors=True, include=("*",), exclude=("temperature", "head.*"), rank=0)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +397,7 @@ def test_one_superposed_vector_alone_comes_back_exactly_but_for_rounding() -> No
 def test_the_error_is_the_predicted_one(matrix: Any) -> None:
     base = net()
     tuned = {f"m{number}": finetune(base, number) for number in range(3)}
-    sup = randes.compress(base, tuned, randes.Config(matrix=matrix))
+    sup = randes.compress(base, tuned, randes.Config(matrix=matrix, rank=0))
     found = verify(sup, "m1", tuned["m1"])
     assert found.relative_error == pytest.approx(found.predicted_error, rel=0.3)
     assert (found.predicted_error > 2) == (matrix in ("diagonal", "dense"))
@@ -416,8 +421,8 @@ def test_the_error_is_the_predicted_one_where_gains_say_nothing_of_deltas(matrix
     "config",
     [
         replace(VECTORS, gains="shared", others="sum"),
-        randes.Config(matrix="dense", shuffle_layers=1, group_size=2),
-        randes.Config(matrix="rotation", origin="zero", gains="shared", others="sum"),
+        randes.Config(matrix="dense", shuffle_layers=1, group_size=2, rank=0),
+        randes.Config(matrix="rotation", origin="zero", gains="shared", others="sum", rank=0),
     ],
     ids=["vectors and sums", "dense, shifted", "rotated from zero"],
 )
@@ -440,4 +445,4 @@ def test_models_join_and_leave_while_they_are_served(config: randes.Config) -> N
     model.add_adapter("m3", finetune(base, 3))
     agrees(["m3", "m1", "m2"])
     with pytest.raises(ValueError, match=r"^index must be"):
-        randes.Superposition.create(base, randes.Config(shuffle_layers=1)).add("x", tuned["m0"], index=-1)
+        randes.Superposition.create(base, randes.Config(shuffle_layers=1, rank=0)).add("x", tuned["m0"], index=-1)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import randes
 from randes.checkpoints.sources import write_file
 from randes.cli import app
-from randes.inspect.summary import summary, verify
+from randes.superposition.summary import summary, verify
 from randes_kernels import unpack
 
 CONFIGS = {

@@ -319,3 +319,56 @@ def test_a_delta_too_small_for_an_fp32_gain_is_refused() -> None:
     with pytest.raises(randes.CheckpointError, match="within the range of fp32"):
         sup.add("m", tiny | {"weight": torch.full((48, 32), 1e-44)})
     assert sup.names == []
+
+
+def test_it_says_what_it_is(tmp_path: Path) -> None:
+    base = net()
+    sup = randes.Superposition.create(base)
+    assert (len(sup), list(sup), bool(sup)) == (0, [], True)
+    assert str(sup).startswith("Superposition of 0 fine-tunes")
+    models = {f"m{number}": finetune(base, number) for number in range(10)}
+    for name, model in models.items():
+        sup.add(name, model)
+    assert len(sup) == 10
+    assert [*sup] == sup.names
+    assert "m3" in sup
+    assert "__base__" not in sup
+    said = str(sup).splitlines()
+    assert said[0] == "Superposition of 10 fine-tunes: m0, m1, m2, m3, m4, m5, m6, m7 and 2 more"
+    assert said[1] == (
+        f"  {sup.nbytes / 1e6:.1f} MB, {sup.nbytes / sup.sizes.base:.2f} times one model"
+        f" (10 whole models: {10 * sup.sizes.base / 1e6:.1f} MB)"
+    )
+    assert said[2] == "  6 matrices superposed as integers, in groups of 8"
+    assert "in 2 bits, in groups of 8" in str(sup.pack(2))
+    assert sup.info()["models"].keys() == models.keys()
+    found = sup.verify("m3", models["m3"])
+    assert found.kept_exact
+    assert found.relative_error == pytest.approx(found.predicted_error, rel=0.2)
+    with pytest.raises(randes.CheckpointError, match="this is not the checkpoint that was added as 'm3'"):
+        sup.verify("m3", models["m4"])
+
+
+def test_the_base_comes_back_by_its_name(tmp_path: Path) -> None:
+    base = net()
+    randes.compress(base, {"a": finetune(base, 1)}).save(tmp_path / "store")
+    for sup in (randes.compress(base, {"a": finetune(base, 1)}), randes.Superposition.load(tmp_path / "store")):
+        for found in (sup.retrieve("__base__"), dict(sup.retrieved("__base__"))):
+            assert found.keys() == base.state_dict().keys()
+            assert all(torch.equal(value, found[name]) for name, value in base.state_dict().items())
+        copied = sup.retrieve("__base__")["norm.weight"]
+        copied.zero_()
+        assert torch.equal(sup.retrieve("__base__")["norm.weight"], base.norm.weight)
+    soup = randes.compress(base, {"a": finetune(base, 1)}, origin="zero")
+    with pytest.raises(randes.UnknownModelError, match="no model is called '__base__'; there are: a"):
+        soup.retrieve("__base__")
+
+
+def test_a_model_is_removed_with_its_checkpoint_alone() -> None:
+    base = net()
+    sup = randes.compress(base, {"a": finetune(base, 1)})
+    with pytest.raises(ValueError, match=r"finetuned must be the checkpoint that was added as 'a'.*delete_adapter"):
+        sup.remove("a")
+    with pytest.raises(randes.UnknownModelError):
+        sup.remove("b")
+    assert sup.names == ["a"]

@@ -235,7 +235,9 @@ def _split(tensors: LazyTensors, views: Mapping[str, View], names: Mapping[str, 
 
 
 def _same(tensors: Tensors, a: str, b: str) -> bool:
-    if not isinstance(tensors, LazyTensors) and tied({"a": tensors[a], "b": tensors[b]}):
-        return True
+    if not isinstance(tensors, LazyTensors):
+        first, second = tensors[a], tensors[b]
+        if first is second or tied({"a": first, "b": second}):
+            return True
     found = digests(tensors, [a, b])
     return found[a] == found[b]

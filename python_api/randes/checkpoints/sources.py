@@ -32,6 +32,7 @@ _INDEX = schema.record({"weight_map": schema.each(schema.file_name)}, more=True)
 def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensors:
     """The tensors of a checkpoint by name, detached, on the CPU; not copied where they are there already.
 
+    What is on the meta device stays there, for its shapes (``check_values``).
     Those of a path are read when they are asked for (``StoredTensors``), their names, shapes and dtypes at once.
     base: what a LoRA adapter's update is of; without it an adapter is no checkpoint.
     Raises ``CheckpointError`` for a pickle, a file that is not whole, or no tensors at all.
@@ -55,7 +56,7 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
     if not tensors:
         raise CheckpointError("a checkpoint must hold tensors, got none")
     # Tied tensors stay so, wherever they come from.
-    moved = {id(value): value.detach().cpu() for value in tensors.values()}
+    moved = {id(value): value.detach() if value.is_meta else value.detach().cpu() for value in tensors.values()}
     return {name: moved[id(value)] for name, value in tensors.items()}
 
 
@@ -143,6 +144,7 @@ def check_fits(
 
     free: names of tensors whose shapes may differ. beside: of those that may be there and not in the base.
     """
+    check_values(tensors, "a fine-tune")
     found, expected = headers(tensors), headers(base)
     if not found.keys() & expected.keys():
         raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
@@ -158,6 +160,13 @@ def check_fits(
                 f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)}"
                 f" {value.dtype}{hint}"
             )
+
+
+def check_values(tensors: Tensors, whose: str) -> None:
+    """Raise ``CheckpointError`` for tensors that are on the meta device, and have shapes alone."""
+    for name, value in () if isinstance(tensors, LazyTensors) else tensors.items():
+        if value.is_meta:
+            raise CheckpointError(f"{whose} must have values, got {name} on the meta device")
 
 
 def check_finite(name: str, part: Tensor) -> None:

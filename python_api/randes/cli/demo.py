@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -34,4 +35,20 @@ def demo(
         if json_file is not None:
             json_file.write_text(json.dumps(report.as_json(outcome), indent=1, ensure_ascii=False) + "\n", "utf-8")
     report.print_table(outcome, console)
-    say(f"Checkpoints, store and picture (demo.png) are in {out}.")
+    say(f"Checkpoints, store and picture (demo.png) are in {out}. What to try on them next:")
+    for command in next_commands(out, list(finetunes.models)):
+        say(f"    {command}")
+
+
+def next_commands(out: Path, names: list[str]) -> list[str]:
+    """What can be done with the store that was just written; each can be run as it stands."""
+    first, last = names[0], names[-1]
+    folder = quote(str(out))
+    return [
+        f"randes info {folder}/store",
+        f"randes verify {folder}/store {first}={folder}/{first}.safetensors",
+        f"randes pack {folder}/store --out {folder}/served",
+        f"randes remove {folder}/store {last}={folder}/{last}.safetensors",
+        f"randes add {folder}/store {last}={folder}/{last}.safetensors",
+        f"randes retrieve {folder}/store {first} --out {folder}/{first}-again.safetensors",
+    ]

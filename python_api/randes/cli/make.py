@@ -114,12 +114,10 @@ def compress(
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         patterns = {"include": include, "exclude": exclude}
         options: dict[str, Any] = {name: tuple(given) for name, given in patterns.items() if given is not None}
-        # A basis is what the first cannot have, and the second has no deltas for.
-        by_default = "0" if matrix == "dense" or origin == "zero" else "auto"
         options |= {
             "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
             "seed": seed, "others": others, "centre": centre,
-            "rank": rank_of(rank or by_default), "min_width": min_width,
+            "rank": None if rank is None else rank_of(rank), "min_width": min_width,
             "matrix": matrix, "gains": gains, "origin": origin, "every": every, "per_layer": per_layer,
             "vectors": vectors, "embeddings": embeddings,
         }  # fmt: skip

@@ -20,8 +20,8 @@ from randes.cli.terminal import (
     say,
 )
 from randes.inspect.report import write as write_report
-from randes.inspect.summary import ranks, summary
-from randes.inspect.summary import verify as verify_model
+from randes.superposition.summary import ranks, summary
+from randes.superposition.summary import verify as verify_model
 from randes.superposition.superposition import Superposition
 
 _WORDS = {"rotation": "a rotation", "diagonal": "a diagonal of normal numbers", "dense": "a dense matrix"}

@@ -95,6 +95,7 @@ def options(mapping: Mapping[str, Any], models: int) -> Options:
         min_width=1,
         vectors=True,
         embeddings="shared",
+        rank=0,
     )
     alpha = (1 / models if ms_mode == "average" else 1.0) if soup else float(scale)
     return Options(config, alpha, lora, tuple(_notes(method, given, absorber, ms_mode, models)))

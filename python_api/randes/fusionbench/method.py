@@ -68,7 +68,7 @@ class RandesAlgorithm(BaseAlgorithm):
 
     def options(self, models: int) -> Options:
         """What will be done with so many models."""
-        return Options(Config.from_dict(self.choices), self.alpha, False, ())
+        return Options(Config.from_choices(self.choices).resolved(together=True), self.alpha, False, ())
 
     def run(self, modelpool: BaseModelPool) -> dict[str, Any]:
         """``models``: the retrieved models by name. ``metadata``: sizes, and comparisons where they were asked for."""

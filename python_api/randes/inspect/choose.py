@@ -13,10 +13,10 @@ It orders the choices rightly where fine-tunes are like those. How much yours ke
 
 from dataclasses import dataclass, replace
 
-from randes.checkpoints.sources import Checkpoint
-from randes.config import TOGETHER, Config
+from randes.config import Config
 from randes.errors import RandesError
 from randes.inspect.plan import packed_sizes, plan
+from randes.inspect.shapes import Shaped, with_shapes
 from randes.superposition.packed_tensors import added_noise
 from randes.superposition.superposition import Superposition
 from randes_kernels import Transform
@@ -118,11 +118,12 @@ class Wanted:
 
 
 def choose(
-    base: Checkpoint, models: int, *, budget: float | None = None, memory: int | None = None,
+    base: Shaped, models: int, *, budget: float | None = None, memory: int | None = None,
     quality: float | None = None, config: Config | None = None, rotations: bool = True,
 ) -> Choice:  # fmt: skip
     """What suits so many fine-tunes of ``base``: what keeps the most within a size, or takes the least for a quality.
 
+    base: as for ``randes.plan``.
     budget: of the whole store, the base with it, in units of one model. memory: the same in bytes. quality: % of each
         fine-tune's gain in the mean, as predicted. config: whose other options are taken; its group size is chosen.
     rotations: whether a rotation may take the place of column signs, where these are all that turns columns: it keeps
@@ -130,7 +131,8 @@ def choose(
     Reads shapes, not values: how many directions the models have is not known yet, and ``settled`` chooses again.
     Raises ``ValueError`` unless one of the three is given, and ``RandesError`` where nothing suits.
     """
-    wanted, config = Wanted(budget, memory, quality), config or TOGETHER
+    wanted, config = Wanted(budget, memory, quality), (config or Config()).resolved(together=True)
+    base = with_shapes(base)
     ranked = replace(config, rank=DIRECTIONS) if config.rank == "auto" else config
     found = []
     for group in [size for size in GROUPS if size < 2 * models] or GROUPS[:1]:
@@ -166,7 +168,12 @@ def predicted(config: Config, models: int, bits: float, embeddings: float) -> fl
     noise = sharing - 1 + sharing * added_noise(bits, WIDE)
     bias = (ROTATED if config.matrix == "rotation" else BIAS)[bits] / sharing
     tables = BY_TABLES[embeddings] if config.embeddings == "own" else 0.0
-    return 100 - (OF_NOISE * noise + OF_ITS_SQUARE * noise**2 + bias) * (1 if config.rank else WITHOUT_BASIS) - tables
+    return (
+        100
+        - (OF_NOISE * noise + OF_ITS_SQUARE * noise**2 + bias)
+        * (1 if config.resolved(together=True).rank else WITHOUT_BASIS)
+        - tables
+    )
 
 
 def _tried(config: Config, bits: float) -> bool:

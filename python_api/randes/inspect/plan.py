@@ -8,8 +8,8 @@ from torch import Tensor
 
 from randes.checkpoints.lazy_tensors import headers, size
 from randes.checkpoints.matrices import matrices_of
-from randes.checkpoints.sources import Checkpoint
-from randes.config import TOGETHER, Config, Rank
+from randes.config import Config, Rank
+from randes.inspect.shapes import Shaped, with_shapes
 from randes.superposition.basis.shared_basis import widest
 from randes.superposition.members import Sizes
 from randes.superposition.packed_tensors import added_noise
@@ -48,20 +48,22 @@ class Row:
 
 
 def plan(
-    base: Checkpoint, models: int, config: Config | None = None, *, embeddings: float | None = None
+    base: Shaped, models: int, config: Config | None = None, *, embeddings: float | None = None
 ) -> list[Row]:  # fmt: skip
     """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
 
+    base: a checkpoint, as ``randes.compress`` takes it, a module on the meta device, a Transformers configuration, or
+        the name of a model, as Transformers' ``from_pretrained`` takes it: its configuration alone is then read.
     config: as for ``randes.compress``. How many directions rank "auto" keeps only the models say: all sizes and costs
         are then the most that there can be, with ``basis.MOST`` a matrix, or half of its narrower side.
     embeddings: bits of tables, as ``pack`` takes them.
-    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that nothing can be
-    superposed over. (Design, sections 2 and 4.)
+    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that is not found or that
+    nothing can be superposed over. (Design, sections 2 and 4.)
     """
-    config = config or TOGETHER
+    config = (config or Config()).resolved(together=True)
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    found = matrices_of(base, config)
+    found = matrices_of(with_shapes(base), config)
     split, names = found.tensors, found.superposed
     tensors = headers(split)
     matrices = {name: tensors[name] for name in names if not config.is_unshared(name)}
@@ -75,7 +77,7 @@ def plan(
     rows = []
     for bits in (16, *BITS):
         stored, held = _delta_bytes(matrices, bits)
-        basis, corrections = _basis_bytes(matrices, config.rank, superposed, bits)
+        basis, corrections = _basis_bytes(matrices, config.rank or 0, superposed, bits)
         rounding = sharing * _rounding(matrices, bits)
         own, looked_up = _table_bytes(tables, bits, embeddings)
         plain, kept = size(matrices), copies * others + models * own

@@ -96,6 +96,11 @@ class Batch:
         del before
 
     @property
+    def models(self) -> list[str]:
+        """The names that were given, each once."""
+        return [version.name for version in self.named.versions]
+
+    @property
     def rows(self) -> int:
         """How many rows were named."""
         return self.of_rows.shape[0]

@@ -12,7 +12,7 @@ from torch import nn
 from randes.checkpoints.lazy_tensors import Progress, silent
 from randes.checkpoints.sources import Checkpoint
 from randes.serving.batch import Batch
-from randes.serving.pretrained import load_base
+from randes.serving.pretrained import load_base, opened
 from randes.serving.routing import Router, check_rows, first_input, sequences_of
 from randes.serving.served_models import ServedModels
 from randes.serving.takeover import check_layers, take_centre
@@ -32,6 +32,8 @@ class SuperposedModel(nn.Module):
     with superposed weights what serves them (``layers/other_layers.py``); the rest take each row's own norms, biases
     and heads where those are kept per model.
 
+    superposition: one at hand, or a store's folder. base_module must hold the base's weights: ``randes.load`` loads
+    them into it from the store.
     capacity: for how many models there shall be room, so that they can be added and deleted while others are answered:
     memory for the superpositions of so many groups and one more, and for what models keep (``served_models.py``,
     docs/serving.md). Without it the model serves those that the superposition holds now.
@@ -49,8 +51,12 @@ class SuperposedModel(nn.Module):
     for a capacity below the number of models, and for one where the superposition is packed.
     """
 
-    def __init__(self, base_module: nn.Module, superposition: Superposition, *, capacity: int | None = None) -> None:
+    def __init__(
+        self, base_module: nn.Module, superposition: Superposition | str | os.PathLike[str], *,
+        capacity: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        superposition = opened(base_module, superposition)
         self.router = Router((), superposition.has_base)
         self._served = ServedModels(superposition, self.router, capacity)
         layers = self._served.layers(base_module)
@@ -148,7 +154,7 @@ class SuperposedModel(nn.Module):
             if checkpoint is None:
                 self.router.of([name])
             member = superposition.member(name)
-            if self.router.chosen is not None and name in _names_of(self.router.chosen):
+            if self.router.chosen is not None and name in self.router.chosen.models:
                 raise ValueError(f"name must not be the model that set_adapter chose, {name!r}; choose another first")
             names = [other for other in self.router.names if other != name]
             if checkpoint is None:
@@ -172,7 +178,7 @@ class SuperposedModel(nn.Module):
     def active_adapters(self) -> list[str]:
         """What answers this thread's calls that name no model: a scope's models, the one that was chosen, or none."""
         batch = self.router.current()
-        return [] if batch is None else _names_of(batch)
+        return [] if batch is None else batch.models
 
     @property
     def active_adapter(self) -> str | None:
@@ -191,9 +197,9 @@ class SuperposedModel(nn.Module):
         with self.router.changing:
             batch = self.router.batch() if name is None else self.router.of([name])
             if len(batch.named.versions) > 1:
-                raise ValueError(f"name must be given where several models are active, {_names_of(batch)}")
+                raise ValueError(f"name must be given where several models are active, {batch.models}")
             module = self.base_model
-            merged = merged_tensors(module, self.superposition, _names_of(batch)[0])
+            merged = merged_tensors(module, self.superposition, batch.models[0])
             for hook in self._hooks:
                 hook.remove()
             for original in reversed(self._served.originals):
@@ -292,7 +298,3 @@ class SuperposedModel(nn.Module):
             if name == "base_model":
                 raise
         return of_one_choice(getattr(self.base_model, name), self.base_model, self.router)
-
-
-def _names_of(batch: Batch) -> list[str]:
-    return [version.name for version in batch.named.versions]

@@ -41,6 +41,11 @@ def load_base(
     path_or_name: str | os.PathLike[str], store: str | os.PathLike[str] | Superposition | None, **kwargs: Any
 ) -> tuple[nn.Module, Superposition]:
     """The base and the superposition for ``SuperposedModel.from_pretrained``, which says what is taken and raised."""
+    if isinstance(path_or_name, nn.Module):
+        raise ValueError(
+            "path_or_name must be a folder or a name, as Transformers takes it, got a module: serve one of your own"
+            " with randes.load(store, module)"
+        )
     transformers = library()
     check_version(transformers)
     path = Path(path_or_name)
@@ -108,3 +113,14 @@ def _own_errors(where: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, passed if Path(where).is_dir() else (*passed, OSError)):
             raise
         raise CheckpointError(f"{where} cannot be loaded by Transformers: {type(error).__name__}: {error}") from error
+
+
+def opened(module: object, superposition: Superposition | str | os.PathLike[str]) -> Superposition:
+    """What ``SuperposedModel`` serves: a superposition, or a store's. Raises ``ValueError`` for anything else."""
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"base_module must be an nn.Module, got {type(module).__name__}")
+    if isinstance(superposition, str | os.PathLike):
+        return Superposition.load(superposition)
+    if not isinstance(superposition, Superposition):
+        raise ValueError(f"superposition must be one, or a store's folder, got {type(superposition).__name__}")
+    return superposition

@@ -12,7 +12,7 @@ from torch import nn
 from randes.checkpoints.matrices import Matrices, matrices_of
 from randes.checkpoints.modules.parameters import is_transformers
 from randes.checkpoints.sources import Checkpoint
-from randes.config import TOGETHER, Config
+from randes.config import Config
 from randes.errors import CheckpointError
 from randes.serving.base_layers import Layer, layers_of
 from randes.serving.takeover import check_calls, obstacles
@@ -24,7 +24,7 @@ FEW = 3
 
 @functools.wraps(superpose)
 def compress(base: Checkpoint, models: Any, config: Config | None = None, **kwargs: Any) -> Superposition:
-    return superpose(base, models, servable(base, config or TOGETHER), **kwargs)
+    return superpose(base, models, servable(base, config or Config()), **kwargs)
 
 
 def servable(base: Checkpoint, config: Config) -> Config:

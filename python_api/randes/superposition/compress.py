@@ -1,8 +1,10 @@
 """A base and all of its fine-tunes, made into one superposition."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from glob import escape
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from randes.checkpoints.lazy_tensors import Progress, chunk_bounds, chunks, head
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import replaced
 from randes.checkpoints.threads import one_thread
-from randes.config import TOGETHER, Config
+from randes.config import Config
 from randes.errors import CheckpointError
 from randes.superposition import update
 from randes.superposition.basis.calibration import calibrated, matched
@@ -31,10 +33,12 @@ def compress(
     alpha: float = 1.0,
     calibration: Mapping[str, Tensor] | None = None,
     progress: Progress = silent,
+    **options: Any,
 ) -> Superposition:
-    """Superpose all of ``models``, fine-tunes of ``base`` by name; by default with ``Config(rank="auto")``.
+    """Superpose all of ``models``, fine-tunes of ``base`` by name.
 
-    A config of your own has no shared basis unless it says so: ``Config(rank="auto", group_size=4)``.
+    config: by default ``Config()``, which means the best here: shared bases of rank "auto". options: fields of
+    ``Config`` in place of the configuration's, as in ``compress(base, models, group_size=4)``.
 
     Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
     there are. A base that is a path stays on the disk.
@@ -56,14 +60,16 @@ def compress(
     calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
     progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
     of bytes each time that some were read.
-    Raises ``ValueError`` for no models, for an ``alpha`` that is not finite in fp32 and for a calibration that does not
-    fit, and whatever ``Superposition.create`` and ``add`` raise.
+    Raises ``TypeError`` for an option that ``Config`` does not have, ``ValueError`` for no models, for an ``alpha``
+    that is not finite in fp32 and for a calibration that does not fit, and whatever ``Superposition.create`` and
+    ``add`` raise.
     """
-    config = config or TOGETHER
+    config = _with_options(config or Config(), options).resolved(together=True)
+    rank = config.rank or 0
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
     check_alpha(alpha)
-    if calibration is not None and not config.rank:
+    if calibration is not None and not rank:
         raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     for name in models:
@@ -84,18 +90,18 @@ def compress(
     if config.centre:
         stored = _centred(original, sources, shared, progress("centring", matrices * len(sources)))
     bases: dict[str, Tensor] = {}
-    if config.rank:
+    if rank:
         matrices_alone = [name for name in shared if name not in superposition.layout.vectors]
-        passes = {name: PASSES if name not in moments else int(config.rank == "auto") for name in matrices_alone}
+        passes = {name: PASSES if name not in moments else int(rank == "auto") for name in matrices_alone}
         nbytes = sum(passes[name] * headers(original)[name].nbytes for name in matrices_alone)
         step = progress("shared bases", nbytes * len(sources))
         unseen = [name for name in matrices_alone if name not in moments]
-        bases = loudest(sources, stored, unseen, config.rank, config.seed, step)
+        bases = loudest(sources, stored, unseen, rank, config.seed, step)
         with one_thread() as computing:
             for name, seen in moments.items():
-                found = computing.submit(calibrated, name, *seen, sources, stored, config.rank, step).result()
+                found = computing.submit(calibrated, name, *seen, sources, stored, rank, step).result()
                 bases |= {name: found} if found.shape[1] else {}
-    if config.centre or config.rank:
+    if config.centre or rank:
         first, layout = superposition, superposition.layout
         config = replace(config, include=superposition.config.include)
         superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
@@ -107,6 +113,16 @@ def compress(
     step = progress("superposing", size(original) * len(joining))
     update.add_models(superposition, joining, step)
     return superposition
+
+
+def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """Raises ``TypeError`` for a name that is no field of ``Config``."""
+    known = [field.name for field in fields(Config)]
+    for name in options.keys() - known:
+        near = get_close_matches(name, known, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise TypeError(f"compress() takes the fields of randes.Config as options, and has none called {name!r}{meant}")
+    return replace(config, **options)
 
 
 def _centred(

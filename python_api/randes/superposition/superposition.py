@@ -1,7 +1,7 @@
 """Many fine-tunes of one base, superposed: added, taken away again to the byte, retrieved."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from randes.superposition.retrieve import matrices
 from randes.superposition.state import State
 from randes.superposition.store.read import load
 from randes.superposition.store.write import save
+from randes.superposition.summary import Verification, described, summary, verify
 from randes.superposition.tune import Tuned, tune
 
 
@@ -48,13 +49,14 @@ class Superposition(State):
 
         Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
         whose columns ``config.segments`` does not divide; ``ValueError`` for
-        ``config.centre`` and ``config.rank``.
+        ``config.centre``, and for a ``config.rank`` other than 0 or None.
         """
-        config = config or Config()
+        config = (config or Config()).resolved(together=False)
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
         tensors, layout, superposed, config, to_files, _ = matrices_of(base, config)
+        sources.check_values(tensors, "the base")
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=sources.check_finite, step=step)
         if isinstance(tensors, StoredTensors | Rearranged | SplitTensors):
@@ -93,14 +95,20 @@ class Superposition(State):
         step = progress("adding", 2 * size(self.base))
         update.add_model(self, model, step)
 
-    def remove(self, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> None:
+    def remove(self, name: str, finetuned: Checkpoint | None = None, *, progress: Progress = silent) -> None:
         """Take a model away again, exactly: the bytes are those from before it was added.
 
-        finetuned: the checkpoint that was added (its delta has to be known to be subtracted).
-        Raises ``UnknownModelError`` for an unknown name and ``CheckpointError`` for any other checkpoint.
-        Nothing is changed then.
+        finetuned: the checkpoint that was added. It cannot be left out: the delta has to be known to be subtracted.
+        Raises ``UnknownModelError`` for an unknown name, ``ValueError`` without a checkpoint and ``CheckpointError``
+        for any other one. Nothing is changed then.
         """
         self.check_master()
+        if finetuned is None:
+            self.member(name)
+            raise ValueError(
+                f"finetuned must be the checkpoint that was added as {name!r}, whose delta is subtracted; got None."
+                " Without it the model can only be served no more: SuperposedModel.delete_adapter(name)"
+            )
         member = self.member(name)
         if name == BASE_NAME:
             raise ValueError(f"name must be a fine-tune's; {BASE_NAME} stays where deltas are centred on their mean")
@@ -145,12 +153,15 @@ class Superposition(State):
     def retrieve(self, name: str) -> dict[str, Tensor]:
         """A model's tensors again, as a state dict: the one place where a whole retrieved weight exists.
 
-        Kept tensors are exact; superposed ones carry the other models of the group as noise.
+        Kept tensors are exact; superposed ones carry the other models of the group as noise. ``"__base__"`` is the
+        base, exactly, unless deltas are centred: then it carries noise as the others do.
         Raises ``UnknownModelError``.
         """
-        joined = self.layout_of(name).joined(matrices(self, name), ties=False)
-        assert isinstance(joined, LazyTensors)
-        whole = {tensor: joined.read(tensor) for tensor in joined}
+        joined = self._joined(name, silent, ties=False)
+        if isinstance(joined, LazyTensors):
+            whole = {tensor: joined.read(tensor) for tensor in joined}
+        else:
+            whole = {tensor: value.clone() for tensor, value in joined.items()}
         return whole | {alias: whole[tensor] for alias, tensor in self.layout.ties.items()}
 
     def retrieved(self, name: str, *, as_files: bool = False, progress: Progress = silent) -> Tensors:
@@ -161,8 +172,45 @@ class Superposition(State):
 
         ``randes.checkpoints.sources.write_file`` writes it without holding more than a part of a tensor.
         """
-        tensors = self.layout_of(name).joined(matrices(self, name, progress=progress))
+        tensors = self._joined(name, progress, ties=True)
         return self.to_files.apply(tensors) if as_files else tensors
+
+    def _joined(self, name: str, progress: Progress, *, ties: bool) -> Tensors:
+        """A model's tensors as its checkpoint had them; the base's for its own name, where it is no member."""
+        if name == BASE_NAME and name not in self.members and self.has_base:
+            self.check_base()
+            return self.layout.joined(self.base, ties=ties)
+        return self.layout_of(name).joined(matrices(self, name, progress=progress), ties=ties)
+
+    # ---------------------------------------------------------------- questions
+
+    def verify(self, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> Verification:
+        """How near a model, as retrieved, is to the checkpoint that was added under its name: in weights, which is not
+        accuracy. Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint."""
+        return verify(self, name, finetuned, progress=progress)
+
+    def info(self) -> dict[str, Any]:
+        """Models, configuration, sizes in bytes, and which tensors are superposed, kept or shared; ready for JSON."""
+        return summary(self)
+
+    def __str__(self) -> str:
+        return described(self)
+
+    def __len__(self) -> int:
+        """How many fine-tunes there are."""
+        return len(self.names)
+
+    def __bool__(self) -> bool:
+        return True  # also while no model was added yet
+
+    def __iter__(self) -> Iterator[str]:
+        """The fine-tunes' names."""
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    # ---------------------------------------------------------------- stores
 
     def save(self, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
         """Write a store: a folder of safetensors and one manifest. See ``randes.superposition.store``."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from randes.checkpoints.lazy_tensors import described, headers, size
 from randes.checkpoints.sources import Tensors
@@ -13,22 +13,27 @@ from randes_kernels import Packed
 
 @dataclass(frozen=True)
 class Storage:
-    """Sizes under FusionBench's names. ``storage`` says what is counted.
+    """What is held, in numbers and bytes. ``storage`` and ``fusionbench_storage`` say what they count.
 
-    gigabytes are 10⁹ bytes. total_gb_original: one model. total_gb_retrieved: all that any of the models is made of.
-    nonzero_parameter_count: numbers held for that, of which nonzero_param_count_context are the models' own contexts:
-    the matrices that turn their deltas.
+    model_numbers, model_bytes: of one model. numbers, nbytes: of all that the models are made of together.
+    context_numbers: those of ``numbers`` that are the models' own contexts: the matrices that turn their deltas.
     """
 
-    total_param_count_original: int
-    total_gb_original: float
-    total_gb_retrieved: float
-    nonzero_parameter_count: int
-    nonzero_param_count_context: int
+    model_numbers: int
+    model_bytes: int
+    numbers: int
+    nbytes: int
+    context_numbers: int
 
     def to_dict(self) -> dict[str, float]:
-        """As FusionBench's metadata has it."""
-        return asdict(self)
+        """Under the names that FusionBench's metadata has, with gigabytes of 10⁹ bytes."""
+        return {
+            "total_param_count_original": self.model_numbers,
+            "total_gb_original": self.model_bytes / 1e9,
+            "total_gb_retrieved": self.nbytes / 1e9,
+            "nonzero_parameter_count": self.numbers,
+            "nonzero_param_count_context": self.context_numbers,
+        }
 
 
 def storage(superposition: Superposition) -> Storage:
@@ -43,11 +48,11 @@ def storage(superposition: Superposition) -> Storage:
     for member in sup.members.values():
         held += [headers(member.kept), headers(member.added), described(member.coordinates)]
     return Storage(
-        total_param_count_original=_elements(sup.base),
-        total_gb_original=size(sup.base) / 1e9,
-        total_gb_retrieved=(sup.sizes.total + 4 * gains) / 1e9,
-        nonzero_parameter_count=sum(_count(value) for tensors in held for value in tensors.values()) + gains,
-        nonzero_param_count_context=gains,
+        model_numbers=_elements(sup.base),
+        model_bytes=size(sup.base),
+        numbers=sum(_count(value) for tensors in held for value in tensors.values()) + gains,
+        nbytes=sup.sizes.total + 4 * gains,
+        context_numbers=gains,
     )
 
 
@@ -75,11 +80,11 @@ def fusionbench_storage(superposition: Superposition) -> Storage:
             contexts += names * (width**2 if config.matrix in ("rotation", "dense") else width)
     whole, whole_bytes = _elements(sup.base), size(sup.base)
     return Storage(
-        total_param_count_original=whole,
-        total_gb_original=whole_bytes / 1e9,
-        total_gb_retrieved=(nbytes + each * contexts + (0 if soup else whole_bytes)) / 1e9,
-        nonzero_parameter_count=counted + contexts + (0 if soup else whole),
-        nonzero_param_count_context=contexts,
+        model_numbers=whole,
+        model_bytes=whole_bytes,
+        numbers=counted + contexts + (0 if soup else whole),
+        nbytes=nbytes + each * contexts + (0 if soup else whole_bytes),
+        context_numbers=contexts,
     )
 
 

@@ -17,10 +17,10 @@ from randes.inspect.analysis.retrieval import Retrieval, retrieval
 from randes.inspect.analysis.storage import Storage, fusionbench_storage, storage
 from randes.inspect.plan import packed_sizes
 from randes.inspect.report.cosines import Cosines, of_originals, of_retrieved
-from randes.inspect.summary import Verification, energy, predicted, ranks, sharing_of, verify
 from randes.superposition.members import Member, Sizes
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
 from randes.superposition.reading import read
+from randes.superposition.summary import Verification, energy, predicted, ranks, sharing_of, verify
 from randes.superposition.superposition import Superposition
 from randes_kernels.packing import BITS
 

@@ -44,10 +44,11 @@ def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> N
             return  # each model has its own, measured from zero
         value = value[None]
     if base is None or value.shape != base.shape or not torch.equal(value, base.to(value.dtype)):
-        hint = (
-            " (deltas are centred: build it in the stored dtype, then cast it)" if superposition.config.centre else ""
+        centred = " Deltas are centred here: build it in the stored dtype, then cast it." * superposition.config.centre
+        raise BaseMismatchError(
+            f"the model is not the superposition's base: {tensor} differs.{centred}"
+            " randes.load(store, model) loads the base's weights into a model of its class"
         )
-        raise BaseMismatchError(f"the model is not the superposition's base: {tensor} differs{hint}")
 
 
 class Superposed(nn.Module):

@@ -42,7 +42,7 @@ def _option(default: object) -> schema.Check:
     return schema.each(schema.each(schema.integer(1, 1 << 31)))
 
 
-_PLAIN = Config()
+_PLAIN = Config().resolved(together=False)
 _MODEL = schema.record(
     # ``check_scales`` says which numbers they can be.
     {

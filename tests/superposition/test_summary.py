@@ -9,7 +9,7 @@ import torch
 from models import finetune, net
 
 import randes
-from randes.inspect.summary import summary, verify
+from randes.superposition.summary import summary, verify
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""What a superposition holds, and how near a retrieved model is to its original."""
+"""How near a retrieved model is to its original, as measured and as predicted."""
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from randes.superposition.members import Member
 from randes.superposition.packed_tensors import added_noise, coordinates_of, values_of
 from randes.superposition.reading import read_added
 from randes.superposition.retrieve import matrices
-from randes.superposition.superposition import Superposition
+from randes.superposition.state import State
 from randes_kernels.mixing import amplification, growth
 from randes_kernels.slices import squares as row_squares
 
@@ -41,9 +40,7 @@ class Verification:
     tensors: dict[str, float]
 
 
-def verify(
-    superposition: Superposition, name: str, finetuned: Checkpoint, *, progress: Progress = silent
-) -> Verification:
+def verify(superposition: State, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> Verification:
     """Compare a model, as retrieved, with the checkpoint that was added under its name.
 
     progress: told of each stage and its bytes, for a progress bar.
@@ -76,14 +73,14 @@ def verify(
     )
 
 
-def _predicted_error(superposition: Superposition, name: str) -> float:
+def _predicted_error(superposition: State, name: str) -> float:
     sharing = sharing_of(superposition)
     found = [predicted(superposition, name, t, sharing[name, t]) for t in superposition.members[name].gains]
     size, error = (sum(column) for column in zip(*found, strict=True)) if found else (0.0, 0.0)
     return math.sqrt(error / size) if size else 0.0
 
 
-def sharing_of(superposition: Superposition) -> dict[tuple[str, str], int]:
+def sharing_of(superposition: State) -> dict[tuple[str, str], int]:
     """Of each model and tensor that it has a delta of, how many models' deltas are in the same superposition."""
     lying = {
         (name, tensor): (superposition.group_of(name, tensor), superposition.place(name, tensor))
@@ -94,7 +91,7 @@ def sharing_of(superposition: Superposition) -> dict[tuple[str, str], int]:
     return {where: counted[place] for where, place in lying.items()}
 
 
-def predicted(superposition: Superposition, name: str, tensor: str, sharing: int) -> tuple[float, float]:
+def predicted(superposition: State, name: str, tensor: str, sharing: int) -> tuple[float, float]:
     """‖δ‖² of a model's delta of one tensor, and ‖Ŵ − W‖² of what comes back where so many models share the buffer.
 
     Every neighbour comes as large as the delta itself, and packing adds a share of all of them; what turns columns back
@@ -113,7 +110,7 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     )
     if tensor in member.coordinates:  # the model's own in the shared basis, where nobody interferes
         own = member.units[tensor] ** 2 * _squared_norm(coordinates_of(member.coordinates[tensor]).double())
-        noise *= 1 - _rank(superposition, tensor) / columns
+        noise *= 1 - rank_of(superposition, tensor) / columns
         if packing is not None and packing.coordinates < 16:
             noise += own * added_noise(packing.coordinates, len(header))
         size += own
@@ -121,7 +118,7 @@ def predicted(superposition: Superposition, name: str, tensor: str, sharing: int
     return size, (1 - alpha) ** 2 * size + alpha**2 * noise
 
 
-def _predicted_alone(superposition: Superposition, member: Member, tensor: str, size: float) -> tuple[float, float]:
+def _predicted_alone(superposition: State, member: Member, tensor: str, size: float) -> tuple[float, float]:
     """The same of a delta that the model has to itself: the error of few bits, and of α. What they round is what is not
     in its directions, and what those lose."""
     error, alpha, packing = 0.0, member.alpha_of(tensor), superposition.packing
@@ -134,7 +131,7 @@ def _predicted_alone(superposition: Superposition, member: Member, tensor: str, 
     return size, (1 - alpha) ** 2 * size + alpha**2 * error
 
 
-def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -> float:
+def energy(superposition: State, name: str, tensor: str, sharing: int) -> float:
     """‖δ‖² of what is superposed of a model's delta of one tensor; where gains are shared, which say nothing of it, the
     mean over the models in the buffer, from what is in there."""
     member, config = superposition.members[name], superposition.config
@@ -149,57 +146,9 @@ def energy(superposition: Superposition, name: str, tensor: str, sharing: int) -
     )
 
 
-def summary(superposition: Superposition) -> dict[str, Any]:
-    """Models, transform, sizes in bytes, and which tensors are superposed, kept or shared: ready for JSON."""
-    sizes = superposition.sizes
-    kept = set(superposition.others)
-    shared = superposition.base.keys() - kept - set(superposition.superposed)
-    return {
-        "models": {
-            name: {
-                "group": member.group,
-                "alpha": member.alpha,
-                "tuned_tensors": len(member.alphas),
-                "superposed_tensors": len(member.gains),
-                "kept_tensors": len(member.kept),
-                "kept_bytes": member.kept_bytes,
-            }
-            for name, member in ((name, superposition.members[name]) for name in superposition.served)
-        },
-        "config": superposition.config.to_dict(),
-        "packed": None if superposition.packing is None else asdict(superposition.packing),
-        "bytes": {**asdict(sizes), "total": sizes.total},
-        "coverage": {
-            "superposed": {
-                name: f"{text}, rank {rank}" if (rank := _rank(superposition, name)) else text
-                for name, text in _described(superposition, superposition.superposed).items()
-                if name not in superposition.unshared
-            },
-            "each_model_its_own_delta": _described(superposition, sorted(superposition.unshared)),
-            {"keep": "kept", "sum": "summed"}.get(superposition.config.others, "averaged"): _described(
-                superposition, sorted(kept)
-            ),
-            "shared_with_base": _described(superposition, sorted(shared)),
-        },
-    }
-
-
-def ranks(superposition: Superposition) -> str:
-    """How many directions the matrices' shared bases have, in words; empty where there are none by choice."""
-    if superposition.config.rank != "auto":
-        return f"rank {superposition.config.rank}" if superposition.config.rank else ""
-    found = [_rank(superposition, tensor) for tensor in superposition.superposed]
-    return f"rank {min(found)} to {max(found)}, {sum(found) / len(found):.1f} in the mean (auto)"
-
-
-def _rank(superposition: Superposition, tensor: str) -> int:
+def rank_of(superposition: State, tensor: str) -> int:
+    """How many directions a matrix's shared basis has; 0 where it has none."""
     return int(headers(superposition.bases)[tensor].shape[1]) if tensor in superposition.bases else 0
-
-
-def _described(superposition: Superposition, names: tuple[str, ...] | list[str]) -> dict[str, str]:
-    """Shape and dtype of each tensor."""
-    tensors = {name: headers(superposition.base)[name] for name in names}
-    return {name: f"{'×'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for name, t in tensors.items()}
 
 
 def _squared_norm(value: Tensor) -> float:
