@@ -118,9 +118,7 @@ def held_out_loss(model: nn.Module, rows: Tensor) -> float:
     return float(torch.stack([loss_of(model, part) for part in rows.split(2)]).mean())
 
 
-def train(
-    model: nn.Module, data: Tensor, seed: int, steps: int = STEPS, step: Callable[[], None] = lambda: None
-) -> None:
+def train(model: nn.Module, data: Tensor, seed: int, step: Callable[[], None] = lambda: None) -> None:
     """AdamW in fp32 under bf16 autocast, a tenth of warm-up and a cosine to zero."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)

@@ -22,6 +22,7 @@ from randes.cli.terminal import (
 from randes.inspect.report import write as write_report
 from randes.inspect.summary import ranks, summary
 from randes.inspect.summary import verify as verify_model
+from randes.superposition.packed_tensors import in_words
 from randes.superposition.superposition import Superposition
 
 _WORDS = {"rotation": "a rotation", "diagonal": "a diagonal of normal numbers", "dense": "a dense matrix"}
@@ -53,8 +54,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"{'' if config.per_layer else ', one transform for all tensors'}"
     )
     if (packing := superposition.packing) is not None:
-        bits = f"{packing.bits} bit" + "s" * (packing.bits > 1)
-        say(f"packed for serving in {bits}, of the store with checksum {packing.master}")
+        say(f"packed for serving in {in_words(packing.bits)}, of the store with checksum {packing.master}")
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
         for tensor, described in tensors.items():
