@@ -4,28 +4,36 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import content, finetune, net
-from torch import Tensor
+from torch import Tensor, nn
 
 import randes
 from randes.checkpoints.lora import ADAPTER_CONFIG, WEIGHTS
 from randes.checkpoints.safetensors import write_file
+from randes.config import LARGE_TABLE
 
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2,
     "n_positions": 16, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     "num_labels": 2, "attn_pdrop": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
 }  # fmt: skip
-STORES: dict[str, tuple[randes.Config, float | None]] = {
+STORES: dict[str, tuple[randes.Config, dict[str, Any] | None]] = {
     "integers": (randes.Config(group_size=2), None),
     "basis, centred": (randes.Config(rank=4, centre=True), None),
     "averages, shuffled": (randes.Config(others="average", shuffle_layers=-1), None),
-    "4 bits, basis": (randes.Config(rank=4), 4),
-    "1 bit": (randes.Config(permute=8), 1),
-    "half a bit": (randes.Config(), 0.5),
+    "4 bits, basis": (randes.Config(rank=4), {"bits": 4}),
+    "1 bit": (randes.Config(permute=8), {"bits": 1}),
+    "half a bit, basis in 8 bits": (randes.Config(rank=4), {"bits": 0.5, "coordinates": 8}),
+    "table": (randes.Config(), None),
+    "table in half a bit": (randes.Config(), {"bits": 0.5}),
+    "table in 2 bits": (randes.Config(permute=8), {"bits": 1, "embeddings": 2}),
+    "table of directions alone": (randes.Config(), {"bits": 2, "embeddings": 0}),
 }
+"""How each is made, and packed. A table is one of embeddings that models have deltas of their own of."""
+ROWS = LARGE_TABLE // 32 + 1
 Files = dict[str, bytes]
 
 
@@ -46,15 +54,16 @@ class Corpus:
 
     @classmethod
     def made(cls, folder: Path) -> "Corpus":
-        found, base = cls(folder / "scratch"), net()
-        models = {f"m{seed}": finetune(base, seed) for seed in range(3)}
-        for kind, (config, bits) in STORES.items():
-            sup = randes.compress(base, models, config)
+        found, base, tabled = cls(folder / "scratch"), net(), net()
+        tabled.embed = nn.Embedding(ROWS, 32)
+        for kind, (config, packing) in STORES.items():
+            own = tabled if kind.startswith("table") else base
+            sup = randes.compress(own, {f"m{seed}": finetune(own, seed) for seed in range(3)}, config)
             sup.model_files = {"config.json": json.dumps(GPT2).encode(), "tokenizer.json": b'{"a": 1}'}
-            sup = sup if bits is None else sup.pack(bits)
+            sup = sup if packing is None else sup.pack(**packing)
             sup.save(folder / kind)
             found.stores[kind] = content(folder / kind)
-            found.answers[kind] = {name: sup.retrieve(name) for name in models}
+            found.answers[kind] = {name: sup.retrieve(name) for name in sup.names}
         found.base = {name: value.detach() for name, value in base.state_dict().items()}
         _make(folder / "whole")
         write_file(folder / "whole" / "model.safetensors", found.base)
