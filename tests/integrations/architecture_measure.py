@@ -182,8 +182,9 @@ def generates(model: Any) -> bool:
     return isinstance(model, hf.GenerationMixin) and model.can_generate()
 
 
-def measure(case: Case, *, look: bool = True) -> Result:
-    """Build a class and serve it. look: for matrices that do not show in the output, too."""
+def measure(case: Case, *, look: bool = True, memory: bool = True, folders: bool = True) -> Result:
+    """Build a class and serve it: of loaded models, for ``memory``, and of ``folders``. look: for matrices that do not
+    show in the output, too."""
     result = Result(case.name)
 
     def all_are(outcome: str) -> Result:
@@ -206,8 +207,8 @@ def measure(case: Case, *, look: bool = True) -> Result:
     if differ(first, again):
         return all_are("not run: two calls differ")
     fresh = copy.deepcopy(model)  # some change their configuration when they generate
-    subject = _in_memory(result, model, inputs, all_are)
-    if isinstance(fresh, hf.PreTrainedModel):
+    subject = _in_memory(result, model, inputs, all_are) if memory else None
+    if folders and isinstance(fresh, hf.PreTrainedModel):
         _from_disk(result, fresh, inputs, subject)
     if differ(first, other):  # what it draws for a row depends on which rows are with it, wherever a part runs by model
         result.mixed = result.square = result.generates_mixed = "not run: it draws random numbers"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import get_ident
 from typing import Any
 
@@ -164,7 +165,11 @@ def skeleton_of(text: bytes, tensors: int, where: object) -> nn.Module | None:
         return None
     transformers = library()
     try:
-        config = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        with (
+            TemporaryDirectory() as folder
+        ):  # Transformers writes infinity in a way of its own, which it reads in files
+            (Path(folder) / CONFIG).write_text(json.dumps(values))
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"), _parts_below(1000 + 50 * tensors, where):
             model: nn.Module = model_class(config, where)(config)
     except CheckpointError:
