@@ -19,7 +19,7 @@ import torch
 import transformers as hf
 from architecture_answers import SMALLEST, Answers, IndistinctError, axes_of, distance, error_of, tensors
 from architecture_cases import Case, NotBuiltError, build, finetuned
-from architecture_inputs import LENGTH, ROWS, call, described
+from architecture_inputs import LENGTH, ROWS, call, copied, described
 from torch import Tensor, nn
 
 import randes
@@ -167,7 +167,7 @@ class Generating(Subject):
     """The same, asked for three tokens more: what is compared are their logits and the caches."""
 
     def ask(self, model: Any, **chosen: Any) -> dict[str, Tensor]:
-        given = {name: value for name, value in self.inputs.items() if not name.startswith("decoder_")}
+        given = {name: copied(value) for name, value in self.inputs.items() if not name.startswith("decoder_")}
         torch.manual_seed(0)
         how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
         if self.plain["a"].generation_config.decoder_start_token_id is None:
@@ -182,8 +182,9 @@ def generates(model: Any) -> bool:
     return isinstance(model, hf.GenerationMixin) and model.can_generate()
 
 
-def measure(case: Case, *, look: bool = True) -> Result:
-    """Build a class and serve it. look: for matrices that do not show in the output, too."""
+def measure(case: Case, *, look: bool = True, memory: bool = True, folders: bool = True) -> Result:
+    """Build a class and serve it: of loaded models, for ``memory``, and of ``folders``. look: for matrices that do not
+    show in the output, too."""
     result = Result(case.name)
 
     def all_are(outcome: str) -> Result:
@@ -205,9 +206,10 @@ def measure(case: Case, *, look: bool = True) -> Result:
         return all_are("not run: outputs are not finite")
     if differ(first, again):
         return all_are("not run: two calls differ")
-    subject = _in_memory(result, model, inputs, all_are)
-    if isinstance(model, hf.PreTrainedModel):
-        _from_disk(result, model, inputs, subject)
+    fresh = copy.deepcopy(model)  # some change their configuration when they generate
+    subject = _in_memory(result, model, inputs, all_are) if memory else None
+    if folders and isinstance(fresh, hf.PreTrainedModel):
+        _from_disk(result, fresh, inputs, subject)
     if differ(first, other):  # what it draws for a row depends on which rows are with it, wherever a part runs by model
         result.mixed = result.square = result.generates_mixed = "not run: it draws random numbers"
         result.disk_mixed = result.mixed

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import get_ident
 from typing import Any
 
@@ -180,7 +181,11 @@ def skeleton_of(text: bytes, tensors: int, where: object) -> nn.Module | None:
         return None
     transformers = library()
     try:
-        config = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        with (
+            TemporaryDirectory() as folder
+        ):  # Transformers reads infinity, written in a way of its own, from files alone
+            (Path(folder) / CONFIG).write_text(json.dumps(values))
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return on_meta(model_class(config, where), config, tensors, where)
     except CheckpointError:
         raise

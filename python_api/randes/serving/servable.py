@@ -60,7 +60,7 @@ def servable(base: Checkpoint, config: Config) -> Config:
 
 
 def _matrices(base: Checkpoint, config: Config) -> tuple[nn.Module, list[Layer]] | None:
-    """A model of Transformers and its layers with superposed tensors; None for anything else."""
+    """A model of Transformers and its layers; None for anything else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # who superposes it is warned
         found: Matrices = matrices_of(base, replace(config, centre=False, rank=0))
@@ -69,7 +69,7 @@ def _matrices(base: Checkpoint, config: Config) -> tuple[nn.Module, list[Layer]]
         return None
     nothing = {"": ""}  # no digests: nothing is read
     superposition = Superposition(found.config, found.tensors, found.superposed, nothing, layout=found.layout)
-    return module, layers_of(module, superposition)
+    return module, layers_of(module, superposition, superposition.base.keys())  # models may differ in any
 
 
 def _superposed(layers: Iterable[Layer]) -> set[str]:

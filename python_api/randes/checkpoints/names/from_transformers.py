@@ -38,7 +38,7 @@ def read_base(model: nn.Module, tensors: Tensors, where: object) -> tuple[Tensor
         )
         conversion = replace(conversion, dropped=frozenset(names))
         found = conversion.apply(tensors)
-    check_complete(model, found, where)
+    check_complete(model, headers(found), where)
     return found, conversion.back(tensors)
 
 
@@ -98,7 +98,7 @@ def conversion_of(model: nn.Module, tensors: Tensors, where: object) -> Conversi
 
 def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise ``CheckpointError`` where a tensor of the model is not among these, nor one that it is tied to: it would be
-    a random one."""
+    a random one; and where one has another shape."""
     own = model.state_dict(keep_vars=True)
     ties = tied_in(own)
     there = {ties.get(name, name) for name in own if name in tensors}
@@ -108,6 +108,9 @@ def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], where: objec
             f" {len(absent)} of them, {absent[0]} the first, and Transformers would make those up. Name the class that"
             " it was saved from in architectures"
         )
+    for name, value in own.items():
+        if name in tensors and (found := tuple(tensors[name].shape)) != tuple(value.shape):
+            raise CheckpointError(f"{name} of {where} must be {tuple(value.shape)} as its {CONFIG} says, got {found}")
 
 
 def _grouped(model: Any, found: Mapping[str, Tensor]) -> dict[str, tuple[Any, dict[str, list[str]]]]:

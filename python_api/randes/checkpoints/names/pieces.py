@@ -149,8 +149,8 @@ class Rearranged(LazyTensors):
             row = header.numel() // len(header)
             first, last = piece.rows_read(row)
             part = rows(self.source, piece.source, first, last)
-        found = part.contiguous().view(-1).as_strided(piece.shape, piece.from_stride, piece.from_offset - first * row)
-        into.view(-1).as_strided(piece.shape, piece.to_stride, piece.to_offset).copy_(found)
+        found = _strided(part.contiguous(), piece.shape, piece.from_stride, piece.from_offset - first * row)
+        _strided(into, piece.shape, piece.to_stride, piece.to_offset).copy_(found)
 
     def _near(self, name: str, start: int, end: int) -> bool:
         """Whether a run of its rows is made of about as much of the source."""
@@ -169,6 +169,11 @@ class Rearranged(LazyTensors):
                 first, last = piece.rows_read(width)
                 read += (last - first) * width
         return read <= 2 * (end - start) * row
+
+
+def _strided(value: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """Elements of a contiguous tensor, which may be a part of another's memory; ``as_strided`` counts from that's."""
+    return value.as_strided(shape, stride, int(value.storage_offset()) + offset)
 
 
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -100,13 +100,14 @@ def _permute(value: Traced, *dims: Any) -> Traced:
 
 def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
     dim %= tensors[0].dim()
+    shape = torch.cat([torch.empty(value.shape, device="meta") for value in tensors], dim).shape  # or what that raises
     boxes, at = [], 0
     for value in tensors:
         for box in value.boxes:
             first = (*box.start[:dim], box.start[dim] + at, *box.start[dim + 1 :])
             boxes.append(Box(first, box.source, box.view))
         at += value.shape[dim]
-    return _made((*tensors[0].shape[:dim], at, *tensors[0].shape[dim + 1 :]), tensors[0].dtype, boxes)
+    return _made(shape, tensors[0].dtype, boxes)
 
 
 def _unsqueeze(value: Traced, dim: int) -> Traced:
