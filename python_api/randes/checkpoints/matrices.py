@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from glob import escape
 
+import torch
 from torch import nn
 
 from randes.checkpoints import sources
@@ -11,6 +12,8 @@ from randes.checkpoints.huggingface import skeleton
 from randes.checkpoints.layout import SUPERPOSABLE, Layout, layout_of
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.weight_reads import weights_read
+from randes.checkpoints.paths.foreign import FEW_BITS
+from randes.checkpoints.paths.hub import local
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
@@ -25,6 +28,7 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
     Raises ``CheckpointError`` for a base without a matrix to superpose, for a matrix whose columns
     ``config.segments`` does not divide, and for one that is too wide for ``config.matrix``.
     """
+    base = local(base)
     tensors = sources.read(base)
     asked: list[str] = []
     if callable(choose := config.include):
@@ -42,6 +46,9 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
     tensors = layout.split(tensors)
     superposed = [name for name in headers(tensors) if layout.parts.get(name, name) in chosen]
     if not superposed:
+        for name, value in headers(tensors).items():
+            if value.dtype.itemsize == 1 and value.dim() > 1 and value.dtype != torch.bool:
+                raise CheckpointError(f"{name} is {value.dtype}: {FEW_BITS}")
         every = f", every = {config.every} of them" if config.every > 1 else ""
         raise CheckpointError(
             f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"

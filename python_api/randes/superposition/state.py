@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from randes.checkpoints import sources
-from randes.checkpoints.layout import Layout, tied
+from randes.checkpoints.fit.tensors import fitted
+from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
 from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
 from randes.checkpoints.sources import Checkpoint, Tensors
@@ -192,13 +193,8 @@ class State:
         measured = self.config.centre or not self.has_base
         base = None if measured else self.layout.joined(self.base, ties=False)
         tensors = self.layout.split(sources.read(finetuned, base))
-        # A head that this checkpoint ties and the base's omits.
-        extra = {alias for alias, name in tied(tensors).items() if alias not in self.base and name in self.base}
-        if extra:
-            tensors = {name: value for name, value in tensors.items() if name not in extra}
         free = self.base.keys() - {*self.superposed} | self.unshared if self.config.others == "keep" else set()
-        sources.check_fits(tensors, self.base, free)
-        return tensors
+        return fitted(tensors, self.base, free, finetuned)
 
     def read_added(self, name: str, finetuned: Checkpoint, *, step: Callable[[int], None] = lambda _: None) -> Tensors:
         """The tensors of the checkpoint that was added as ``name``. step: called with the bytes read.
