@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import randes
 from randes import CheckpointError
 from randes.checkpoints import sources
+from randes.checkpoints.fit.tensors import check_fits
 from randes.checkpoints.lazy_tensors import raw
 from randes.checkpoints.safetensors import DTYPES
 
@@ -71,7 +72,7 @@ def test_an_index_that_names_what_is_not_there_is_refused(tmp_path: Path) -> Non
     first = next(name for name, file in whole.items() if file == shard)
     for weight_map, message in (
         (whole | {first: "absent.safetensors"}, "names absent.safetensors, which is not a file beside it"),
-        (whole | {first: "../model/" + shard}, r"must be the name of a file beside it, got .\.\./model/"),
+        (whole | {first: "../model/" + shard}, r"must be the name of a file beside it, or .* got .\.\./model/"),
         (whole | {"absent.weight": shard}, f"names absent.weight in {shard}, which does not hold that"),
         (
             {name: file for name, file in whole.items() if name != first},
@@ -101,7 +102,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
     folder = sharded(tmp_path / "model", net().state_dict(), "model.safetensors.index.json")
     tensors = sources.read(folder)
     monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("the file was read"))
-    sources.check_fits(tensors, net().state_dict())
+    check_fits(tensors, net().state_dict())
     assert "head.bias" in tensors
     assert "absent" not in tensors
     with pytest.raises(KeyError):
@@ -109,8 +110,8 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pyt
 
 
 def test_shards_that_disagree_about_a_tensor_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
-    save_file({"a": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"\ba\b"):
         sources.read(tmp_path)
 

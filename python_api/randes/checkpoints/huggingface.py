@@ -25,6 +25,7 @@ from torch.nn.modules.module import (
 
 from randes.checkpoints import schema
 from randes.checkpoints.files import read_whole
+from randes.checkpoints.paths.hub import local
 from randes.errors import BaseMismatchError, CheckpointError, StoreError
 
 OLDEST = 5, 20
@@ -59,6 +60,7 @@ def model_files(base: object) -> dict[str, bytes]:
     """
     if isinstance(base, nn.Module):
         return _of_module(base)
+    base = local(base)
     if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
         return {}
     names = (file.name for file in sorted(Path(base).iterdir()) if file.is_file())
@@ -110,6 +112,7 @@ def config_of(source: object) -> bytes | None:
     """The configuration of a Transformers module, in a folder or beside a file; None where there is none."""
     if isinstance(source, nn.Module):
         return _of_module(source).get(CONFIG)
+    source = local(source)
     if not isinstance(source, str | os.PathLike):
         return None
     path = Path(source)

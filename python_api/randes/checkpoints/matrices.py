@@ -5,6 +5,7 @@ from dataclasses import replace
 from glob import escape
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from randes.checkpoints import sources
@@ -14,6 +15,8 @@ from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.names.conversion import Conversion
 from randes.checkpoints.names.from_transformers import read_base
+from randes.checkpoints.paths.foreign import FEW_BITS
+from randes.checkpoints.paths.hub import local
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
@@ -44,6 +47,7 @@ def matrices_of(base: Checkpoint, config: Config) -> Matrices:
     Raises ``CheckpointError`` for a base without a matrix to superpose, for a matrix whose columns
     ``config.segments`` does not divide, and for one that is too wide for ``config.matrix``.
     """
+    base = local(base)
     tensors = sources.read(base)
     asked: list[str] = []
     if callable(choose := config.include):
@@ -65,6 +69,9 @@ def matrices_of(base: Checkpoint, config: Config) -> Matrices:
     tensors = layout.split(tensors)
     superposed = [name for name in headers(tensors) if layout.parts.get(name, name) in chosen]
     if not superposed:
+        for name, value in headers(tensors).items():
+            if value.dtype.itemsize == 1 and value.dim() > 1 and value.dtype != torch.bool:
+                raise CheckpointError(f"{name} is {value.dtype}: {FEW_BITS}")
         every = f", every = {config.every} of them" if config.every > 1 else ""
         raise CheckpointError(
             f"the base must have a matrix to superpose: fp32, fp16 or bf16, at least {config.min_width} wide,"

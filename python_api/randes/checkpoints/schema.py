@@ -60,6 +60,15 @@ def file_name(where: str, value: object) -> None:
     must(short, where, "the name of a file beside it", value)
 
 
+def file_below(where: str, value: object) -> None:
+    """A file's name, or its path from there through folders."""
+    for part in value.split("/") if isinstance(value, str) else [value]:
+        try:
+            file_name(where, part)
+        except ValueError:
+            must(False, where, "the name of a file beside it, or in a folder there", value)
+
+
 def digest(where: str, value: object) -> None:
     right = isinstance(value, str) and len(value) == 32 and not {*value} - {*"0123456789abcdef"}
     must(right, where, "32 hexadecimal digits", value)

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias
@@ -12,21 +12,23 @@ from torch import Tensor, nn
 
 from randes.checkpoints import schema
 from randes.checkpoints.files import read_whole
-from randes.checkpoints.lazy_tensors import LazyTensors, digests, headers
+from randes.checkpoints.lazy_tensors import LazyTensors, digests
 from randes.checkpoints.lora import ADAPTER_CONFIG, read_adapter
 from randes.checkpoints.on_disk import StoredTensors, open_file
+from randes.checkpoints.paths.folder import INDEX, files_of, index_of
+from randes.checkpoints.paths.foreign import check_format, check_names
+from randes.checkpoints.paths.hub import local
 from randes.checkpoints.safetensors import File, write_file
 from randes.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Tensors", "digest", "read", "read_file", "write_file"]
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-"""A model, a state dict, or a path: a safetensors file, a folder of shards, their index, or a LoRA adapter's folder."""
+"""A model, a state dict, or a path: a safetensors file, a folder of shards, their index, or a LoRA adapter's folder; or
+the name of one on the Hugging Face hub, ``owner/name`` or ``owner/name@revision``."""
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-INDEX = ".safetensors.index.json"
-"""What the name of an index ends with: ``model…`` from Transformers, ``diffusion_pytorch_model…`` from Diffusers."""
-_INDEX = schema.record({"weight_map": schema.each(schema.file_name)}, more=True)
+_INDEX = schema.record({"weight_map": schema.each(schema.file_below)}, more=True)
 
 
 def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensors:
@@ -35,11 +37,16 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
     What is on the meta device stays there, for its shapes (``check_values``).
     Those of a path are read when they are asked for (``StoredTensors``), their names, shapes and dtypes at once.
     base: what a LoRA adapter's update is of; without it an adapter is no checkpoint.
-    Raises ``CheckpointError`` for a pickle, a file that is not whole, or no tensors at all.
+    Raises ``CheckpointError`` for a pickle, weights in few bits, a file that is not whole, or no tensors at all.
     """
+    source = local(source)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return read_adapter(path, base) if (path / ADAPTER_CONFIG).exists() else _open_path(path)
+        if (path / ADAPTER_CONFIG).exists():
+            return read_adapter(path, base)
+        found = _open_path(path)
+        check_names(str(path), found)
+        return found
     if isinstance(source, LazyTensors):
         return source
     if isinstance(source, nn.Module):
@@ -55,29 +62,24 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
             raise CheckpointError(f"{name} must be a tensor, got {type(value).__name__}")
     if not tensors:
         raise CheckpointError("a checkpoint must hold tensors, got none")
+    check_names(f"the {type(source).__name__}", tensors)
     # Tied tensors stay so, wherever they come from.
     moved = {id(value): value.detach() if value.is_meta else value.detach().cpu() for value in tensors.values()}
     return {name: moved[id(value)] for name, value in tensors.items()}
 
 
 def _open_path(path: Path) -> StoredTensors:
+    check_format(path)
     if path.name.endswith(INDEX):
         return _indexed(path)
     if not path.is_dir():
         if not path.exists():
             raise CheckpointError(f"{path} does not exist")
         return _some_tensors(path, open_file(path))
-    indexes = sorted(path.glob(f"*{INDEX}"))
-    if len(indexes) > 1:
-        names = ", ".join(index.name for index in indexes)
-        raise CheckpointError(f"{path} must hold one index, got {names}; give the path of the one that is meant")
-    if indexes:
-        return _indexed(indexes[0])
+    if (index := index_of(path)) is not None:
+        return _indexed(index)
     where: dict[str, tuple[File, str]] = {}
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} holds no *.safetensors file")
-    for file in map(File, files):
+    for file in map(File, files_of(path)):
         if twice := sorted(where.keys() & file.headers.keys()):
             raise CheckpointError(f"{path} must hold each tensor once, got {twice[0]} in {file.path.name} and before")
         where |= {name: (file, name) for name in file.headers}
@@ -105,7 +107,7 @@ def _indexed(index: Path) -> StoredTensors:
     for file_name, names in sorted(by_file.items()):
         path = index.parent / file_name
         if not path.is_file():
-            raise CheckpointError(f"{index} names {file_name}, which is not a file beside it")
+            raise CheckpointError(f"{index} names {file_name}, which is not a file beside it or below")
         file = File(path)
         if absent := names - file.headers.keys():
             raise CheckpointError(f"{index} names {_some(absent)} in {file_name}, which does not hold that")
@@ -135,31 +137,6 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     """One digest of many named ones, whatever their order."""
     lines = "".join(f"{name}\0{value}\n" for name, value in sorted(digests.items()))
     return blake2b(lines.encode(), digest_size=16).hexdigest()
-
-
-def check_fits(
-    tensors: Tensors, base: Tensors, free: Set[str] = frozenset(), beside: Set[str] = frozenset()
-) -> None:  # fmt: skip
-    """Raise ``CheckpointError`` unless ``tensors`` has the base's names, shapes and dtypes. Reads no values.
-
-    free: names of tensors whose shapes may differ. beside: of those that may be there and not in the base.
-    """
-    check_values(tensors, "a fine-tune")
-    found, expected = headers(tensors), headers(base)
-    if not found.keys() & expected.keys():
-        raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
-    if missing := expected.keys() - found.keys():
-        raise CheckpointError(f"{len(missing)} tensors of the base are missing from the checkpoint: {_some(missing)}")
-    if extra := found.keys() - expected.keys() - beside:
-        raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
-    for name, own in expected.items():
-        value = found[name]
-        if (value.shape != own.shape and name not in free) or value.dtype != own.dtype:
-            hint = "; exclude it, and each model keeps its own" if value.shape != own.shape else ""
-            raise CheckpointError(
-                f"{name} must be {tuple(own.shape)} {own.dtype} as in the base, got {tuple(value.shape)}"
-                f" {value.dtype}{hint}"
-            )
 
 
 def check_values(tensors: Tensors, whose: str) -> None:

@@ -25,8 +25,9 @@ from randes.checkpoints.huggingface import (
     on_meta,
 )
 from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.paths.folder import INDEX
 from randes.checkpoints.safetensors import File
-from randes.checkpoints.sources import INDEX, weight_map
+from randes.checkpoints.sources import weight_map
 from randes.errors import CheckpointError, RandesError, StoreError
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.superposition import Superposition

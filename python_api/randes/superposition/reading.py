@@ -3,9 +3,8 @@
 from collections.abc import Callable, Container, Iterable
 
 from randes.checkpoints import sources
-from randes.checkpoints.layout import tied
+from randes.checkpoints.fit.tensors import fitted
 from randes.checkpoints.lazy_tensors import digests, headers
-from randes.checkpoints.names.conversion import without
 from randes.checkpoints.names.from_transformers import read_finetuned
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.errors import CheckpointError
@@ -40,12 +39,8 @@ def read(sup: State, finetuned: Checkpoint, whole: Container[str] = ()) -> Tenso
     if keeps:
         layout = with_added(layout, found, sup.base, (name for name in sup.superposed if name not in whole))
     tensors = layout.split(found)
-    # A head that this checkpoint ties and the base's omits.
-    extra = {alias for alias, name in tied(tensors).items() if alias not in sup.base and name in sup.base}
-    tensors = without(tensors, extra)
     free = sup.base.keys() - {*sup.superposed} | sup.unshared if keeps else set()
-    sources.check_fits(tensors, sup.base, free, {*added_in(layout.parts).values()})
-    return tensors
+    return fitted(tensors, sup.base, free, finetuned, added_in(layout.parts))
 
 
 def read_added(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from randes.checkpoints import sources
+from randes.checkpoints.fit.tensors import check_fits
 from randes.checkpoints.lazy_tensors import chunks, headers
 from randes.checkpoints.sources import Checkpoint, Tensors
 
@@ -38,7 +39,7 @@ def pairwise_cosines(
     if isinstance(tensors, Mapping):
         models = [sources.read(model) for model in tensors.values()]
         for model in models[1:]:
-            sources.check_fits(model, models[0])
+            check_fits(model, models[0])
     else:
         for tensor in tensors[1:]:
             check_same_shape("tensors", tensor, tensors[0])
@@ -116,7 +117,7 @@ def compare_models(
     ``ValueError`` for a name that is not there.
     """
     one, other = sources.read(first), sources.read(second)
-    sources.check_fits(other, one)
+    check_fits(other, one)
     sums = {name: Products.over(one, other, name, torch.device(device)) for name in _chosen(one, names)}
     return Comparison({name: own.likeness for name, own in sums.items()}, Products.sum(sums.values()).likeness)
 
