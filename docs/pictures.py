@@ -37,14 +37,20 @@ def superposition(folder: Path) -> None:
     """One delta, what the others leave beside it when they are merged and when they are superposed, and where it
     points."""
     store = randes.Superposition.load(folder / "store")
-    tensor = "layers.1.up.weight" if "layers.1.up.weight" in store.superposed else store.superposed[len(store.superposed) // 2]
+    tensor = (
+        "layers.1.up.weight"
+        if "layers.1.up.weight" in store.superposed
+        else store.superposed[len(store.superposed) // 2]
+    )
     deltas = deltas_of(folder, tensor)
     own = deltas[store.names[0]]
     merged = sum(deltas.values()) - own  # what stays of the others in a sum without transforms
     base = read_file(folder / "base.safetensors")[tensor]
     superposed = store.retrieve(store.names[0])[tensor] - base - own
     superposed = superposed * (merged.norm() / superposed.norm())  # the same size, to compare where they point
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), gridspec_kw={"width_ratios": (1, 1, 1, 1.5)}, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 4, figsize=(13, 3.6), gridspec_kw={"width_ratios": (1, 1, 1, 1.5)}, layout="constrained"
+    )
     most = float(torch.cat([own, merged, superposed]).abs().quantile(0.98))
     shown = (
         (own, "one model's delta"),
@@ -57,7 +63,11 @@ def superposition(folder: Path) -> None:
         place.set_xticks([])
         place.set_yticks([])
     spectrum: Axes = axes[3]
-    for values, color, label in ((own, OWN, "the delta"), (merged, MERGED, "the others, summed"), (superposed, NOISE, "the others, superposed")):
+    for values, color, label in (
+        (own, OWN, "the delta"),
+        (merged, MERGED, "the others, summed"),
+        (superposed, NOISE, "the others, superposed"),
+    ):
         energy = torch.linalg.svdvals(values.double()).square()
         spectrum.plot(100 * (energy / merged.double().square().sum()), color=color, label=label, linewidth=2)
     spectrum.set_title("the same noise in all, spread evenly", fontsize=10)
@@ -95,11 +105,29 @@ def decode() -> None:
         arrow(axes, (9.38, y + 0.31), (10.32, y + 0.31))
     box(axes, 5.06, 1.45, "D\nread once", "#2f7fb8", width=1.6, height=0.95)
     box(axes, 5.06, 4.25, "base weight\nread once", "#777777", width=1.6, height=0.8)
-    axes.annotate("", (5.0, 4.65), (0.75, 3.8), arrowprops={"arrowstyle": "-|>", "color": GREY, "connectionstyle": "angle,angleA=90,angleB=0,rad=8"})
-    axes.annotate("", (11.1, 3.8), (6.72, 4.65), arrowprops={"arrowstyle": "-|>", "color": GREY, "connectionstyle": "angle,angleA=0,angleB=90,rad=8"})
+    axes.annotate(
+        "",
+        (5.0, 4.65),
+        (0.75, 3.8),
+        arrowprops={"arrowstyle": "-|>", "color": GREY, "connectionstyle": "angle,angleA=90,angleB=0,rad=8"},
+    )
+    axes.annotate(
+        "",
+        (11.1, 3.8),
+        (6.72, 4.65),
+        arrowprops={"arrowstyle": "-|>", "color": GREY, "connectionstyle": "angle,angleA=0,angleB=90,rad=8"},
+    )
     axes.text(2.9, 4.78, "all rows, whatever their model", ha="center", fontsize=9, color=GREY)
     axes.text(9.1, 4.78, "the base's output, and what D adds to it", ha="center", fontsize=9, color=GREY)
-    axes.text(5.86, 0.55, "signs come from the model's name:\nthey are stored nowhere", ha="center", va="center", fontsize=9, color=GREY)
+    axes.text(
+        5.86,
+        0.55,
+        "signs come from the model's name:\nthey are stored nowhere",
+        ha="center",
+        va="center",
+        fontsize=9,
+        color=GREY,
+    )
     axes.set_xlim(-0.2, 12)
     axes.set_ylim(0.2, 5.2)
     axes.axis("off")

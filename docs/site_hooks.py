@@ -1,5 +1,7 @@
-"""What the site is made of beside the pages in this folder: files from elsewhere in the repository, and text that the code
-says of itself. MkDocs calls these functions (``hooks`` in mkdocs.yml)."""
+"""What the site is made of beside the pages in this folder: files from elsewhere, and text that the code says of itself.
+
+MkDocs calls these functions (``hooks`` in mkdocs.yml).
+"""
 
 import re
 from dataclasses import MISSING, fields
