@@ -37,11 +37,7 @@ def superposition(folder: Path) -> None:
     """One delta, what the others leave beside it when they are merged and when they are superposed, and where it
     points."""
     store = randes.Superposition.load(folder / "store")
-    tensor = (
-        "layers.1.up.weight"
-        if "layers.1.up.weight" in store.superposed
-        else store.superposed[len(store.superposed) // 2]
-    )
+    tensor = store.superposed[len(store.superposed) // 2]
     deltas = deltas_of(folder, tensor)
     own = deltas[store.names[0]]
     merged = sum(deltas.values()) - own  # what stays of the others in a sum without transforms
@@ -62,19 +58,18 @@ def superposition(folder: Path) -> None:
         place.set_title(title, fontsize=10)
         place.set_xticks([])
         place.set_yticks([])
-    spectrum: Axes = axes[3]
-    for values, color, label in (
-        (own, OWN, "the delta"),
-        (merged, MERGED, "the others, summed"),
-        (superposed, NOISE, "the others, superposed"),
-    ):
-        energy = torch.linalg.svdvals(values.double()).square()
-        spectrum.plot(100 * (energy / merged.double().square().sum()), color=color, label=label, linewidth=2)
-    spectrum.set_title("the same noise in all, spread evenly", fontsize=10)
-    spectrum.set_xlabel("direction, loudest first")
-    spectrum.set_ylabel("share of the noise's energy in %")
-    spectrum.spines[["top", "right"]].set_visible(False)
-    spectrum.legend(frameon=False, fontsize=9)
+    spread: Axes = axes[3]
+    energy = sum((delta @ delta.T).double() for delta in deltas.values())
+    loudest = torch.linalg.eigh(energy).eigenvectors.flip(1).float()  # output directions, those of the deltas first
+    for values, color, label in ((merged, MERGED, "summed as they are"), (superposed, NOISE, "superposed")):
+        inside = (loudest.T @ values).square().sum(1).cumsum(0)
+        spread.plot(100 * inside / inside[-1], color=color, label=label, linewidth=2)
+    spread.plot((0, len(loudest) - 1), (0, 100), color=GREY, linewidth=1, linestyle=":", label="spread evenly")
+    spread.set_title("where the noise of the others points", fontsize=10)
+    spread.set_xlabel("output directions, the deltas' loudest first")
+    spread.set_ylabel("share of the noise in them, in %")
+    spread.spines[["top", "right"]].set_visible(False)
+    spread.legend(frameon=False, fontsize=9, loc="lower right")
     figure.savefig(IMAGES / "superposition.png", dpi=110)
     plt.close(figure)
 
@@ -95,15 +90,17 @@ def decode() -> None:
     for place, (name, color) in enumerate(rows):
         y = 3.1 - place
         box(axes, 0, y, f"row of {name}", color)
-        base = name == "__base__"
-        box(axes, 2.7, y, "as it is" if base else "its column signs", color)
-        box(axes, 7.4, y, "nothing" if base else "its row signs, its gain", color, width=1.9)
         box(axes, 10.4, y, "+   its own bias", color, width=1.4)
+        if name == "__base__":
+            axes.text(3.45, y + 0.31, "needs the base's weight alone", ha="center", va="center", fontsize=9, color=GREY)
+            continue
+        box(axes, 2.7, y, "its column signs", color)
+        box(axes, 7.4, y, "its row signs, its gain", color, width=1.9)
         arrow(axes, (1.56, y + 0.31), (2.62, y + 0.31))
-        arrow(axes, (4.26, y + 0.31), (5.0, 1.9))
-        arrow(axes, (6.7, 1.9), (7.32, y + 0.31))
+        arrow(axes, (4.26, y + 0.31), (5.0, 2.6))
+        arrow(axes, (6.72, 2.6), (7.32, y + 0.31))
         arrow(axes, (9.38, y + 0.31), (10.32, y + 0.31))
-    box(axes, 5.06, 1.45, "D\nread once", "#2f7fb8", width=1.6, height=0.95)
+    box(axes, 5.06, 2.15, "D\nread once", "#2f7fb8", width=1.6, height=0.95)
     box(axes, 5.06, 4.25, "base weight\nread once", "#777777", width=1.6, height=0.8)
     axes.annotate(
         "",
@@ -129,7 +126,7 @@ def decode() -> None:
         color=GREY,
     )
     axes.set_xlim(-0.2, 12)
-    axes.set_ylim(0.2, 5.2)
+    axes.set_ylim(0.9, 5.2)
     axes.axis("off")
     figure.savefig(IMAGES / "decode.png", dpi=110)
     plt.close(figure)

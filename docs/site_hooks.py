@@ -1,4 +1,4 @@
-"""What the site is made of beside the pages in this folder: files from elsewhere, and text that the code says of itself.
+"""What the site has beside the pages in this folder: files from elsewhere, and text that the code says of itself.
 
 MkDocs calls these functions (``hooks`` in mkdocs.yml).
 """
