@@ -55,11 +55,40 @@ def _header(numbers: Numbers, title: str) -> str:
     ]  # fmt: skip
     return (
         f"<h1>{escaped(title)}</h1>\n<p class='lead'>{count} fine-tunes and their base in {byte_size(sizes.total)[0]}."
-        f"{against}</p>"
+        f"{against}</p>{_verdict(numbers)}"
         + details(
             "How it was made", table("config", ("option", "value"), [(option, str(value)) for option, value in rows])
         )
     )
+
+
+def _verdict(numbers: Numbers) -> str:
+    """What the page comes to: the size, the noise in each model, and what to do next."""
+    sizes, names = numbers.sizes, [name for name in numbers.names if name != "__base__"]
+    lines = [f"<b>Size:</b> {sizes.total / sizes.base:.2f} times one model."] if sizes.base else []
+    noise = {name: own.relative(own.predicted) for name in names if math.isfinite((own := numbers.together(name)).size)}
+    noise = {name: value for name, value in noise.items() if math.isfinite(value)}
+    if noise:
+        worst = max(noise, key=noise.__getitem__)
+        mean = sum(noise.values()) / len(noise)
+        lines.append(
+            f"<b>Noise:</b> {pictures.figures(mean)} times a delta's size in the mean, most in {escaped(worst)}"
+            f" ({pictures.figures(noise[worst])}), as predicted. It is spread over all directions, and is not the"
+            " accuracy."
+        )
+    if wrong := [name for name, found in numbers.verified.items() if not found.kept_exact]:
+        lines.append(f"<b>Wrong:</b> kept tensors of {escaped(', '.join(wrong))} did not come back exactly.")
+    if not names:
+        lines.append("<b>Next:</b> add a fine-tune (<code>randes add</code>).")
+    elif numbers.packing is None:
+        two = numbers.packed[2].total / sizes.base if sizes.base else 0.0
+        lines.append(
+            f"<b>Next:</b> evaluate each model as it is served. For serving, <code>randes pack --bits 2</code> makes"
+            f" {two:.2f} times one model of this."
+        )
+    else:
+        lines.append("<b>Next:</b> evaluate each model as it is served from this store.")
+    return "<ul id='verdict'>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
 
 
 def _sizes(numbers: Numbers) -> str:
@@ -187,7 +216,8 @@ def _heat(
     if np.isfinite(values).any():
         breaks = _breaks(numbers, names)
         picture = figure(
-            pictures.heat(values, names, _endings(tuple(numbers.layers)), title, label, scale=scale, breaks=breaks)
+            pictures.heat(values, names, _endings(tuple(numbers.layers)), title, label, scale=scale, breaks=breaks),
+            f"{title} ({label}) of each model, a row, in each layer, a column; lines part groups.",
         )
     numbers_below = details(f"{title}: numbers", table(key, ("model", *numbers.layers), rows))
     return f"<h3>{title}</h3>" + picture + numbers_below
@@ -200,12 +230,13 @@ def _cosines(numbers: Numbers) -> str:
     apart = {key: _off_diagonal(cosines) for key, cosines in numbers.cosines.items()}
     found = np.concatenate([np.abs(values[np.isfinite(values)]) for values in apart.values()])
     limit = max(0.01, float(found.max()) if found.size else 0.0)
+    parts = []
     for key, cosines in numbers.cosines.items():
-        title = WORDS[f"title {key}"]
+        title, part = WORDS[f"title {key}"], ""
         values = apart[key]
         finite = values[np.isfinite(values)]
         if finite.size:
-            text += (
+            part += (
                 f"<h3>{title}</h3><p>Mean {finite.mean():.4f}, largest magnitude {np.abs(finite).max():.4f}.</p>"
                 + figure(pictures.heat(
                     values, cosines.names, cosines.names, title, "cosine", scale="signed", limit=limit,
@@ -215,13 +246,14 @@ def _cosines(numbers: Numbers) -> str:
         rows: list[Sequence[Value]] = [
             (name, *map(number, own)) for name, own in zip(cosines.names, cosines.values.tolist(), strict=True)
         ]
-        text += details(f"{title}: numbers", table(key, ("model", *cosines.names), rows))
+        part += details(f"{title}: numbers", table(key, ("model", *cosines.names), rows))
         if cosines.sampled:
-            text += (
+            part += (
                 f"<p class='note'>{cosines.sampled} of {cosines.tensors} tensors have more than {SAMPLE:,} elements:"
                 " of these, equally spaced runs of rows stand for the whole.</p>"
             )
-    return text
+        parts.append(f"<div>{part}</div>")
+    return text + f"<div class='pair'>{''.join(parts)}</div>"
 
 
 def _off_diagonal(cosines: Cosines) -> NDArray[np.float64]:
