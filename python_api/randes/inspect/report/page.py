@@ -11,6 +11,7 @@ from randes.inspect.report.cosines import SAMPLE, Cosines
 from randes.inspect.report.html import UNITS, Value, byte_size, details, escaped, figure, number, share, table
 from randes.inspect.report.numbers import Cell, Numbers
 from randes.inspect.report.text import STYLE, WORDS
+from randes.inspect.report.verdict import verdict
 from randes.superposition.members import Sizes
 
 
@@ -55,40 +56,11 @@ def _header(numbers: Numbers, title: str) -> str:
     ]  # fmt: skip
     return (
         f"<h1>{escaped(title)}</h1>\n<p class='lead'>{count} fine-tunes and their base in {byte_size(sizes.total)[0]}."
-        f"{against}</p>{_verdict(numbers)}"
+        f"{against}</p>{verdict(numbers)}"
         + details(
             "How it was made", table("config", ("option", "value"), [(option, str(value)) for option, value in rows])
         )
     )
-
-
-def _verdict(numbers: Numbers) -> str:
-    """What the page comes to: the size, the noise in each model, and what to do next."""
-    sizes, names = numbers.sizes, [name for name in numbers.names if name != "__base__"]
-    lines = [f"<b>Size:</b> {sizes.total / sizes.base:.2f} times one model."] if sizes.base else []
-    noise = {name: own.relative(own.predicted) for name in names if math.isfinite((own := numbers.together(name)).size)}
-    noise = {name: value for name, value in noise.items() if math.isfinite(value)}
-    if noise:
-        worst = max(noise, key=noise.__getitem__)
-        mean = sum(noise.values()) / len(noise)
-        lines.append(
-            f"<b>Noise:</b> {pictures.figures(mean)} times a delta's size in the mean, most in {escaped(worst)}"
-            f" ({pictures.figures(noise[worst])}), as predicted. It is spread over all directions, and is not the"
-            " accuracy."
-        )
-    if wrong := [name for name, found in numbers.verified.items() if not found.kept_exact]:
-        lines.append(f"<b>Wrong:</b> kept tensors of {escaped(', '.join(wrong))} did not come back exactly.")
-    if not names:
-        lines.append("<b>Next:</b> add a fine-tune (<code>randes add</code>).")
-    elif numbers.packing is None:
-        two = numbers.packed[2].total / sizes.base if sizes.base else 0.0
-        lines.append(
-            f"<b>Next:</b> evaluate each model as it is served. For serving, <code>randes pack --bits 2</code> makes"
-            f" {two:.2f} times one model of this."
-        )
-    else:
-        lines.append("<b>Next:</b> evaluate each model as it is served from this store.")
-    return "<ul id='verdict'>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>"
 
 
 def _sizes(numbers: Numbers) -> str:
