@@ -39,8 +39,21 @@ def runs_kernels(module: object) -> bool:
     return any(name.startswith(kernels) for name in (*names, *origins))
 
 
+def count_few(items: list[pytest.Item]) -> None:
+    """Of the cases of a test that may run kernels only the first is counted with ``--cov``: counting makes Triton's
+    interpreter half as fast, and the other cases take other branches of kernels alone, which are not counted."""
+    kernels = {module: runs_kernels(module) for module in {i.module for i in items if isinstance(i, pytest.Function)}}
+    before = set()
+    for item in items:
+        if isinstance(item, pytest.Function) and kernels[item.module]:
+            if item.function in before:
+                item.add_marker("no_cover")
+            before.add(item.function)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests are chosen with ``-m gpu``; elsewhere they are left out, not counted as skipped."""
+    count_few(items)
     if not torch.cuda.is_available():
         gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=gpu)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import architecture_sweep
+import architecture_tables
 import claim_tables
 import claims
 import language
@@ -264,13 +265,23 @@ def test_the_cpu_reaches_what_the_readme_says_of_it() -> None:
         assert max(superposed(8, dtype)) <= 2.5
 
 
-def test_the_table_of_architectures_is_that_of_the_rows_and_has_no_wrong_answer() -> None:
+PAGES = [
+    ("guarantees", "architectures"), ("transformers", "architecture table"), ("transformers", "architecture refusals"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "table"), PAGES)
+def test_the_tables_of_architectures_are_those_of_the_rows(page: str, table: str) -> None:
     measured = json.loads(architecture_sweep.RESULTS.read_text())
-    page = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
-    shown = table_in(page, "architectures")
-    assert shown.strip() == architecture_sweep.markdown(measured)
-    outcomes = {architecture_sweep.kind(row[way]) for row in measured["rows"] for way in architecture_sweep.WAYS}
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert table_in(text, table).strip() == architecture_tables.TABLES[table](measured)
+
+
+def test_no_architecture_answers_wrongly_or_is_refused_late() -> None:
+    rows = json.loads(architecture_sweep.RESULTS.read_text())["rows"]
+    outcomes = {architecture_sweep.kind(row[way]) for row in rows for way in architecture_tables.WAYS}
     assert outcomes <= {"right", "refused", "not run", "indistinct", ""}
+    assert len({row["model_type"] for row in rows if row["disk"] == "right"}) > 300
 
 
 def test_the_real_models_table_is_that_of_the_rows() -> None:

@@ -52,7 +52,7 @@ class Share(NamedTuple):
     bits: float
 
 
-def shares(rows: Rows, method: str, group: int, d: int = 16, coordinates: int = 16) -> Share | None:
+def shares(rows: Rows, method: str, group: int, d: float = 16, coordinates: int = 16) -> Share | None:
     """Of one method, with D and coordinates in so many bits; None where it was not measured."""
     wanted = method, group, d, coordinates
     chosen = [row for row in rows if "kept" in row and _key(row) == wanted]
@@ -63,11 +63,11 @@ def shares(rows: Rows, method: str, group: int, d: int = 16, coordinates: int = 
     return Share(statistics.mean(means), (max(means) - min(means)) / 2, worst, chosen[0]["bits"])
 
 
-def _key(row: dict[str, Any]) -> tuple[str, int, int, int]:
+def _key(row: dict[str, Any]) -> tuple[str, int, float, int]:
     return row["method"], row["group"], row.get("d", 16), row.get("coordinates", 16)
 
 
-def every(rows: Rows) -> dict[tuple[str, int, int, int], Share]:
+def every(rows: Rows) -> dict[tuple[str, int, float, int], Share]:
     """All that was measured, by method, group and bits."""
     found = {}
     for key in dict.fromkeys(_key(row) for row in rows if "kept" in row):
@@ -121,7 +121,7 @@ def table_of_bits(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def described(key: tuple[str, int, int, int]) -> str:
+def described(key: tuple[str, int, float, int]) -> str:
     """A method with its bits and its group."""
     method, group, d, held = key
     packed = f", D in {d} bits" if group > 1 and FAMILIES["ours"](method) else ""
@@ -246,9 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, default="narrow")
     parser.add_argument("--models", type=Path, default=MODELS, help="where models are kept (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="measure these, and keep the others' rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="measure what these lack")
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, help="models to a group (%(default)s)")
-    parser.add_argument("--only", default="", help="measure methods whose name holds this, and keep the others' rows")
+    parser.add_argument("--only", default="", help="measure methods whose name holds this")
     parser.add_argument("--table", choices=TABLES, nargs="?", const="methods", help="print what is there")
     parser.add_argument("--draw", action="store_true", help="draw what is there")
     given = parser.parse_args()
@@ -260,17 +260,14 @@ def main() -> None:
         for seed in () if given.draw else given.seeds:
             task = bars.add_task(f"seed {seed}", total=None)
 
-            def again(row: dict[str, Any], seed: int) -> bool:
-                return row["seed"] == seed and given.only in row["method"]
-
             tuned = finetunes(SETTINGS[given.setting], seed, given.models)
-            found: Rows = []
+            there = {_key(row) for row in read(path) if row["seed"] == seed}
             for row in measured(
-                tuned, given.groups, given.only, lambda what, task=task: bars.update(task, advance=1, description=what)
-            ):
-                if given.only in row["method"]:
-                    found.append({**row, "seed": seed})
-                    write(path, list(tuned.models), [row for row in read(path) if not again(row, seed)] + found)
+                tuned, given.groups, given.only, there,
+                lambda what, task=task: bars.update(task, advance=1, description=what),
+            ):  # fmt: skip
+                old = [other for other in read(path) if (other["seed"], _key(other)) != (seed, _key(row))]
+                write(path, list(tuned.models), [*old, {**row, "seed": seed}])
     draw()
 
 

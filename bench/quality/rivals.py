@@ -23,7 +23,8 @@ import rival_methods as methods
 import torch
 from language import read, write
 from rich.progress import Progress
-from rival_methods import Method, per_model
+from rival_forms import Form, bits, dropped, mixed, of_rank, signs, uneven
+from rival_methods import per_model
 from rival_tables import draw, short_table, table
 from safetensors import safe_open
 from smollm import KINDS, MODELS, base_folder, finetuned, held_out_loss
@@ -36,15 +37,6 @@ FINETUNES = 8
 CHOOSING = 2
 """Sequences of each kind's validation text to choose λ on."""
 MERGED, RESCALED = (0.1, 0.2, 0.3, 0.45), (0.4, 0.7, 1.0)
-
-
-class Form(NamedTuple):
-    """What a tensor's deltas become. by_tier: three methods, for the third of the matrices of the least variance, the
-    next, and the rest."""
-
-    name: str
-    method: Method
-    by_tier: tuple[Method, ...] = ()
 
 
 class Rival(NamedTuple):
@@ -60,38 +52,6 @@ class Rival(NamedTuple):
     def entries(self) -> dict[str, str]:
         """That tell its row from others."""
         return {"method": self.method, "form": self.matrices.name, "table": self.table.name}
-
-
-def bits(count: int, rotated: bool = False) -> Form:
-    name = f"{count} bit{'s' * (count > 1)}" + ", rotated" * rotated
-    return Form(name, per_model(methods.few_bits, bits=count, rotated=rotated))
-
-
-def of_rank(rank: int, count: int) -> Form:
-    return Form(f"rank {rank} in {count} bits", per_model(methods.low_rank, bands=((rank, count),)))
-
-
-def mixed(*bands: tuple[int, int]) -> Form:
-    """(directions, bits) from the loudest on."""
-    name = "rank " + " + ".join(str(rank) for rank, _ in bands) + " in " + ", ".join(str(n) for _, n in bands) + " bits"
-    return Form(name, per_model(methods.low_rank, bands=bands))
-
-
-def signs(share: float) -> Form:
-    """Sparse ones by row."""
-    method = per_model(methods.sparse_signs, share=share, rotated=True, by_row=True)
-    return Form(f"{100 * share:g} % of a row, rotated", method)
-
-
-def dropped(share: float, count: int, rotated: bool = False) -> Form:
-    method = per_model(methods.dropped, share=share, bits=count, rotated=rotated)
-    return Form(f"{100 * share:g} % in {count} bit{'s' * (count > 1)}" + ", rotated" * rotated, method)
-
-
-def uneven(share: float, count: int) -> Form:
-    """More of what varies more."""
-    tiers = tuple(per_model(methods.dropped, share=factor * share, bits=count) for factor in (0.5, 1.0, 1.5))
-    return Form(f"{100 * share:g} % in {count} bits, by variance", tiers[1], tiers)
 
 
 def rivals() -> Iterator[Rival]:

@@ -25,6 +25,7 @@ from smollm import KINDS, MODELS, Texts, base_folder, finetuned, held_out_loss
 
 import randes
 from randes.config import Rank
+from randes.superposition.packed_tensors import in_words
 
 RESULTS = Path(__file__).parents[1] / "results" / "smollm.json"
 
@@ -160,7 +161,7 @@ def table(rows: Rows, finetunes: tuple[int, ...] = (8,)) -> str:
     chosen = [row for row in rows if Store.of(row).finetunes in finetunes]
     for row in sorted(chosen, key=lambda row: (row["models"], row["times"])):
         mean, worst = 100 * statistics.mean(row["kept"]), 100 * min(row["kept"])
-        bits = f"{row['bits']} bit" + "s" * (row["bits"] > 1) + (", rotated" if row["matrix"] == "rotation" else "")
+        bits = in_words(row["bits"]) + (", rotated" if row["matrix"] == "rotation" else "")
         cells = row["models"], row["group"], row["rank"], bits, row["embeddings"]
         lines.append(f"| {' | '.join(map(str, cells))} | {mean:.1f} ({worst:.1f}) | {row['times']:.2f}x |")
     return "\n".join(lines)

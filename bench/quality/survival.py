@@ -6,24 +6,24 @@ bits; of what is stored per task its levels or factors with their scales.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from finetunes import Finetunes, LanguageModel, bits, matrices
+from rival_forms import forms_at
 from torch import Tensor
 
 import randes
 from randes.demo.baselines import task_arithmetic, ties
-from randes_kernels import pack, unpack
 
 Tensors = dict[str, Tensor]
+Keys = Collection[tuple[str, int, float, int]]
+"""Of rows: method, models to a group, bits of D and of coordinates."""
 GROUPS = (8, 16, 4, 2)
 RANKS = (4, 8, 16, 32, 64)
-FP16_RANKS, FOUR_BIT_RANKS = (1, 2, 3, 4, 5, 8, 11, 16), (1, 2, 3, 4, 6, 8, 11, 16, 20, 32, 40)
-"""Of truncated singular value decompositions, for every 128 of width."""
 MERGED = {
     "task arithmetic, best λ": (task_arithmetic, (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)),
     "TIES, best λ": (ties, (0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6)),
@@ -31,6 +31,7 @@ MERGED = {
 """Merging methods and their λ, of which each gets the one that is best on the validation text."""
 CALIBRATING = 32
 """Sequences of each kind to calibrate with."""
+AUTO = "shared basis of rank auto"
 PLAIN = randes.Config(include=("layers*weight",), rank=0)
 
 
@@ -52,20 +53,22 @@ def configurations() -> dict[str, randes.Config]:
         "two-sided, centred": replace(PLAIN, centre=True),
         **ranks,
         **{f"{name}, centred": replace(config, centre=True) for name, config in ranks.items()},
+        f"{AUTO}, rotated": replace(PLAIN, rank="auto", matrix="rotation"),
     }
 
 
-def packings(config: randes.Config) -> list[tuple[int, int]]:
+def packings(method: str, config: randes.Config) -> list[tuple[float, int]]:
     """In how many bits D and coordinates are held, one after the other."""
-    if config.signs != "both":
+    if config.signs != "both" or config.centre:
         return [(16, 16)]
     if not config.rank:
-        return [(16, 16), (8, 16), (4, 16), (2, 16)]
-    more = [(8, 8), (4, 8), (2, 8)] if config.centre and config.rank in (16, 32) else []
-    return [(16, 16), (4, 4), (2, 4), *more]
+        return [(16, 16), (4, 16), (2, 16), (1, 16), (0.5, 16)]
+    if config.matrix == "rotation":
+        return [(2, 4), (1, 4), (0.5, 4)]
+    return [(16, 16), (4, 4), *([(2, 4), (1, 4), (0.5, 4)] if config.rank == "auto" else [])]
 
 
-def served(made: randes.Superposition, d: int, coordinates: int) -> tuple[randes.Superposition, int]:
+def served(made: randes.Superposition, d: float, coordinates: int) -> tuple[randes.Superposition, int]:
     """A superposition with D and coordinates in so many bits, and the bytes of its deltas: with 16, as it is."""
     packed = made if d == 16 else made.pack(d, coordinates=coordinates)
     gains = 4 * sum(len(member.gains) for member in made.members.values())
@@ -104,40 +107,40 @@ class Judge:
         ]
 
 
-def superposed(tuned: Finetunes, group: int, only: str) -> Iterator[Made]:
-    """Ours, in every number of bits."""
+def superposed(tuned: Finetunes, group: int, only: str, there: Keys) -> Iterator[Made]:
+    """Ours, in every number of bits that is not ``there``."""
     for method, config in configurations().items():
-        if only in method:
+        wanted = [(d, held) for d, held in packings(method, config) if (method, group, d, held) not in there]
+        if only in method and wanted:
             made = randes.compress(tuned.base, tuned.models, replace(config, group_size=group))
-            yield from _packed(made, method, packings(config))
+            yield from _packed(made, method, wanted)
 
 
-def calibrated(tuned: Finetunes, group: int, only: str) -> Iterator[Made]:
+def calibrated(tuned: Finetunes, group: int, only: str, there: Keys) -> Iterator[Made]:
     """Ours with bases that come from activations: of the base on training text of every kind."""
     methods = {f"shared basis of rank {rank}, calibrated": rank for rank in (16, "auto")}
-    wanted = {method: rank for method, rank in methods.items() if only in method}
+    wanted = {m: rank for m, rank in methods.items() if only in m and (m, group, 16, 16) not in there}
     if wanted:
         base = LanguageModel(tuned.setting)
         base.load_state_dict(tuned.base)
         moments = randes.calibrate(base, (rows[:CALIBRATING, :-1].long() for rows in tuned.texts.training.values()))
     for method, rank in wanted.items():
         config = replace(PLAIN, rank=rank, group_size=group)
-        made = randes.compress(tuned.base, tuned.models, config, calibration=moments)
-        yield from _packed(made, method, [(16, 16), (4, 4)])
+        yield from _packed(randes.compress(tuned.base, tuned.models, config, calibration=moments), method, [(16, 16)])
 
 
-def _packed(made: randes.Superposition, method: str, packings: list[tuple[int, int]]) -> Iterator[Made]:
+def _packed(made: randes.Superposition, method: str, packings: list[tuple[float, int]]) -> Iterator[Made]:
     group = made.config.group_size
     for d, held in packings:
         packed, nbytes = served(made, d, held)
         yield Made({"method": method, "group": group, "d": d, "coordinates": held}, nbytes, packed.retrieve)
 
 
-def merged(tuned: Finetunes, group: int, judge: Judge, only: str) -> Iterator[Made]:
+def merged(tuned: Finetunes, group: int, judge: Judge, only: str, there: Keys) -> Iterator[Made]:
     """One delta for all models of a group, at the λ that is best on the validation text."""
     deltas, kinds = _deltas(tuned), list(tuned.models)
     for method, (merge, scales) in MERGED.items():
-        if only not in method:
+        if only not in method or (method, group, 16, 16) in there:
             continue
         sums: dict[str, Tensors] = {}
         for first in range(0, len(kinds), group):
@@ -150,62 +153,28 @@ def merged(tuned: Finetunes, group: int, judge: Judge, only: str) -> Iterator[Ma
         yield Made(row, len(kinds) // group * _bytes(deltas), partial(at, best))
 
 
-def per_task(tuned: Finetunes, only: str) -> Iterator[Made]:
-    """Every model's delta by itself in few bits, or in few directions."""
-    methods = {m: approximate for m, approximate in approximations(tuned.setting.width).items() if only in m}
-    deltas = _deltas(tuned) if methods else {}
-    factors = {kind: {name: _factors(value) for name, value in delta.items()} for kind, delta in deltas.items()}
-    for method, approximate in methods.items():
-        approximated: dict[str, Tensors] = {}
+def others(tuned: Finetunes, only: str, there: Keys) -> Iterator[Made]:
+    """Other methods that keep something for each model, in the forms that do best (rival_forms.py)."""
+    deltas = _deltas(tuned)
+    for method, form in forms_at(tuned.setting.width):
+        name = f"{method}, {form.name}"
+        if only not in name or (name, 1, 16, 16) in there:
+            continue
+        found: dict[str, Tensors] = {kind: {} for kind in deltas}
         nbytes = 0
-        for kind, delta in deltas.items():
-            found = {name: approximate(value, *factors[kind][name]) for name, value in delta.items()}
-            approximated[kind] = {name: value for name, (value, _) in found.items()}
-            nbytes += sum(held for _, held in found.values())
-        yield Made({"method": method, "group": 1}, nbytes, partial(_with_deltas, tuned.base, approximated, 1.0))
-
-
-def approximations(width: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, int]]]:
-    """What a delta becomes and the bytes of that; given the delta and its factors, (r, N) and (r, K)."""
-
-    def low_rank(rank: int, delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        left, right = left[:rank].half(), right[:rank].half()
-        return left.float().mT @ right.float(), left.nbytes + right.nbytes
-
-    def low_rank_in_four_bits(rank: int, delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        packed = pack(left[:rank], 4), pack(right[:rank], 4)
-        return unpack(packed[0]).mT @ unpack(packed[1]), packed[0].nbytes + packed[1].nbytes
-
-    def one_bit(by_row: bool, delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        """BitDelta (arXiv 2402.10193), with a scale a matrix or a row, before it is tuned on data."""
-        scale = (delta.abs().mean(1, keepdim=True) if by_row else delta.abs().mean()).half()
-        return delta.sign() * scale.float(), delta.numel() // 8 + scale.nbytes
-
-    def few_bits(bits: int, delta: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        packed = pack(delta, bits)
-        return unpack(packed), packed.nbytes
-
-    size = width // 128  # the same shares of all directions, and so the same bits
-    return {
-        **{f"per-task rank {r * size}": partial(low_rank, r * size) for r in FP16_RANKS},
-        **{f"per-task rank {r * size} in 4 bits": partial(low_rank_in_four_bits, r * size) for r in FOUR_BIT_RANKS},
-        "per-task 1 bit": partial(one_bit, False),
-        "per-task 1 bit, a scale a row": partial(one_bit, True),
-        "per-task 2 bits": partial(few_bits, 2),
-        "per-task 4 bits": partial(few_bits, 4),
-    }
-
-
-def _factors(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(r, N) and (r, K), whose product over r is the delta: a singular value decomposition, loudest first."""
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
-    return (u * s.sqrt()).mT.contiguous(), s.sqrt()[:, None] * v
+        for tensor in matrices(tuned.base):
+            made, held = form.method(torch.stack([delta[tensor] for delta in deltas.values()]))
+            nbytes += held
+            for kind, value in zip(deltas, made, strict=True):
+                found[kind][tensor] = value
+        yield Made({"method": name, "group": 1}, nbytes, partial(_with_deltas, tuned.base, found, 1.0))
 
 
 def measured(
-    tuned: Finetunes, groups: Iterable[int], only: str, step: Callable[[str], None]
+    tuned: Finetunes, groups: Iterable[int], only: str, there: Keys, step: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each method whose name holds ``only``, size of groups and number of bits, after one of the fine-tunes.
+    """A row for each method whose name holds ``only``, size of groups and number of bits that is not ``there``, after
+    one of the fine-tunes.
 
     step: called before each, with what it is.
     """
@@ -214,13 +183,13 @@ def measured(
     yield {"method": "fine-tunes", "group": 1, "bits": 16, "base": judge.base["test"], "own": judge.own["test"]}
 
     def all_made() -> Iterator[Made]:
-        yield from per_task(tuned, only)
+        yield from others(tuned, only, there)
         for group in groups:
             if group <= len(tuned.models):
-                yield from merged(tuned, group, judge, only)
-                yield from superposed(tuned, group, only)
+                yield from merged(tuned, group, judge, only, there)
+                yield from superposed(tuned, group, only, there)
                 if group == 8:
-                    yield from calibrated(tuned, group, only)
+                    yield from calibrated(tuned, group, only, there)
 
     for made in all_made():
         step(f"{made.row['method']}, groups of {made.row['group']}")

@@ -22,8 +22,8 @@ from randes.inspect.plan import plan
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.load import load
 from randes.serving.model import SuperposedModel
+from randes.serving.servable import compress
 from randes.superposition.basis.calibration import calibrate
-from randes.superposition.compress import compress
 from randes.superposition.lora_factors import merge_adapter, superpose_adapters
 from randes.superposition.superposition import Superposition
 

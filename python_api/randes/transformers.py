@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from randes.checkpoints.huggingface import METHOD, check_version
+from randes.checkpoints.huggingface import METHOD, base_file, check_version
 from randes.checkpoints.quantization import RandesConfig, Served
 from randes.checkpoints.sources import Checkpoint
 from randes.serving.batch import Batch
@@ -38,8 +38,9 @@ class RandesQuantizer(Served):
     store: Path
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Called with the configuration before the weights' files are looked for."""
-        config.transformers_weights = self.quantization_config.base
+        """Called with the configuration before the weights' files are looked for. Raises ``StoreError`` where it does
+        not name one beside it."""
+        config.transformers_weights = base_file(vars(self.quantization_config))
         return config
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
@@ -47,6 +48,7 @@ class RandesQuantizer(Served):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        super()._process_model_after_weight_loading(model)
         give_adapters(model, SuperposedModel(model, Superposition.load(self.store)))
         return model
 

@@ -4,28 +4,36 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import content, finetune, net
-from torch import Tensor
+from torch import Tensor, nn
 
 import randes
 from randes.checkpoints.lora import ADAPTER_CONFIG, WEIGHTS
 from randes.checkpoints.safetensors import write_file
+from randes.config import LARGE_TABLE
 
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2,
     "n_positions": 16, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     "num_labels": 2, "attn_pdrop": 0.1, "task_specific_params": {"text-generation": {"max_length": 50}},
 }  # fmt: skip
-STORES: dict[str, tuple[randes.Config, float | None]] = {
+STORES: dict[str, tuple[randes.Config, dict[str, Any] | None]] = {
     "integers": (randes.Config(group_size=2), None),
     "basis, centred": (randes.Config(rank=4, centre=True), None),
     "averages, shuffled": (randes.Config(others="average", shuffle_layers=-1), None),
-    "4 bits, basis": (randes.Config(rank=4), 4),
-    "1 bit": (randes.Config(permute=8), 1),
-    "half a bit": (randes.Config(), 0.5),
+    "4 bits, basis": (randes.Config(rank=4), {"bits": 4}),
+    "1 bit": (randes.Config(permute=8), {"bits": 1}),
+    "half a bit, basis in 8 bits": (randes.Config(rank=4), {"bits": 0.5, "coordinates": 8}),
+    "table": (randes.Config(), None),
+    "table in half a bit": (randes.Config(), {"bits": 0.5}),
+    "table in 2 bits": (randes.Config(permute=8), {"bits": 1, "embeddings": 2}),
+    "table of directions alone": (randes.Config(), {"bits": 2, "embeddings": 0}),
 }
+"""How each is made, and packed. A table is one of embeddings that models have deltas of their own of."""
+ROWS = LARGE_TABLE // 32 + 1
 Files = dict[str, bytes]
 
 
@@ -40,20 +48,22 @@ class Corpus:
     shards: Files = field(default_factory=dict)
     adapter: Files = field(default_factory=dict)
     transformers: Files = field(default_factory=dict)
+    served: randes.Superposition | None = None
+    logits: Tensor = field(default_factory=lambda: torch.zeros(0))
     base: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def made(cls, folder: Path, *, transformers: bool = True) -> "Corpus":
-        """transformers: whether the model of a Transformers folder is in it, which takes seconds to import."""
-        found, base = cls(folder / "scratch"), net()
-        models = {f"m{seed}": finetune(base, seed) for seed in range(3)}
-        for kind, (config, bits) in STORES.items():
-            sup = randes.compress(base, models, config)
+    def made(cls, folder: Path) -> "Corpus":
+        found, base, tabled = cls(folder / "scratch"), net(), net()
+        tabled.embed = nn.Embedding(ROWS, 32)
+        for kind, (config, packing) in STORES.items():
+            own = tabled if kind.startswith("table") else base
+            sup = randes.compress(own, {f"m{seed}": finetune(own, seed) for seed in range(3)}, config)
             sup.model_files = {"config.json": json.dumps(GPT2).encode(), "tokenizer.json": b'{"a": 1}'}
-            sup = sup if bits is None else sup.pack(bits)
+            sup = sup if packing is None else sup.pack(**packing)
             sup.save(folder / kind)
             found.stores[kind] = content(folder / kind)
-            found.answers[kind] = {name: sup.retrieve(name) for name in models}
+            found.answers[kind] = {name: sup.retrieve(name) for name in sup.names}
         found.base = {name: value.detach() for name, value in base.state_dict().items()}
         _make(folder / "whole")
         write_file(folder / "whole" / "model.safetensors", found.base)
@@ -67,8 +77,10 @@ class Corpus:
         (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
         found.shards = content(folder / "shards")
         found.adapter = _adapter(folder / "adapter", found.base)
-        if transformers:
-            found.transformers = _transformers(folder / "gpt2")
+        found.transformers = _transformers(folder / "gpt2")
+        found.served = randes.Superposition.create(folder / "gpt2")
+        found.served.add("m", folder / "gpt2")
+        found.logits = logits(randes.from_pretrained(folder / "gpt2", found.served))
         return found
 
     def put(self, files: Files) -> Path:
@@ -79,6 +91,14 @@ class Corpus:
         for name, data in files.items():
             (folder / name).write_bytes(data)
         return folder
+
+
+@torch.no_grad()
+def logits(model: randes.SuperposedModel) -> Tensor:
+    """What a model over ``served`` answers."""
+    with model.using(["m"]):
+        found: Tensor = model(input_ids=torch.tensor([[1, 2]])).logits
+        return found
 
 
 def _make(folder: Path) -> None:
@@ -105,9 +125,11 @@ def _adapter(folder: Path, base: dict[str, Tensor]) -> Files:
 def _transformers(folder: Path) -> Files:
     import transformers
 
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     _make(folder)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
     write_file(folder / "model.safetensors", dict(model.state_dict()))
     (folder / "config.json").write_text(json.dumps(GPT2))
+    (folder / "generation_config.json").write_text(json.dumps({"max_length": 5, "eos_token_id": 2}))
     return content(folder)

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
-from corpus import Corpus, Files
+from corpus import Corpus, Files, logits
 from damage import TEXTS, damaged_bytes, damaged_json, damaged_tensors, put_something_else
 from models import finetune, net
 from safetensors import safe_open
@@ -130,22 +130,51 @@ def adapters(corpus: Corpus, chance: Random) -> None:
     _read(corpus, corpus.put(files))
 
 
+STRANGE: dict[str, tuple[Any, ...]] = {
+    "n_layer": (10**5, 10**6, 10**9, -1), "num_labels": (10**5, 10**9, -1), "n_embd": (33, 10**6, 10**9, 2**62, -1),
+    "n_positions": (10**5, 10**9, 2**62), "vocab_size": (51, 10**8, 10**12),
+    "architectures": (["pipeline"], ["AutoModel"], ["GPT2Model"], ["utils"], [], ["BertModel"]),
+    "model_type": ("bert", "nobody"), "dtype": ("auto", "int8", "float64", "nn"), "activation_function": ("x", "a/b"),
+    "_attn_implementation": ("flash_attention_2", "someone/code", "eager"), "attn_implementation": ("someone/code", 3),
+    "auto_map": ({"AutoConfig": "a.B"}, {"AutoConfig": "someone--a.B"}), "transformers_weights": ("../a", "b.bin", 3),
+    "quantization_config": (
+        {}, {"quant_method": "randes"}, {"quant_method": "randes", "base": "../a"},
+        *({"quant_method": method, "base": "model.safetensors"} for method in ("randes", "gptq", "fp8", "nobody")),
+    ),
+}  # fmt: skip
+"""Of a model's configuration."""
+
+
 def configurations(corpus: Corpus, chance: Random) -> None:
     """The configuration of a Transformers model, as the base's and as a fine-tune's."""
-    if not corpus.transformers:
-        return
-    files = dict(corpus.transformers)
-    config = damaged_json(chance, json.loads(files["config.json"]))
-    if isinstance(config, dict) and chance.random() < 0.3:
-        config[chance.choice(("n_layer", "num_labels", "n_embd", "n_positions", "architectures"))] = chance.choice(
-            (10**5, 10**6, 10**9, -1, ["pipeline"], ["AutoModel"], ["GPT2Model"], ["utils"])
-        )
-    files["config.json"] = _json(config)
-    folder = corpus.put(files)
+    folder = corpus.put(_configured(corpus, chance))
     if chance.random() < 0.5:
         check_configuration({"config.json": corpus.transformers["config.json"]}, folder)
     else:
         randes.Superposition.create(folder)
+
+
+def loaded_models(corpus: Corpus, chance: Random) -> None:
+    """Files of a Transformers model that is loaded to serve a store."""
+    files = _configured(corpus, chance) if chance.random() < 0.8 else dict(corpus.transformers)
+    if files == corpus.transformers:
+        name = chance.choice(["generation_config.json", "model.safetensors"])
+        files[name] = damaged_bytes(chance, files[name], list(files.values()))
+    folder = corpus.put(files)
+    if chance.random() < 0.1:
+        put_something_else(chance, folder / chance.choice(list(files)))
+    found = logits(randes.from_pretrained(folder, corpus.served))
+    assert torch.allclose(found.float(), corpus.logits, atol=1e-4)  # attention may be computed by other code
+
+
+def _configured(corpus: Corpus, chance: Random) -> Files:
+    config = json.loads(corpus.transformers["config.json"])
+    if chance.random() < 0.5:
+        config = damaged_json(chance, config)
+    if isinstance(config, dict) and chance.random() < 0.6:
+        key = chance.choice(list(STRANGE))
+        config[key] = chance.choice(STRANGE[key])
+    return {**corpus.transformers, "config.json": _json(config)}
 
 
 def names(corpus: Corpus, chance: Random) -> None:
@@ -169,7 +198,7 @@ KINDS: dict[str, tuple[Callable[[Corpus, Random], None], int]] = {
     "bytes of stores": (stores, 30), "manifests": (manifests, 30), "tensors of stores": (contents, 10),
     "bytes of checkpoints": (checkpoints, 15), "headers": (headers, 10), "indexes": (indexes, 10),
     "adapters' configurations": (adapters, 10), "models' configurations": (configurations, 2),
-    "pipes, links, devices": (special_files, 5), "names": (names, 1),
+    "models that are loaded": (loaded_models, 3), "pipes, links, devices": (special_files, 5), "names": (names, 1),
 }  # fmt: skip
 """And how often each of them is damaged."""
 

@@ -25,10 +25,11 @@ def call(model: Any, inputs: dict[str, Any], *, seed: int = 0, **more: Any) -> A
     """The model's answer; what is random in it is the same in every call with this seed."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        return model(**{name: _copy(value) for name, value in inputs.items()}, **more)
+        return model(**{name: copied(value) for name, value in inputs.items()}, **more)
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """An input that a model may write into."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -94,7 +95,7 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     for wanted in tried:
         lists = {name: makers[name]() for name in sorted(wanted)}
         for index in range(max(len(made) for made in lists.values()) if lists else 0):
-            inputs = {name: _copy(made[min(index, len(made) - 1)]) for name, made in lists.items()}
+            inputs = {name: copied(made[min(index, len(made) - 1)]) for name, made in lists.items()}
             if "image_grid_thw" in inputs:
                 merged = _first(model.config, "spatial_merge_size", default=2) ** 2
                 _give_tokens(model, inputs, f"Image tokens do not match, tokens: 0, features: {ROWS * 16 // merged}")

@@ -12,21 +12,25 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers as hf
 from architecture_answers import SMALLEST, Answers, IndistinctError, axes_of, distance, error_of, tensors
 from architecture_cases import Case, NotBuiltError, build, finetuned
-from architecture_inputs import LENGTH, ROWS, call, described
+from architecture_inputs import LENGTH, ROWS, call, copied, described
 from torch import Tensor, nn
 
 import randes
+import randes.transformers
 import randes_kernels
+from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.sources import digest, read
 
 MIX = ["a", "b", "__base__", "b", "a"]
 assert len(MIX) == ROWS
-OUTCOMES = ("single", "named", "mixed", "square", "generates", "generates_mixed")
+OUTCOMES = ("single", "named", "mixed", "square", "generates", "generates_mixed", "disk", "disk_mixed")
 OURS = tuple(str(Path(package.__file__).parent) for package in (randes, randes_kernels))
 
 
@@ -37,6 +41,8 @@ class Result:
     single: one model, chosen by ``set_adapter``. named: one model's name for each row. mixed: names of several.
     generates, generates_mixed: three tokens of ``generate``, by their logits and the caches left behind.
     square: mixed, where the batch has as many rows as tokens, so that one could be taken for the other.
+    disk, disk_mixed: one model and several, of folders that ``save_pretrained`` wrote, by way of a store on the disk.
+    "late" is what is refused when the store is loaded, after the work of making it.
 
     error: the largest distance of a right answer from the retrieved models, of that between models.
     unseen: superposed matrices that do not show in the output, so that nothing is known of them.
@@ -51,6 +57,8 @@ class Result:
     square: str = ""
     generates: str = ""
     generates_mixed: str = ""
+    disk: str = ""
+    disk_mixed: str = ""
     error: float = 0.0
     unseen: list[str] = field(default_factory=list)
     detail: str = ""
@@ -81,18 +89,18 @@ def outcome_of(error: BaseException) -> str:
 class Subject:
     """A class's base, its superposition, and the plain models that say what is right."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], stored: randes.Superposition | None = None) -> None:
         self.inputs, base = inputs, model
-        self.superposition = randes.Superposition.create(copy.deepcopy(base))
-        self.tuned: dict[str, dict[str, Tensor]] = {}
-        for number, name in enumerate("ab"):
-            tuned = finetuned(copy.deepcopy(base), number)
-            self.tuned[name] = tuned.state_dict()
-            self.superposition.add(name, tuned)
+        tuned = {name: finetuned(copy.deepcopy(base), number) for number, name in enumerate("ab")}
+        self.tuned = {name: own.state_dict() for name, own in tuned.items()}
+        self.superposition = stored or randes.compress(copy.deepcopy(base), tuned, randes.Config())
         self.plain = {"__base__": base}
         for name in "ab":
             self.plain[name] = copy.deepcopy(base)
-            self.plain[name].load_state_dict(self.superposition.retrieve(name))
+            found = self.superposition.retrieve(name)
+            own = self.plain[name].state_dict()
+            assert stored is not None or found.keys() == own.keys()
+            self.plain[name].load_state_dict(found, strict=False)  # files leave out what is tied
         self.answers: Answers = {name: self.ask(plain) for name, plain in self.plain.items()}
         self.rounding = self.rounded()
 
@@ -159,7 +167,7 @@ class Generating(Subject):
     """The same, asked for three tokens more: what is compared are their logits and the caches."""
 
     def ask(self, model: Any, **chosen: Any) -> dict[str, Tensor]:
-        given = {name: value for name, value in self.inputs.items() if not name.startswith("decoder_")}
+        given = {name: copied(value) for name, value in self.inputs.items() if not name.startswith("decoder_")}
         torch.manual_seed(0)
         how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
         if self.plain["a"].generation_config.decoder_start_token_id is None:
@@ -174,8 +182,9 @@ def generates(model: Any) -> bool:
     return isinstance(model, hf.GenerationMixin) and model.can_generate()
 
 
-def measure(case: Case, *, look: bool = True) -> Result:
-    """Build a class and serve it. look: for matrices that do not show in the output, too."""
+def measure(case: Case, *, look: bool = True, memory: bool = True, folders: bool = True) -> Result:
+    """Build a class and serve it: of loaded models, for ``memory``, and of ``folders``. look: for matrices that do not
+    show in the output, too."""
     result = Result(case.name)
 
     def all_are(outcome: str) -> Result:
@@ -197,31 +206,104 @@ def measure(case: Case, *, look: bool = True) -> Result:
         return all_are("not run: outputs are not finite")
     if differ(first, again):
         return all_are("not run: two calls differ")
+    fresh = copy.deepcopy(model)  # some change their configuration when they generate
+    subject = _in_memory(result, model, inputs, all_are) if memory else None
+    if folders and isinstance(fresh, hf.PreTrainedModel):
+        _from_disk(result, fresh, inputs, subject)
+    if differ(first, other):  # what it draws for a row depends on which rows are with it, wherever a part runs by model
+        result.mixed = result.square = result.generates_mixed = "not run: it draws random numbers"
+        result.disk_mixed = result.mixed
+    if look and subject is not None:
+        result.unseen = subject.unseen()
+    return result
+
+
+def _in_memory(result: Result, model: nn.Module, inputs: dict[str, Any], all_are: Any) -> Subject | None:
+    """Fill in the outcomes of loaded models."""
     try:
         subject = Subject(model, inputs)
     except Exception as error:
-        return all_are(outcome_of(error))
+        all_are(outcome_of(error))
+        return None
     if found := subject.check_retrieved():
-        return all_are(found)
+        all_are(found)
+        return None
     try:
         error_of(subject.answers["a"], subject.answers, ["a"])
     except IndistinctError:
-        return all_are("indistinct")
+        all_are("indistinct")
+        return None
     try:
         served = randes.SuperposedModel(copy.deepcopy(model), subject.superposition)
     except Exception as error:
-        return all_are(outcome_of(error))
+        all_are(outcome_of(error))
+        return None
     result.single = _outcome(result, served, subject, ["b"])
     result.named = _outcome(result, served, subject, ["a"] * ROWS)
     result.mixed = _outcome(result, served, subject, MIX)
     result.square = _square(result, served, subject)
     if generates(model):
         _generate(result, served, subject)
-    if differ(first, other):  # what it draws for a row depends on which rows are with it, wherever a part runs by model
-        result.mixed = result.square = result.generates_mixed = "not run: it draws random numbers"
-    if look:
-        result.unseen = subject.unseen()
-    return result
+    return subject
+
+
+def _from_disk(result: Result, model: hf.PreTrainedModel, inputs: dict[str, Any], subject: Subject | None) -> None:
+    """Fill in the outcomes of folders."""
+    with TemporaryDirectory() as folder:
+        paths = {name: f"{folder}/{name}" for name in ("base", "a", "b")}
+        try:
+            model.save_pretrained(paths["base"])
+            for number, name in enumerate("ab"):
+                finetuned(copy.deepcopy(model), number).save_pretrained(paths[name])
+            if differ(model.state_dict(), type(model).from_pretrained(paths["base"]).state_dict()):
+                raise ValueError("what it reads is not what it wrote")
+        except Exception as error:
+            result.disk = result.disk_mixed = f"not run: Transformers: {described(error)}"
+            return
+        try:
+            made = randes.compress(paths.pop("base"), paths, randes.Config())
+        except Exception as error:
+            result.disk = result.disk_mixed = outcome_of(error)
+            return
+        try:
+            made.save(f"{folder}/store")
+            stored = randes.Superposition.load(f"{folder}/store")
+            if wrong := _other_files(stored, folder):
+                result.disk = result.disk_mixed = f"wrong: {wrong}"
+                return
+            served: Any = type(model).from_pretrained(f"{folder}/store")
+            if subject is None or not _alike(stored, subject):
+                subject = Subject(model, inputs, stored)
+        except Exception as error:
+            outcome = outcome_of(error)
+            result.disk = result.disk_mixed = outcome.replace("refused", "late", 1)
+            return
+        result.disk = _outcome(result, served, subject, ["b"])
+        result.disk_mixed = _outcome(result, served, subject, MIX)
+
+
+def _other_files(stored: randes.Superposition, folder: str) -> str:
+    """What of the files is not as it was: names, shapes and dtypes of a model's, and the base to the byte."""
+    for name in "ab":
+        found, own = headers(stored.retrieved(name, as_files=True)), headers(read(f"{folder}/{name}"))
+        for tensor in found.keys() | own.keys():
+            if tensor not in found or tensor not in own:
+                return f"{tensor} is in one of the files of {name!r} alone"
+            if (found[tensor].shape, found[tensor].dtype) != (own[tensor].shape, own[tensor].dtype):
+                return f"{tensor} of {name!r} is another"
+    base, files = read(f"{folder}/base"), stored.to_files.apply(stored.layout.joined(stored.base))
+    return next(
+        (f"{tensor} of the base is another" for tensor in base if digest(base[tensor]) != digest(files[tensor])), ""
+    )
+
+
+def _alike(stored: randes.Superposition, subject: Subject) -> bool:
+    """Whether the models that come back are those that came back in memory."""
+    for name in "ab":
+        own = subject.plain[name].state_dict()
+        if any(not torch.equal(own[tensor], value) for tensor, value in stored.retrieve(name).items()):
+            return False
+    return True
 
 
 def differ(first: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

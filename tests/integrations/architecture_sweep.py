@@ -19,7 +19,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import transformers as hf
 from architecture_cases import Case, cases
 from architecture_inputs import described
 from architecture_measure import OUTCOMES, Result, kind, timed
+from architecture_tables import TABLES
 
 MEMORY = 6 << 30
 
@@ -95,6 +96,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
 
 
 def breadth_first(chosen: list[Case]) -> list[Case]:
@@ -106,26 +108,6 @@ def breadth_first(chosen: list[Case]) -> list[Case]:
         order[case.name] = place[family]
         place[family] += 1
     return sorted(chosen, key=lambda case: order[case.name])
-
-
-WAYS = {
-    "single": "one model, by `set_adapter`", "named": "one model, by name", "mixed": "a mixed batch",
-    "square": "a mixed batch as large as its rows are long", "generates": "`generate`, one model",
-    "generates_mixed": "`generate`, a mixed batch",
-}  # fmt: skip
-
-
-def markdown(measured: Mapping[str, Any]) -> str:
-    """The rows of a run as a table of totals, and the classes that are not served by their names."""
-    rows, kinds = measured["rows"], ("right", "refused", "wrong", "crashed")
-    lines = [f"| {len(rows)} classes | {' | '.join(kinds)} | not built or run |", "|---" * (len(kinds) + 2) + "|"]
-    for way, named in WAYS.items():
-        found = Counter(kind(row[way]) for row in rows)
-        counts = " | ".join(str(found[one]) for one in kinds)
-        lines.append(f"| {named} | {counts} | {found['not run'] + found['indistinct']} |")
-    refused = sorted(row["name"] for row in rows if kind(row["single"]) == "refused")
-    versions = f"Transformers {measured['machine']['transformers']}, torch {measured['machine']['torch']}"
-    return "\n".join([*lines, "", f"({versions}.) Refused for one model, too: {', '.join(refused) or 'none'}."])
 
 
 def main() -> None:
@@ -144,14 +126,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is in the rows that are committed, and end")
     options = parser.parse_args()
     if options.table:
-        print(markdown(json.loads(RESULTS.read_text())))
+        measured = json.loads(RESULTS.read_text())
+        print("\n\n".join(f"{name}\n\n{table(measured)}" for name, table in TABLES.items()))
         return
     prepare()
     rows: dict[str, dict[str, Any]] = {}
     if options.json and options.json.exists():
         rows = {row["name"]: row for row in json.loads(options.json.read_text())["rows"]}
     chosen = [case for case in cases() if re.search(options.only, case.name)]
-    todo = breadth_first([case for case in chosen if options.again or case.name not in rows])
+    todo = [case for case in breadth_first(chosen) if options.again or case.name not in rows]
 
     def save() -> None:
         if options.json:

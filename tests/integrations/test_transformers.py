@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import randes
 import randes.transformers
+from randes.checkpoints.huggingface import library
 
 MIX = ["m1", "__base__", "m0", "m1"]
 CONFIG = randes.Config(min_width=16)
@@ -520,7 +521,8 @@ def test_the_library_is_imported_without_transformers() -> None:
 def test_a_transformers_that_is_too_old_is_refused_with_the_version_needed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hf, "__version__", "5.17.0")
+    # Not of ``hf``: Transformers puts another module in its own place when it is first used.
+    monkeypatch.setattr(library(), "__version__", "5.17.0")
     message = r"stores need Transformers 5\.20 or later, got 5\.17\.0"
     with pytest.raises(ImportError, match=message):
         randes.from_pretrained(tmp_path)

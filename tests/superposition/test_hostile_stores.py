@@ -17,6 +17,7 @@ from torch import nn
 
 import randes
 from randes.checkpoints import files
+from randes.superposition.store.check import check_whole
 from randes.superposition.store.manifest import MANIFEST
 
 
@@ -150,6 +151,21 @@ def test_a_table_in_few_bits_has_directions_and_a_unit(bits: int, tmp_path: Path
     assert all(torch.equal(value, again.retrieve("m0")[name]) for name, value in sup.retrieve("m0").items())
     rewritten(tmp_path, lambda manifest: manifest["models"]["m0"]["units"].pop("embed.weight"))
     with pytest.raises(randes.StoreError, match=r"must have a unit of embed\.weight"):
+        randes.Superposition.load(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_has_a_gain_and_is_in_no_group(packed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"embed": nn.Embedding(2100, 32), "up": linear(32, 32)})
+    sup = randes.compress(base, {"m0": finetune(base, 0)}, randes.Config())
+    (sup.pack(0.5) if packed else sup).save(tmp_path)
+    if not packed:
+        sup.deltas[0] = {**sup.deltas[0], **sup.deltas["m0"]}
+        with pytest.raises(ValueError, match=r"group 0 must hold superposed tensors alone, got embed\.weight"):
+            check_whole(sup)
+    rewritten(tmp_path, lambda manifest: manifest["models"]["m0"]["gains"].pop("embed.weight"))
+    with pytest.raises(randes.StoreError, match=r"model 'm0' must have a gain of embed\.weight"):
         randes.Superposition.load(tmp_path)
 
 

@@ -8,10 +8,11 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import get_ident
 from typing import Any
 
@@ -24,25 +25,28 @@ from torch.nn.modules.module import (
 
 from randes.checkpoints import schema
 from randes.checkpoints.files import read_whole
-from randes.errors import BaseMismatchError, CheckpointError
+from randes.errors import BaseMismatchError, CheckpointError, StoreError
 
 OLDEST = 5, 20
 """The first Transformers that serves all that is tested: 5.17 opens no store as a folder, 5.19 serves no experts."""
 METHOD = "randes"
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 PATTERNS = (
-    CONFIG, "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    CONFIG, GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "*.tiktoken", "spiece.model", "sentencepiece.*.model", "chat_template.*", "*processor_config.json",
 )  # fmt: skip
 COUNTS = re.compile(r"num_(.*_)?(layers|blocks|experts|labels|classes)|n_layers?|.*_layers|depths?")
 """Names of the numbers in a configuration that say how many parts a model has."""
 MOST_PARTS = 1 << 16
+IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+"""Names of what says which code computes a part. One with "/" is of a repository, and would be fetched and run."""
 CONFIGURATION = schema.record(
     {},
     {
         "architectures": schema.either(schema.one_of(None), schema.listed(schema.text, most=64)),
         "model_type": schema.either(schema.one_of(None), schema.text),
         "quantization_config": schema.either(schema.one_of(None), schema.each(schema.anything)),
+        "transformers_weights": schema.either(schema.one_of(None), schema.file_name),
     },
     more=True,
 )
@@ -71,26 +75,30 @@ def read_files(folder: Path, names: Iterable[str], *, links: bool = True) -> dic
 
 
 def configuration(text: bytes, where: str) -> dict[str, Any]:
-    """What a ``config.json`` says. Raises ``CheckpointError`` for what is none, and for a model of more parts than any
-    has: making it would take the machine."""
+    """What a ``config.json`` says. Raises ``CheckpointError`` for what is none, for a model of more parts than any
+    has: making it would take the machine, and for one whose code is to come from elsewhere."""
     try:
         values: dict[str, Any] = schema.parsed(text, CONFIG)
         CONFIGURATION(CONFIG, values)
-        _count_parts(CONFIG, values)
+        _check_inside(CONFIG, "", values)
     except ValueError as error:
         raise CheckpointError(f"{where} must have a {CONFIG} that can be read: {error}") from error
     return values
 
 
-def _count_parts(where: str, value: object, counted: bool = False) -> None:
+def _check_inside(where: str, name: str, value: object) -> None:
+    """name: the last key above the value."""
     if isinstance(value, dict):
-        for name, inner in value.items():
-            _count_parts(f"{where}.{name}", inner, COUNTS.fullmatch(name) is not None)
+        for key, inner in value.items():
+            # A choice may be made for each part of a model.
+            _check_inside(f"{where}.{key}", name if IMPLEMENTATION.fullmatch(name) else key, inner)
     elif isinstance(value, list):
         for inner in value:
-            _count_parts(where, inner, counted)
-    elif counted and isinstance(value, int | float):
+            _check_inside(where, name, inner)
+    elif isinstance(value, int | float) and COUNTS.fullmatch(name):
         schema.must(value <= MOST_PARTS, where, f"at most {MOST_PARTS}", value)
+    elif isinstance(value, str) and IMPLEMENTATION.fullmatch(name):
+        schema.must("/" not in value, where, "an implementation of Transformers itself", value)
 
 
 def is_model_file(name: str) -> bool:
@@ -118,7 +126,7 @@ def _of_module(module: nn.Module) -> dict[str, bytes]:
     values["dtype"] = str(next(module.parameters()).dtype).removeprefix("torch.")
     found = {CONFIG: json.dumps(values, indent=2).encode()}
     generation: Any = getattr(module, "generation_config", None)
-    return found | ({"generation_config.json": generation.to_json_string().encode()} if generation is not None else {})
+    return found | ({GENERATION: generation.to_json_string().encode()} if generation is not None else {})
 
 
 def for_store(files: dict[str, bytes], base_file: str) -> dict[str, bytes]:
@@ -128,6 +136,15 @@ def for_store(files: dict[str, bytes], base_file: str) -> dict[str, bytes]:
     values = configuration(files[CONFIG], "the base")
     values["quantization_config"] = {"quant_method": METHOD, "base": base_file}
     return {**files, CONFIG: (json.dumps(values, indent=2) + "\n").encode()}
+
+
+def base_file(quantization: Mapping[str, Any]) -> str:
+    """The file of the base's weights, as ``for_store`` wrote it. Raises ``StoreError`` for what is not one's name."""
+    try:
+        schema.file_name(f"quantization_config.base of the {CONFIG}", name := quantization.get("base"))
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    return str(name)
 
 
 def model_class(config: Any, path_or_name: object) -> Any:
@@ -152,20 +169,35 @@ def skeleton(base: object, tensors: int) -> nn.Module | None:
     model of many times as many parts.
     """
     text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
-    if text is None:
-        return None
-    configuration(text, str(base))
+    return None if text is None else skeleton_of(text, tensors, base)
+
+
+def skeleton_of(text: bytes, tensors: int, where: object) -> nn.Module | None:
+    """The same of a ``config.json``. where: for messages."""
+    values = configuration(text, str(where))
+    if (values.get("quantization_config") or {}).get("quant_method") == METHOD:
+        del values["quantization_config"]
     if importlib.util.find_spec("transformers") is None:
         return None
     transformers = library()
     try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"), _parts_below(1000 + 50 * tensors, base):
-            model: nn.Module = model_class(config, base)(config)
+        with (
+            TemporaryDirectory() as folder
+        ):  # Transformers reads infinity, written in a way of its own, from files alone
+            (Path(folder) / CONFIG).write_text(json.dumps(values))
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return on_meta(model_class(config, where), config, tensors, where)
     except CheckpointError:
         raise
     except Exception:  # whatever a class has against a configuration
         return None
+
+
+def on_meta(kind: Any, config: Any, tensors: int, where: object) -> nn.Module:
+    """A model of a class and a configuration without memory for its tensors. Raises ``CheckpointError`` for one of many
+    times as many parts as there are tensors, and whatever the class does."""
+    with torch.device("meta"), _parts_below(1000 + 50 * tensors, where):
+        model: nn.Module = kind(config)
     return model
 
 
@@ -196,10 +228,17 @@ def library() -> Any:
         raise ImportError("this needs Transformers: pip install 'randes[transformers]'") from error
 
 
+def is_supported() -> bool:
+    """Whether there is a Transformers that is new enough."""
+    if importlib.util.find_spec("transformers") is None:
+        return False
+    return tuple(int(number) for number in str(library().__version__).split(".")[:2]) >= OLDEST
+
+
 def check_version(transformers: Any) -> None:
     """Raise ``ImportError`` for a Transformers that is too old."""
     found = str(transformers.__version__)
-    if tuple(int(number) for number in found.split(".")[:2]) < OLDEST:
+    if not is_supported():
         least = ".".join(map(str, OLDEST))
         raise ImportError(
             f"stores need Transformers {least} or later, got {found}: pip install 'transformers>={least}'"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from randes.checkpoints.lazy_tensors import LazyTensors, digests, headers
+from randes.checkpoints.names.pieces import Rearranged
 from randes.checkpoints.on_disk import StoredTensors
 from randes.checkpoints.sources import Tensors
 from randes.checkpoints.tensor_views import JoinedTensors, SplitTensors, View
@@ -106,7 +107,7 @@ class Layout:
         aliases = self.ties if ties else {}
         if not self.views and not aliases:
             return tensors
-        if isinstance(tensors, SplitTensors) and isinstance(tensors.source, StoredTensors) and not aliases:
+        if isinstance(tensors, SplitTensors) and isinstance(tensors.source, StoredTensors | Rearranged) and not aliases:
             return tensors.source
         return JoinedTensors(tensors, self.views, aliases)
 
@@ -228,7 +229,7 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 
 def _split(tensors: LazyTensors, views: Mapping[str, View], names: Mapping[str, str]) -> Tensors:
-    if isinstance(tensors, StoredTensors):
+    if isinstance(tensors, StoredTensors | Rearranged):
         tensors, names = tensors.renamed(names), {name: name for name in names}
     return SplitTensors(tensors, views, names) if views or names.keys() != tensors.keys() else tensors
 

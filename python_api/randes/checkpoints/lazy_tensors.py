@@ -90,6 +90,10 @@ class LazyTensors(Described[Tensor]):
         """A run of one tensor's first dimension."""
         return self[name][start:end]
 
+    def renamed(self, names: Mapping[str, str]) -> "LazyTensors":
+        """Some of the tensors under other names: of each new name the one here."""
+        raise NotImplementedError
+
     def read(self, name: str) -> Tensor:
         """One tensor, the caller's own."""
         header = self.headers[name]

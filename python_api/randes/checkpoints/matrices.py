@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import replace
 from glob import escape
+from typing import NamedTuple
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from randes.checkpoints.huggingface import skeleton
 from randes.checkpoints.layout import ADDED, SUPERPOSABLE, Layout, layout_of
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.weight_reads import weights_read
+from randes.checkpoints.names.conversion import Conversion
+from randes.checkpoints.names.from_transformers import read_base
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
@@ -20,10 +23,23 @@ RESERVED = (ADDED, "@basis", "@directions", "@steps")
 """What stores' files put behind a tensor's name."""
 
 
-def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list[str], Config]:
+class Matrices(NamedTuple):
     """A base's tensors as they are superposed or kept, how they are that, and which of them are superposed.
 
-    And the configuration with names in place of a function that chose them.
+    config: with names in place of a function that chose them. to_files: back to the tensors of its files.
+    module: what they belong to, where that is known; of a folder, on "meta".
+    """
+
+    tensors: Tensors
+    layout: Layout
+    superposed: list[str]
+    config: Config
+    to_files: Conversion
+    module: nn.Module | None
+
+
+def matrices_of(base: Checkpoint, config: Config) -> Matrices:
+    """A base as a superposition has it.
 
     Raises ``CheckpointError`` for a base without a matrix to superpose, for a matrix whose columns
     ``config.segments`` does not divide, and for one that is too wide for ``config.matrix``.
@@ -38,7 +54,9 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
             return found
 
         config = replace(config, include=include)
-    module = base if isinstance(base, nn.Module) else _skeleton(base, tensors)
+    module, to_files = base if isinstance(base, nn.Module) else skeleton(base, len(tensors)), Conversion()
+    if module is not None and module is not base:
+        tensors, to_files = read_base(module, tensors, base)
     if taken := [name for name in headers(tensors) if name.endswith(RESERVED)]:
         raise CheckpointError(f"a tensor's name must not end with {', '.join(RESERVED)}, got {taken[0]!r}")
     layout = layout_of(tensors, config, module)
@@ -62,13 +80,7 @@ def matrices_of(base: Checkpoint, config: Config) -> tuple[Tensors, Layout, list
             raise CheckpointError(f"{name} must have a multiple of {config.segments} columns, got {columns}")
     if asked:
         config = replace(config, include=tuple(escape(name) for name in dict.fromkeys(asked)))
-    return tensors, layout, superposed, config
-
-
-def _skeleton(base: object, tensors: Tensors) -> nn.Module | None:
-    """The model of a Transformers folder, where its tensors have the names that the folder's files have."""
-    model = skeleton(base, len(tensors))
-    return model if model is not None and tensors.keys() <= model.state_dict().keys() else None
+    return Matrices(tensors, layout, superposed, config, to_files, module)
 
 
 def _read_by_code(module: nn.Module | None, layout: Layout) -> set[str]:

@@ -122,9 +122,9 @@ def open_file(path: Path, *, links: bool = True) -> StoredTensors:
 class Overlay(LazyTensors, MutableMapping[str, Tensor]):
     """What is held in memory, over what lies in files. What is set is held; files are never changed."""
 
-    below: list[StoredTensors]
+    below: list[LazyTensors]
 
-    def __init__(self, held: dict[str, Tensor], *below: StoredTensors) -> None:
+    def __init__(self, held: dict[str, Tensor], *below: LazyTensors) -> None:
         super().__init__({})
         self.held, self.below = held, list(below)
 

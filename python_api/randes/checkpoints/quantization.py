@@ -5,17 +5,30 @@ Transformers is imported here; only its own models need it.
 
 from typing import Any
 
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from randes.checkpoints.huggingface import METHOD
 
+BASE_ALONE = f"{METHOD}-base"
+
 
 class RandesConfig(QuantizationConfigMixin):
-    """What a store's config.json says of its weights. base: the file of the base's, beside it."""
+    """What a store's config.json says of its weights. base: the file of the base's, beside it; "" for a model that
+    was not loaded from one."""
+
+    def __init__(self, base: Any = "", **_: Any) -> None:
+        self.quant_method, self.base = METHOD, base
+
+
+@register_quantization_config(BASE_ALONE)
+class BaseConfig(RandesConfig):
+    """The same, to load a store's base alone, as a plain model."""
+
+    dequantize = True
 
     def __init__(self, base: str, **_: Any) -> None:
-        self.quant_method, self.base = METHOD, base
+        self.quant_method, self.base = BASE_ALONE, base
 
 
 class Served(HfQuantizer):
@@ -25,7 +38,25 @@ class Served(HfQuantizer):
         """Not by Transformers: ``Superposition.save`` and ``SuperposedModel.save_pretrained`` write stores."""
         return False
 
+    def update_weight_conversions(self, conversions: Any, *_: Any) -> list[Any]:
+        """None: a store's tensors have the names that the model has."""
+        return []
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        vars(model).pop("_weight_conversions", None)  # what it is saved with is its class's own
+        return model
+
     @property
     def is_trainable(self) -> bool:
         """A superposition is not trained."""
         return False
+
+
+@register_quantizer(BASE_ALONE)
+class BaseAlone(Served):
+    """Has Transformers load a store's base alone."""
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the configuration before the weights' files are looked for."""
+        config.transformers_weights = self.quantization_config.base
+        return config

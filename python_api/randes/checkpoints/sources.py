@@ -84,16 +84,23 @@ def _open_path(path: Path) -> StoredTensors:
     return _some_tensors(path, StoredTensors(where))
 
 
-def _indexed(index: Path) -> StoredTensors:
-    """The shards that an index names, as Transformers and Diffusers write it."""
+def weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, as Transformers and Diffusers write it. Raises ``CheckpointError`` for what is no index,
+    and for files that are not beside it."""
     try:
         found = schema.parsed(read_whole(index), "it")
         _INDEX("it", found)
     except ValueError as error:
         raise CheckpointError(f"{index} must be an index with a weight_map: {error}") from error
+    named: dict[str, str] = found["weight_map"]
+    return named
+
+
+def _indexed(index: Path) -> StoredTensors:
+    """The shards that an index names."""
     by_file: dict[str, set[str]] = {}
-    for name, file in found["weight_map"].items():
-        by_file.setdefault(file, set()).add(name)
+    for name, beside in weight_map(index).items():
+        by_file.setdefault(beside, set()).add(name)
     where: dict[str, tuple[File, str]] = {}
     for file_name, names in sorted(by_file.items()):
         path = index.parent / file_name

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, chunks, digests, headers, rows
+from randes.checkpoints.names.pieces import Rearranged
 from randes.checkpoints.on_disk import Overlay, StoredTensors, in_files
 
 
@@ -91,15 +92,15 @@ class SplitTensors(LazyTensors):
         for start, end in chunk_bounds(self.headers[name]):
             yield whole[first + start : first + end].contiguous()
 
-    def renamed(self, names: Mapping[str, str]) -> StoredTensors:
+    def renamed(self, names: Mapping[str, str]) -> LazyTensors:
         """Some that are the source's own tensors, of files, under other names: of each new name the one here."""
-        assert isinstance(self.source, StoredTensors)
+        assert isinstance(self.source, StoredTensors | Rearranged)
         assert all(self.where[old][1] is None for old in names.values())
         return self.source.renamed({new: self.where[old][0] for new, old in names.items()})
 
     def expect(self, known: Mapping[str, str], altered: Callable[[Path, str], Exception]) -> None:
         """Hold files to these digests, of the matrices here, which were just found."""
-        if isinstance(self.source, StoredTensors):
+        if isinstance(self.source, StoredTensors | Rearranged):
             plain = {own: known[name] for name, (own, view) in self.where.items() if view is None}
             split = digests(self.source, [name for name in self.source if name not in plain])
             self.source.expect(plain | split, altered)
@@ -140,7 +141,10 @@ class JoinedTensors(LazyTensors):
         view = self._views.get(name)
         if view is None:
             return rows(self._matrices, name, start, end)
-        if view.stacked or view.transposed or view.vector:
+        if view.stacked:
+            stack = torch.stack([self._matrices[part] for part in list(view.parts)[start:end]])
+            return stack.mT if view.transposed else stack
+        if view.transposed or view.vector:
             return super().rows(name, start, end)
         some, first = [], 0
         for part, count in view.parts.items():
@@ -153,7 +157,7 @@ class JoinedTensors(LazyTensors):
 def replaced(base: Mapping[str, Tensor], held: dict[str, Tensor]) -> Mapping[str, Tensor]:
     """A base's tensors with some others in their place, which are held in memory."""
     if in_files(base):
-        assert isinstance(base, StoredTensors | SplitTensors)
+        assert isinstance(base, StoredTensors | Rearranged | SplitTensors)
         return Overlay(held, base.renamed({name: name for name in base if name not in held}))
     return {**base, **held}
 

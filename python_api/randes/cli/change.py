@@ -79,7 +79,7 @@ def retrieve(
 ) -> None:
     """Write one model as a plain checkpoint again."""
     with errors(), progress() as begin:
-        tensors = Superposition.load(store, check=False).retrieved(name, progress=begin)
+        tensors = Superposition.load(store, check=False).retrieved(name, as_files=True, progress=begin)
         write_file(out, tensors, step=begin("retrieving", size(tensors)))
     say(f"{out}: {len(tensors)} tensors of {name}")
 

@@ -28,8 +28,8 @@ from randes.config import Config
 from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
 from randes.inspect.plan import plan as plan_of
+from randes.serving.servable import compress as make
 from randes.superposition.basis.shared_basis import MOST
-from randes.superposition.compress import compress as make
 from randes.superposition.lora_factors import superpose_adapters as make_of_adapters
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.store.write import check_new

@@ -20,6 +20,7 @@ from randes.cli.terminal import (
     say,
 )
 from randes.inspect.report import write as write_report
+from randes.superposition.packed_tensors import in_words
 from randes.superposition.summary import ranks, summary
 from randes.superposition.summary import verify as verify_model
 from randes.superposition.superposition import Superposition
@@ -53,8 +54,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         f"{'' if config.per_layer else ', one transform for all tensors'}"
     )
     if (packing := superposition.packing) is not None:
-        bits = f"{packing.bits} bit" + "s" * (packing.bits > 1)
-        say(f"packed for serving in {bits}, of the store with checksum {packing.master}")
+        say(f"packed for serving in {in_words(packing.bits)}, of the store with checksum {packing.master}")
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
         for tensor, described in tensors.items():

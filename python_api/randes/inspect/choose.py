@@ -17,7 +17,7 @@ from randes.config import Config
 from randes.errors import RandesError
 from randes.inspect.plan import packed_sizes, plan
 from randes.inspect.shapes import Shaped, with_shapes
-from randes.superposition.packed_tensors import added_noise
+from randes.superposition.packed_tensors import added_noise, in_words
 from randes.superposition.superposition import Superposition
 from randes_kernels import Transform
 from randes_kernels.packing import BITS, HALF
@@ -61,8 +61,7 @@ class Choice:
         return {"bits": self.bits, "embeddings": self.embeddings}
 
     def __str__(self) -> str:
-        bits = f"{self.bits} bit" + "s" * (self.bits > 1)
-        tables = f"{self.embeddings} bit" + "s" * (self.embeddings != 1)
+        bits, tables = in_words(self.bits), in_words(self.embeddings)
         rotated = " after a rotation" if self.config.matrix == "rotation" else ""
         size = f"{'' if self.exact else 'about '}{self.times:.2f}x one model"
         return (

@@ -63,7 +63,8 @@ def plan(
     config = (config or Config()).resolved(together=True)
     if models < 1:
         raise ValueError(f"models must be at least 1, got {models}")
-    split, _, names, _ = matrices_of(with_shapes(base), config)
+    found = matrices_of(with_shapes(base), config)
+    split, names = found.tensors, found.superposed
     tensors = headers(split)
     matrices = {name: tensors[name] for name in names if not config.is_unshared(name)}
     tables = {name: tensors[name] for name in names if config.is_unshared(name)}
@@ -120,8 +121,8 @@ def packed_sizes(superposition: Superposition, bits: float, embeddings: float | 
     return Sizes(
         base=sizes.base,
         superposed=sum(packed_bytes(rows, columns, bits) for rows, columns in shared),
-        kept=sum(member.kept_bytes for member in members) + size(sup.averages) + sum(left for _, left in tables),
-        basis=size(sup.bases) + sum(own) + sum(directions for directions, _ in tables),
+        kept=sum(member.kept_bytes for member in members) + size(sup.averages) + sum(left for _, left, _ in tables),
+        basis=size(sup.bases) + sum(own) + sum(directions for directions, *_ in tables),
         separate_models=sizes.separate_models,
     )
 
@@ -163,10 +164,9 @@ def _table_bytes(tables: Mapping[str, Tensor], bits: float, embeddings: float | 
     stored = served = 0
     for value in tables.values():
         rows, columns = value.shape
-        directions, left = table_bytes(rows, columns, bits, embeddings)
+        directions, left, held = table_bytes(rows, columns, bits, embeddings)
         stored += directions + left
-        served += table_bytes(rows, columns, bits, embeddings, padded=True)[1]
-        served += (rows + columns) * max(1, columns // COLUMNS_A_DIRECTION) * value.itemsize
+        served += held + (rows + columns) * max(1, columns // COLUMNS_A_DIRECTION) * value.itemsize
     return stored, served
 
 

@@ -1,23 +1,40 @@
 """A Transformers model and the store that goes with it, loaded by the names that Transformers uses."""
 
+import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from randes.checkpoints import schema
+from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import (
     CONFIG,
+    GENERATION,
     METHOD,
     check_version,
     config_of,
     configuration,
     library,
     model_class,
+    on_meta,
 )
-from randes.errors import StoreError
+from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.safetensors import File
+from randes.checkpoints.sources import INDEX, weight_map
+from randes.errors import CheckpointError, RandesError, StoreError
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.superposition import Superposition
+
+FROM = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+"""Arguments that say where a model is: its configuration is there too."""
+SLACK = 1 << 24
+"""Elements of a model besides four times those of the base's tensors: masks and tables that no file has."""
 
 
 def load_base(
@@ -39,16 +56,63 @@ def load_base(
             )
         store = path
     superposition = store if isinstance(store, Superposition) else Superposition.load(store)
-    if path.is_dir() and (text := config_of(path)) is not None:
-        configuration(text, str(path))
-    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}  # nobody is asked
-    config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name, **trust)
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
-        config.transformers_weights = quantization["base"]
-        del config.quantization_config
-    model: nn.Module = model_class(config, path_or_name).from_pretrained(path_or_name, config=config, **kwargs)
+    with _own_errors(path_or_name):
+        if path.is_dir():
+            _check_files(path)
+        source = {name: kwargs[name] for name in FROM if name in kwargs}
+        trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}  # nobody is asked
+        config = kwargs.pop("config", None) or transformers.AutoConfig.from_pretrained(path_or_name, **source, **trust)
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+            from randes.checkpoints.quantization import BASE_ALONE  # imports Transformers
+
+            config.quantization_config = {**quantization, "quant_method": BASE_ALONE}
+        kind = model_class(config, path_or_name)
+        _check_size(kind, config, superposition, path_or_name)
+        kwargs.setdefault("use_safetensors", True)  # nothing is unpickled
+        model: nn.Module = kind.from_pretrained(path_or_name, config=config, **kwargs)
     return model, superposition
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ``ValueError`` for what Transformers would wait for, or look for elsewhere, or fill the memory with."""
+    if (text := config_of(folder)) is not None:
+        configuration(text, str(folder))
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors":
+            File(file)
+        elif file.name.endswith(INDEX):
+            weight_map(file)
+        elif file.name == GENERATION:  # which Transformers does without where it is broken
+            schema.each(schema.anything)(GENERATION, schema.parsed(read_whole(file), GENERATION))
+        elif file.suffix == ".json":
+            read_whole(file)
+
+
+def _check_size(kind: Any, config: Any, superposition: Superposition, where: object) -> None:
+    """Raise ``CheckpointError`` for a model that is far larger than the superposition's base.
+
+    Transformers fills what a file lacks with random numbers, as large as the configuration says it is.
+    """
+    base = headers(superposition.base)
+    model = on_meta(kind, copy.deepcopy(config), len(base), where)
+    made = sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))
+    most = SLACK + 4 * sum(tensor.numel() for tensor in base.values())
+    if made > most:
+        raise CheckpointError(f"{where} must have a model of at most {most} numbers, as the store's base, got {made}")
+
+
+@contextmanager
+def _own_errors(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever Transformers has against a model's files ends as ``CheckpointError``; but not where memory is short, nor
+    where a name's files cannot be reached."""
+    passed = (RandesError, MemoryError, torch.OutOfMemoryError)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, passed if Path(where).is_dir() else (*passed, OSError)):
+            raise
+        raise CheckpointError(f"{where} cannot be loaded by Transformers: {type(error).__name__}: {error}") from error
 
 
 def opened(module: object, superposition: Superposition | str | os.PathLike[str]) -> Superposition:

@@ -1,6 +1,6 @@
 """Whether a base module's layers can serve a superposition, and their change into what does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -78,32 +78,43 @@ def check_layers(module: nn.Module, layers: Sequence[Layer], superposition: Supe
 
 def check_calls(module: nn.Module, layers: Sequence[Layer]) -> None:
     """Raise ``ValueError`` for a layer that would not call what serves it."""
+    for why, _ in obstacles(module, layers):
+        raise ValueError(why)
+    _check_references(module, layers)
+
+
+def obstacles(module: nn.Module, layers: Sequence[Layer]) -> Iterator[tuple[str, set[str]]]:
+    """Why layers would not call what serves them, and of each reason the superposed tensors that it is for."""
     for path, layer in module.named_modules():
         # These read the weights of the layers inside them without calling those.
         if isinstance(layer, nn.TransformerEncoderLayer) or (
             isinstance(layer, nn.MultiheadAttention) and not _runs_by_model(layer, path, layers)
         ):
-            raise ValueError(
+            inside = (other for other in layers if other.path == path or other.path.startswith(f"{path}."))
+            yield (
                 f"{path or 'the model'} must call its linear layers; a {type(layer).__name__} reads their weights"
-                " instead, and would silently answer as the base"
+                " instead, and would silently answer as the base",
+                {other.tensors[name] for other in inside for name in other.views},
             )
-    _check_references(module, layers)
     for layer in layers:
+        superposed = {layer.tensors[name] for name in layer.views}
+        tensors = ", ".join(sorted(superposed))
         if "forward" in vars(layer.module):
-            raise ValueError(
-                f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base"
+            yield (
+                f"{layer.path}.forward was replaced on the layer itself, and would silently answer as the base",
+                superposed,
             )
         if layer.views and (made := recomputed_in(layer.module)):
-            tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
-            raise ValueError(
+            yield (
                 f"{tensors} is superposed, but {layer.path}.{made[0]} is made anew before each call (torch.nn.utils'"
-                " weight_norm, spectral_norm or prune): exclude it when the superposition is created, or remove those"
+                " weight_norm, spectral_norm or prune): exclude it when the superposition is created, or remove those",
+                superposed,
             )
         if layer.views and not is_plain(layer) and (is_relative(layer) or not kind_of(layer.module, layer.views)):
-            tensors = ", ".join(sorted(layer.tensors[name] for name in layer.views))
-            raise ValueError(
+            yield (
                 f"{tensors} is superposed, but belongs to a {type(layer.module).__name__}, which cannot be served as"
-                " it is stored (docs/transformers.md lists what can); exclude it when the superposition is created"
+                " it is stored (docs/transformers.md lists what can); exclude it when the superposition is created",
+                superposed,
             )
 
 

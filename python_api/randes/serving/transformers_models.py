@@ -105,6 +105,6 @@ def mark_served(module: nn.Module, served: bool = True) -> None:
         if isinstance(layer, library.PreTrainedModel):
             quantizer = getattr(layer, "hf_quantizer", None)
             if served and quantizer is None:
-                layer.hf_quantizer = Served(RandesConfig(""))
+                layer.hf_quantizer = Served(RandesConfig())
             elif not served and isinstance(quantizer, Served) and not quantizer.quantization_config.base:
                 vars(layer).pop("hf_quantizer")

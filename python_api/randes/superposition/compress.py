@@ -102,10 +102,10 @@ def compress(
                 found = computing.submit(calibrated, name, *seen, sources, stored, rank, step).result()
                 bases |= {name: found} if found.shape[1] else {}
     if config.centre or rank:
-        model_files, layout = superposition.model_files, superposition.layout
+        first, layout = superposition, superposition.layout
         config = replace(config, include=superposition.config.include)
         superposition = Superposition(config, stored, superposed, bases=bases, layout=layout)
-        superposition.model_files = model_files
+        superposition.model_files, superposition.to_files = first.model_files, first.to_files
     shifts = config.shuffle_layers > 0
     joining = [NewModel(BASE_NAME, 0, 1.0, original, len(sources) if shifts else 0)] if config.centre else []
     for number, (name, tensors) in enumerate(sources.items()):

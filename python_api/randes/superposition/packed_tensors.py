@@ -61,6 +61,11 @@ def added_noise(bits: float, columns: int) -> float:
     return len(found) * columns / sum(found) ** 2 - 1
 
 
+def in_words(bits: float) -> str:
+    """A number of bits, as "1 bit", "0.5 bit" or "2 bits"."""
+    return f"{bits:g} bit" + "s" * (bits > 1 or bits == 0)
+
+
 def values_of(delta: SuperposedDelta) -> tuple[Tensor, float]:
     """A superposition's numbers, (N, K), and what one of them is worth, in units of a gain."""
     return (unpack(delta), 1.0) if isinstance(delta, Packed) else (delta, STEP)

@@ -54,7 +54,7 @@ def packed(
         superposition.config, superposition.base, superposition.superposed, superposition.base_digests,
         superposition.bases, superposition.layout,
     )  # fmt: skip
-    made.model_files = superposition.model_files
+    made.model_files, made.to_files = superposition.model_files, superposition.to_files
     made.packing = replace(packing, master=checksum_of(superposition))
     made.averages, made.device = superposition.averages, superposition.device
     for name, member in superposition.members.items():
@@ -116,12 +116,12 @@ def embeddings_for(bits: float) -> float:
     return HALF if bits <= 2 else 2
 
 
-def table_bytes(
-    rows: int, columns: int, bits: float, embeddings: float | None = None, *, padded: bool = False
-) -> tuple[int, int]:  # fmt: skip
-    """What one model's delta of a table takes beside D in so many bits, in a file or ``padded`` in memory: its
-    directions, and what they leave."""
+def table_bytes(rows: int, columns: int, bits: float, embeddings: float | None = None) -> tuple[int, int, int]:
+    """What one model's delta of a table takes beside D in so many bits: its directions in a file, and what they leave,
+    in a file and in memory."""
     rank = widest(max(1, columns // COLUMNS_A_DIRECTION), rows, columns)
     left = embeddings_for(bits) if embeddings is None else embeddings
     directions = 2 * columns * rank + packed_bytes(rank, rows, coordinates_for(bits))
-    return directions, packed_bytes(rows, columns, left, 0, padded=padded) if left else 0
+    if not left:
+        return directions, 0, 0
+    return directions, packed_bytes(rows, columns, left, 0), packed_bytes(rows, columns, left, 0, padded=True)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Container, Iterable
 from randes.checkpoints import sources
 from randes.checkpoints.layout import tied
 from randes.checkpoints.lazy_tensors import digests, headers
+from randes.checkpoints.names.conversion import without
+from randes.checkpoints.names.from_transformers import read_finetuned
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.errors import CheckpointError
 from randes.superposition.added_rows import added_in, with_added
@@ -31,17 +33,16 @@ def read(sup: State, finetuned: Checkpoint, whole: Container[str] = ()) -> Tenso
 
     Raises ``CheckpointError`` for one that does not fit. Tensors that no models share may have other shapes.
     """
+    own, layout, keeps = sup.layout.joined(sup.base, ties=False), sup.layout, sup.config.others == "keep"
     # An adapter is of the base itself, which is not here where deltas are measured from something else.
-    measured = sup.config.centre or not sup.has_base
-    base = None if measured else sup.layout.joined(sup.base, ties=False)
-    found, layout, keeps = sources.read(finetuned, base), sup.layout, sup.config.others == "keep"
+    found = sources.read(finetuned, None if sup.config.centre or not sup.has_base else own)
+    found = read_finetuned(found, sup.model_files, own.keys(), sup.to_files.dropped, finetuned)
     if keeps:
         layout = with_added(layout, found, sup.base, (name for name in sup.superposed if name not in whole))
     tensors = layout.split(found)
     # A head that this checkpoint ties and the base's omits.
     extra = {alias for alias, name in tied(tensors).items() if alias not in sup.base and name in sup.base}
-    if extra:
-        tensors = {name: value for name, value in tensors.items() if name not in extra}
+    tensors = without(tensors, extra)
     free = sup.base.keys() - {*sup.superposed} | sup.unshared if keeps else set()
     sources.check_fits(tensors, sup.base, free, {*added_in(layout.parts).values()})
     return tensors

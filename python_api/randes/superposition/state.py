@@ -8,6 +8,7 @@ from torch import Tensor
 
 from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import Progress, chunks, digests, headers, silent, size
+from randes.checkpoints.names.conversion import Conversion
 from randes.checkpoints.on_disk import Overlay, check, in_files, unchecked
 from randes.checkpoints.sources import Tensors
 from randes.config import Config, is_embedding
@@ -25,10 +26,8 @@ UNTURNED = Transform(False, False, 0, 1)
 
 
 class State:
-    """One base and the superposed deltas of its fine-tunes, as integers.
-
-    device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
-    """
+    """One base and the superposed deltas of its fine-tunes, as integers. device: where adding, removing and retrieving
+    compute, "cpu" unless it is set; the bytes are the same."""
 
     def __init__(
         self, config: Config, base: Tensors, superposed: Iterable[str], base_digests: Mapping[str, str] | None = None,
@@ -52,6 +51,7 @@ class State:
         self.averages: MutableMapping[str, Tensor] = {}  # int64 sums over the models, for others="average" and "sum"
         self.device = torch.device("cpu")
         self.model_files: dict[str, bytes] = {}  # files that go with a Transformers base, by name
+        self.to_files = Conversion()  # back to the names that the base's files had, where those are others
         self.torn = ""  # why it can be used no more
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), tuple(name for name in self.superposed if name not in self.unshared))
@@ -71,8 +71,7 @@ class State:
     def member(self, name: str) -> Member:
         """One model's record. Raises ``UnknownModelError`` for a name that was never added."""
         if name not in self.members:
-            known = ", ".join(self.names) or "no models"
-            raise UnknownModelError(f"no model is called {name!r}; there are: {known}")
+            raise UnknownModelError(f"no model is called {name!r}; there are: {', '.join(self.names) or 'no models'}")
         return self.members[name]
 
     @property

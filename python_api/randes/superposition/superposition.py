@@ -13,6 +13,7 @@ from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import LazyTensors, Progress, digests, headers, silent, size
 from randes.checkpoints.matrices import matrices_of
+from randes.checkpoints.names.pieces import Rearranged
 from randes.checkpoints.on_disk import StoredTensors
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import SplitTensors, replaced
@@ -54,17 +55,17 @@ class Superposition(State):
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
-        tensors, layout, superposed, config = matrices_of(base, config)
+        tensors, layout, superposed, config, to_files, _ = matrices_of(base, config)
         sources.check_values(tensors, "the base")
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=sources.check_finite, step=step)
-        if isinstance(tensors, StoredTensors | SplitTensors):
+        if isinstance(tensors, StoredTensors | Rearranged | SplitTensors):
             tensors.expect(found, _changed)
         if config.origin == "zero":
             zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
             tensors, found = replaced(tensors, zeros), found | digests(zeros)
         superposition = cls(config, tensors, superposed, found, layout=layout)
-        superposition.model_files = model_files(base)
+        superposition.model_files, superposition.to_files = model_files(base), to_files
         return superposition
 
     # ---------------------------------------------------------------- models
@@ -163,12 +164,16 @@ class Superposition(State):
             whole = {tensor: value.clone() for tensor, value in joined.items()}
         return whole | {alias: whole[tensor] for alias, tensor in self.layout.ties.items()}
 
-    def retrieved(self, name: str, *, progress: Progress = silent) -> Tensors:
+    def retrieved(self, name: str, *, as_files: bool = False, progress: Progress = silent) -> Tensors:
         """The same as a mapping that makes each tensor when it is asked for, for models larger than memory.
+
+        as_files: under the names and in the shapes of the files of the Transformers folder that the base came from,
+            where those are others than the model's (``checkpoints/names``).
 
         ``randes.checkpoints.sources.write_file`` writes it without holding more than a part of a tensor.
         """
-        return self._joined(name, progress, ties=True)
+        tensors = self._joined(name, progress, ties=True)
+        return self.to_files.apply(tensors) if as_files else tensors
 
     def _joined(self, name: str, progress: Progress, *, ties: bool) -> Tensors:
         """A model's tensors as its checkpoint had them; the base's for its own name, where it is no member."""

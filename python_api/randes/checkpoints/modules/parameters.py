@@ -19,6 +19,11 @@ DESCRIBED = frozenset((
 """What is the same for all models' weights, and may be asked for."""
 
 
+def is_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of Transformers; without importing that."""
+    return all(hasattr(module, name) for name in ("config", "get_input_embeddings", "main_input_name"))
+
+
 def base_of(layer: nn.Module, name: str) -> Tensor:
     """A layer's own parameter or buffer, the base's, whether it has moved or not; or what it last made of others."""
     for held in (layer._parameters, layer._buffers):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randes.checkpoints.modules.parameters import DESCRIBED, move
+from randes.checkpoints.modules.parameters import DESCRIBED, is_transformers, move
 from randes.checkpoints.modules.source import methods_of, names_after_self
 
 TOKENS = 8
@@ -30,7 +30,7 @@ def weights_read(module: nn.Module, *, seen_alone: bool = False) -> set[str]:
     seen_alone: only those that a run has shown, and not what stands in code that may never run.
     """
     found: set[str] = set()
-    if _is_transformers(module):
+    if is_transformers(module):
         found, whole = _seen(module)
         if whole or seen_alone:
             return found
@@ -98,10 +98,6 @@ def _watch(layer: nn.Module, name: str, notes: set[str]) -> None:
 
     kind = type(layer)
     move(layer, frozenset(("weight",)), type(kind.__name__, (kind,), {"weight": property(weight)}))
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("config", "get_input_embeddings", "main_input_name"))
 
 
 def _example(model: Any) -> dict[str, Any]:

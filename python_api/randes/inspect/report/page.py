@@ -13,6 +13,7 @@ from randes.inspect.report.numbers import Cell, Numbers
 from randes.inspect.report.text import STYLE, WORDS
 from randes.inspect.report.verdict import verdict
 from randes.superposition.members import Sizes
+from randes.superposition.packed_tensors import in_words
 
 
 def page(numbers: Numbers, title: str) -> str:
@@ -51,7 +52,7 @@ def _header(numbers: Numbers, title: str) -> str:
         ("include", ", ".join(config.included)), ("exclude", ", ".join(config.exclude)),
         ("min_width", config.min_width),
         ("packed", "no: integers, models can be added and removed" if packing is None else
-         f"{packing.bits} bits, groups of {packing.group} columns, coordinates in {packing.coordinates} bits;"
+         f"{in_words(packing.bits)}, groups of {packing.group} columns, coordinates in {packing.coordinates} bits;"
          f" for serving only, of the store with checksum {packing.master}"),
     ]  # fmt: skip
     return (
@@ -64,8 +65,8 @@ def _header(numbers: Numbers, title: str) -> str:
 
 
 def _sizes(numbers: Numbers) -> str:
-    stored = f"this store, packed in {_bits(numbers.packing.bits)}" if numbers.packing else "this store"
-    others = {f"packed in {_bits(bits)}": sizes for bits, sizes in numbers.packed.items()
+    stored = f"this store, packed in {in_words(numbers.packing.bits)}" if numbers.packing else "this store"
+    others = {f"packed in {in_words(bits)}": sizes for bits, sizes in numbers.packed.items()
               if numbers.packing is None or numbers.packing.bits != bits}  # fmt: skip
     of = {stored: numbers.sizes, **others}
     count = sum(name != "__base__" for name in numbers.names)
@@ -278,7 +279,3 @@ def _shared(names: Sequence[Sequence[str]]) -> int:
     """How many parts all begin with, so that each has one left."""
     most = min(map(len, names)) - 1 if len(names) > 1 else 0
     return next((place for place in range(most) if len({parts[place] for parts in names}) > 1), most)
-
-
-def _bits(count: float) -> str:
-    return f"{count} bit" + "s" * (count > 1)

@@ -49,8 +49,10 @@ def _check_base(superposition: State) -> None:
 def _check_group(superposition: State, group: Group, held: Mapping[str, Tensor | Packed]) -> None:
     base, packing = headers(superposition.base), superposition.packing
     for tensor, found in held.items():
-        if tensor not in superposition.superposed:
+        if tensor not in superposition.superposed or (tensor in superposition.unshared) is not isinstance(group, str):
             raise ValueError(f"group {group} must hold superposed tensors alone, got {tensor}")
+        if isinstance(group, str) and tensor not in superposition.members[group].gains:
+            raise ValueError(f"model {group!r} must have a gain of {tensor}, of which it has a delta")
         rows, columns = base[tensor].shape
         if isinstance(found, Tensor):
             _must_be(found, f"{tensor} in group {group}", (rows, columns), INTEGERS)

@@ -11,6 +11,7 @@ from randes.checkpoints import schema, sources
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import for_store
 from randes.checkpoints.layout import ADDED, Layout
+from randes.checkpoints.names.conversion import RECORD
 from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.sources import Tensors
 from randes.config import Config
@@ -69,6 +70,7 @@ _MANIFEST = schema.record(
             {"views": schema.each(_VIEW), "ties": schema.each(schema.text), "digests": schema.each(schema.digest)},
         ),
         "companions": schema.each(schema.digest, companion_name),
+        "names": RECORD,
         "packed": schema.each(schema.either(schema.text, schema.one_of(HALF), schema.integer())),
     },
 )  # fmt: skip
@@ -180,6 +182,8 @@ def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str,
         manifest["layout"] = layout.to_dict() | {"digests": own}
     if superposition.model_files:
         manifest["companions"] = {name: digest_of(text) for name, text in model_files_in(superposition, files).items()}
+    if superposition.to_files:
+        manifest["names"] = superposition.to_files.to_dict()
     if superposition.packing is not None:
         packed = asdict(superposition.packing)
         manifest["packed"] = {name: value for name, value in packed.items() if value is not None}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from randes.checkpoints.huggingface import CONFIG, is_model_file, read_files
 from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
+from randes.checkpoints.names.conversion import Conversion
 from randes.checkpoints.on_disk import Overlay, StoredTensors
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
@@ -34,6 +35,10 @@ _ALTERED = (
     "was altered or is missing: its checksum does not match the manifest. Models answer by what it says; to change it,"
     " change it beside the base and make the store anew"
 )
+_UNUSABLE = (
+    ArithmeticError, AttributeError, AssertionError, LookupError, CheckpointError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What values that no store has may raise."""
 TRIES = 100
 """Manifests that are read before files are said to be missing: each was written since the one before."""
 
@@ -69,7 +74,7 @@ def _load(kind: type[S], folder: Path, manifest: dict[str, Any], *, check: bool,
     try:
         superposition = _put_together(kind, manifest, found, contents)
         check_whole(superposition)
-    except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _UNUSABLE as error:
         raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
     superposition.model_files, superposition.stored = beside, stored
     return superposition
@@ -107,6 +112,8 @@ def _put_together(
         contents.pop("basis", {}), layout,
     )  # fmt: skip
     superposition.packing = packing
+    superposition.to_files = Conversion.from_dict(manifest.get("names", {}))
+    superposition.to_files.check(headers(layout.joined(base)))
     for name, member in members.items():
         own = contents.pop(model_file(superposition, name), StoredTensors({}))
         held = {tensor: f"{tensor}{COORDINATES}" for tensor in member.units}
