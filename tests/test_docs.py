@@ -1,5 +1,6 @@
 """What the README claims has a command that works and rows that were measured."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -17,17 +18,23 @@ import rivals
 import smollm_kept
 import smollm_late
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import randes
+from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.inspect.choose import BY_TABLES, predicted
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+RESULTS, SPEED, TUNING, COMMANDS = (
+    (DOCS / f"{page}.md").read_text(encoding="utf-8") for page in ("results", "speed", "tuning", "command-line")
+)
 DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
 FULL = "full fine-tunes"
 AUTO = "shared basis of rank auto"
+PAGES_OF_CODE = ("getting-started", "compress", "architectures", "configuration")
 
 
 KERNEL_ROWS = json.loads((ROOT / "bench" / "results" / "cpu" / "kernels.json").read_text(encoding="utf-8"))["rows"]
@@ -60,8 +67,8 @@ def normalised(rows: Rows, method: str, models: int, group_size: int, setting: s
     return sum(chosen) / 3
 
 
-def test_the_readmes_table_is_that_of_the_rows(rows: Rows) -> None:
-    shown = table_in(README, "quality")
+def test_the_digits_table_is_that_of_the_rows(rows: Rows) -> None:
+    shown = table_in(RESULTS, "quality")
     assert shown.strip() == quality.table(rows)
 
 
@@ -76,40 +83,88 @@ def test_the_measured_quality_reaches_its_goals(rows: Rows) -> None:
                 assert default > normalised(rows, method, models, group_size, setting)
 
 
-def test_the_readmes_python_runs(tmp_path: Path) -> None:
+class Net(nn.Module):
+    """What the pages call a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 256)
+        self.down = nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(torch.relu(self.up(x)))
+        return y
+
+
+def stand_ins(folder: Path) -> dict[str, Any]:
+    """What code on the pages takes as given: a base, fine-tunes of it, and their files in the folder."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
-    tuned = {name: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for name in ("rot90", "flip")}
-    code = re.findall(r"```python\n(import randes.*?)```", README, re.DOTALL)
-    assert len(code) == 1
-    code[0] = code[0].replace('"store"', "str(folder)")
-    folder = tmp_path / "store"
-    names = {"base": base, "models": tuned, "rot90": tuned["rot90"], "x": torch.ones(4, 32), "folder": folder}
-    exec(code[0], names)
-    assert names["y"].shape == (4, 32)  # type: ignore[attr-defined]
-    assert randes.Superposition.load(folder).names == ["flip", "rot90"]
+    base = Net()
+    models = {}
+    for name in ("german", "legal", "medical"):
+        models[name] = copy.deepcopy(base)
+        for value in models[name].parameters():
+            value.data += 0.02 * torch.randn_like(value)
+        write_file(folder / f"{name}.safetensors", models[name].state_dict())
+    (folder / "legal").mkdir()
+    write_file(folder / "legal" / "model.safetensors", models["legal"].state_dict())
+    return {"randes": randes, "base": base, "models": models, "x": torch.ones(4, 64), "Net": Net, **models}
 
 
-def test_every_command_that_the_readme_shows_exists() -> None:
-    shown = set(re.findall(r"(?:^    | && )randes ([\w-]+)", README, re.MULTILINE))
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in PAGES_OF_CODE)])
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = stand_ins(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    if page == "README.md":
+        assert names["y"].shape == (4, 64)
+        assert names["state"].keys() == names["base"].state_dict().keys()
+
+
+def test_the_first_screen_says_what_was_measured() -> None:
+    readme = " ".join(README.split())
+    (row,) = (
+        row for row in language.read(smollm_kept.RESULTS)
+        if (row["models"], row["group"], row["rank"], row["bits"], row["embeddings"]) == (8, 8, "auto", 2, 0.5)
+    )  # fmt: skip
+    kept = [100 * share for share in row["kept"]]
+    assert f"a store of {row['times']:.2f} times one model keeps {sum(kept) / len(kept):.1f} %" in readme
+    assert f"{min(kept):.1f} % in the worst case" in readme
+
+    def ratios(*sizes: int) -> list[float]:
+        own = (row for row in KERNEL_ROWS if row["op"] == plots.OP and plots.is_default(row) and row["m"] in sizes)
+        return [row["ratio_to_linear"] for row in own]
+
+    few, many = ratios(1, 8), ratios(512)
+    assert f"takes {min(few):.1f} to {max(few):.1f} times a plain layer's time" in readme
+    assert f"{min(many):.1f} to {max(many):.1f} times ([speed]" in readme
+    assert all("cuda" not in str(row["device"]).lower() for row in KERNEL_ROWS)
+    assert "**No GPU has been measured.**" in readme
+
+
+def test_every_command_is_shown_and_every_one_shown_exists() -> None:
+    shown = set(re.findall(r"^    randes ([\w-]+)", COMMANDS, re.MULTILINE))
     commands = app.registered_commands
     names = {command.name or command.callback.__name__ for command in commands if command.callback}
     assert shown == {name.replace("_", "-") for name in names}
 
 
-def test_the_methods_table_of_the_language_model_is_that_of_the_rows() -> None:
-    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+def test_the_tables_of_the_small_language_model_are_those_of_the_rows() -> None:
+    text = RESULTS
     rows = json.loads(language.RESULTS.read_text(encoding="utf-8"))["rows"]
     assert table_in(text, "language").strip() == language.table(rows)
     for name in ("bits", "frontier"):
         assert table_in(text, f"language {name}").strip() == language.TABLES[name](rows)
-    readme = " ".join(README.split())
+    tuning = " ".join(TUNING.split())
     for measured in (rows, language.read(language.RESULTS.with_name("language-wide.json"))):
         plain = share(measured, "two-sided signs", 8, 16)
         ranked = share(measured, AUTO, 8, 4)
-        assert f"from {plain.mean:.1f} to {ranked.mean:.1f} %" in readme
-        assert f"at {ranked.bits:.2f} instead of {plain.bits:.2f} bits" in readme
-    assert f"in groups of 4, keep {share(rows, 'two-sided signs', 4, 16).mean:.1f}" in readme
+        assert f"from {plain.mean:.1f} to {ranked.mean:.1f} %" in tuning
+        assert f"at {ranked.bits:.2f} instead of {plain.bits:.2f} bits" in tuning
+    assert f"in groups of 4, keep {share(rows, 'two-sided signs', 4, 16).mean:.1f}" in tuning
 
 
 def share(rows: Rows, method: str, group: int, coordinates: int) -> language.Share:
@@ -182,13 +237,12 @@ def test_the_claims_are_measured_as_the_rows_say() -> None:
 
 
 def test_the_digits_table_by_bits_is_that_of_the_rows() -> None:
-    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    shown = table_in(text, "quality bits")
+    shown = table_in(RESULTS, "quality bits")
     assert shown.strip() == quality.table_of_bits(quality.read(quality.BITS_RESULTS))
 
 
-def test_the_readmes_table_of_kernels_is_that_of_the_rows() -> None:
-    shown = table_in(README, "kernels")
+def test_the_table_of_kernels_is_that_of_the_rows() -> None:
+    shown = table_in(SPEED, "kernels")
     assert shown.strip() == plots.table(KERNEL_ROWS)
 
 

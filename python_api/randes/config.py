@@ -33,7 +33,7 @@ BEFORE: dict[str, Any] = {"embeddings": "shared", "rank": 0}
 class Config:
     """How deltas are turned before they are summed, and what becomes of everything that is not a matrix.
 
-    signs: which sides of a weight are flipped by random signs; "both" keeps the most (docs/method.md).
+    signs: which sides of a weight are flipped by random signs; "both" keeps the most (docs/results.md).
     permute: granule of the random column permutation in columns; 0 for none, 1 for by element.
     shuffle_layers: −1 to permute same-named layers at random for each model, 0 not to; s > 0 to move those of the
         i-th model by i · s, around.
@@ -61,7 +61,7 @@ class Config:
         its name, ``{"*.qkv.weight": {"*.q.weight": 64, "*.k.weight": 64, "*.v.weight": 64}}``. Every ``*`` stands for
         the same beginning. Fused or not, the models are then the same.
     matrix: what the columns are turned by: "signs", as ``signs`` says, or in their place a random "rotation", a
-        "diagonal" of normal numbers, or a "dense" matrix of them (the paper's other modes; docs/method.md). Row signs
+        "diagonal" of normal numbers, or a "dense" matrix of them (the paper's other modes; docs/paper.md). Row signs
         stay as ``signs`` says.
     gains: "own" to bring every model's delta to one size before they are summed, "shared" to sum them as they are, as
         the paper does.

@@ -351,3 +351,23 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(tmp_path / "store"), *out, *wrong])
     assert result.exit_code == 2
     assert "error: this is not the checkpoint that was added as 'm0'" in result.stderr
+
+
+def test_the_page_begins_with_a_verdict(tmp_path: Path) -> None:
+    base = net()
+    models = {f"m{number}": finetune(base, number) for number in range(3)}
+    sup = randes.compress(base, models, rank=0)
+    two = sup.pack(2)
+    for store, given in ((sup, models), (two, {})):
+        randes.report.write(store, tmp_path / "page.html", given)
+        page = (tmp_path / "page.html").read_text("utf-8")
+        verdict = page[page.index("<ul id='verdict'>") : page.index("How it was made")]
+        assert f"{store.nbytes / store.sizes.base:.2f} times one model." in verdict
+        assert "times a delta's size in the mean, most in m" in verdict
+        assert "Wrong" not in verdict
+        later = f"{two.nbytes / sup.sizes.base:.2f} times one model of this"
+        assert (later in verdict) is (store is sup), "what packing would make of it is what it makes"
+        assert ("<div class='pair'><div><h3>Before" in page) is bool(given)
+        assert "of each model, a row, in each layer, a column" in page
+    randes.report.write(randes.Superposition.create(base), tmp_path / "page.html")
+    assert "add a fine-tune" in (tmp_path / "page.html").read_text("utf-8")

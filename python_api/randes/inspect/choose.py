@@ -2,7 +2,7 @@
 
 What is kept is predicted as 100 % less what was lost on SmolLM2-135M (docs/results.md; bench/quality/smollm_kept.py):
 
-    n       =  (J − 1) + J e                            noise in a delta, in units of it (docs/method.md, few bits)
+    n       =  (J − 1) + J e                            noise in a delta, in units of it (docs/tuning.md, few bits)
     lost %  =  (OF_NOISE n + OF_ITS_SQUARE n² + BIAS[D] / J) · WITHOUT_BASIS + BY_TABLES[embeddings]
 
 J: models to a group. e: what packing D adds, relative to D (``packed_tensors.added_noise``). BIAS is what few bits lose

@@ -36,8 +36,9 @@ def details(summary: str, inside: str) -> str:
     return f"<details><summary>{escaped(summary)}</summary>{inside}</details>\n"
 
 
-def figure(svg: str) -> str:
-    return f"<figure>{svg}</figure>\n"
+def figure(svg: str, caption: str = "") -> str:
+    below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
+    return f"<figure>{svg}{below}</figure>\n"
 
 
 def number(value: float) -> tuple[str, object]:

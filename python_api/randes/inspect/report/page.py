@@ -11,6 +11,7 @@ from randes.inspect.report.cosines import SAMPLE, Cosines
 from randes.inspect.report.html import UNITS, Value, byte_size, details, escaped, figure, number, share, table
 from randes.inspect.report.numbers import Cell, Numbers
 from randes.inspect.report.text import STYLE, WORDS
+from randes.inspect.report.verdict import verdict
 from randes.superposition.members import Sizes
 from randes.superposition.packed_tensors import in_words
 
@@ -56,7 +57,7 @@ def _header(numbers: Numbers, title: str) -> str:
     ]  # fmt: skip
     return (
         f"<h1>{escaped(title)}</h1>\n<p class='lead'>{count} fine-tunes and their base in {byte_size(sizes.total)[0]}."
-        f"{against}</p>"
+        f"{against}</p>{verdict(numbers)}"
         + details(
             "How it was made", table("config", ("option", "value"), [(option, str(value)) for option, value in rows])
         )
@@ -188,7 +189,8 @@ def _heat(
     if np.isfinite(values).any():
         breaks = _breaks(numbers, names)
         picture = figure(
-            pictures.heat(values, names, _endings(tuple(numbers.layers)), title, label, scale=scale, breaks=breaks)
+            pictures.heat(values, names, _endings(tuple(numbers.layers)), title, label, scale=scale, breaks=breaks),
+            f"{title} ({label}) of each model, a row, in each layer, a column; lines part groups.",
         )
     numbers_below = details(f"{title}: numbers", table(key, ("model", *numbers.layers), rows))
     return f"<h3>{title}</h3>" + picture + numbers_below
@@ -201,12 +203,13 @@ def _cosines(numbers: Numbers) -> str:
     apart = {key: _off_diagonal(cosines) for key, cosines in numbers.cosines.items()}
     found = np.concatenate([np.abs(values[np.isfinite(values)]) for values in apart.values()])
     limit = max(0.01, float(found.max()) if found.size else 0.0)
+    parts = []
     for key, cosines in numbers.cosines.items():
-        title = WORDS[f"title {key}"]
+        title, part = WORDS[f"title {key}"], ""
         values = apart[key]
         finite = values[np.isfinite(values)]
         if finite.size:
-            text += (
+            part += (
                 f"<h3>{title}</h3><p>Mean {finite.mean():.4f}, largest magnitude {np.abs(finite).max():.4f}.</p>"
                 + figure(pictures.heat(
                     values, cosines.names, cosines.names, title, "cosine", scale="signed", limit=limit,
@@ -216,13 +219,14 @@ def _cosines(numbers: Numbers) -> str:
         rows: list[Sequence[Value]] = [
             (name, *map(number, own)) for name, own in zip(cosines.names, cosines.values.tolist(), strict=True)
         ]
-        text += details(f"{title}: numbers", table(key, ("model", *cosines.names), rows))
+        part += details(f"{title}: numbers", table(key, ("model", *cosines.names), rows))
         if cosines.sampled:
-            text += (
+            part += (
                 f"<p class='note'>{cosines.sampled} of {cosines.tensors} tensors have more than {SAMPLE:,} elements:"
                 " of these, equally spaced runs of rows stand for the whole.</p>"
             )
-    return text
+        parts.append(f"<div>{part}</div>")
+    return text + f"<div class='pair'>{''.join(parts)}</div>"
 
 
 def _off_diagonal(cosines: Cosines) -> NDArray[np.float64]:

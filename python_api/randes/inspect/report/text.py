@@ -65,11 +65,13 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
  :root { --text: #e4e8ee; --quiet: #9aa6b5; --back: #14181f; --line: #333c48; --band: #1c222b; } }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 p, li { max-width: 46rem; } .lead { font-size: 1.1rem; } .note { color: var(--quiet); font-size: .9rem; }
 figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; overflow: visible; color: var(--text); }
+figcaption { color: var(--quiet); font-size: .85rem; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 2rem; } .pair > div { flex: 1 1 28rem; min-width: 0; }
 .wide { overflow-x: auto; margin: 1rem 0; max-height: 40rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }

@@ -36,7 +36,7 @@ UNIT = 2.0**-14
 """What one of U's integers is worth: its entries lie within ±1."""
 SHARE = 0.02
 """Of a matrix's delta energy: what a direction must hold to be kept with rank "auto". A share and no multiple of the
-mean direction's, which at equal storage kept less in every width that was measured (docs/method.md)."""
+mean direction's, which at equal storage kept less in every width that was measured (docs/results.md)."""
 MOST = 50
 """Directions that can hold that much each."""
 SPARE = 8
