@@ -4,6 +4,7 @@
                                                 and draws language.png, what survives by storage
     python bench/quality/language.py --setting wide     the same for a wider model: language-wide.json
     python bench/quality/language.py --table [NAME]     prints a Markdown table: methods, bits or frontier
+    python bench/quality/language.py --draw             draws what is there
 
 The share that survives is ``(L_base − L) / (L_base − L_own)`` on held-out bytes, L in bits per byte: 100 % is the
 fine-tune itself, 0 the base, less is worse than the base. Models are trained once and kept (finetunes.py); what each
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple
 
 from finetunes import MODELS, SETTINGS, finetunes
 from rich.progress import Progress
-from survival import GROUPS, measured
+from survival import AUTO, GROUPS, measured
+
+from randes.superposition.packed_tensors import in_words
 
 sys.path.append(str(Path(__file__).parents[1] / "speed"))
 from measure import machine
@@ -30,15 +33,16 @@ RESULTS = Path(__file__).parents[1] / "results" / "language.json"
 PLOT = RESULTS.with_suffix(".png")
 Rows = list[dict[str, Any]]
 
-BUDGETS = (0.14, 0.28, 0.56, 1.0, 2.0)
+BUDGETS = (0.07, 0.14, 0.28, 0.56, 1.0, 2.0)
 SLACK = 1.125
 """A method may take an eighth more than a budget: levels of 2 bits are 2.25 with their steps."""
 FAMILIES: dict[str, Callable[[str], bool]] = {
     "ours": lambda method: method.startswith(("two-sided", "shared")),
     "column signs, with or without layer shuffle": lambda method: method.endswith("column signs"),
     "merged: task arithmetic, TIES": lambda method: method.endswith("best λ"),
-    "truncated SVD per task, fp16 or 4 bits": lambda method: method.startswith("per-task rank"),
-    "1 or 2 bits per task": lambda method: method.startswith("per-task") and "bit" in method and "rank" not in method,
+    "low rank: SVD, Delta-CoMe": lambda method: method.startswith(("SVD", "Delta-CoMe")),
+    "bits and signs: BitDelta, T-Switch, DARE": lambda method: method.startswith(("BitDelta", "T-Switch", "DARE")),
+    "masks: EMR, TALL-masks": lambda method: method.startswith(("EMR", "TALL-masks")),
 }
 """What is compared at equal storage."""
 
@@ -96,35 +100,25 @@ def table(rows: Rows) -> str:
     lines = ["| method | " + " | ".join(f"groups of {g}" for g in groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows if row["group"] > 1 and "rank 64" not in row["method"]):
         lines.append(f"| {method} | " + " | ".join(cell(method, group) for group in groups) + " |")
-    for method in ("per-task rank 8", "per-task rank 16 in 4 bits", "per-task 1 bit", "per-task 2 bits"):
-        lines.append(f"| {method}, no group | {cell(method, 1)} |" + " – |" * (len(groups) - 1))
     return "\n".join(lines)
 
 
 def table_of_bits(rows: Rows) -> str:
-    """By bits of D, with coordinates in as many, or in 4 where D has 2: the mean and in brackets the worst kind."""
-    found, groups = every(rows), groups_of(rows)
-    columns = [(group, d) for group in groups for d in (16, 8, 4, 2)]
-    lines = [
-        "| | " + " | ".join(f"groups of {group}, {d} bit" for group, d in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if FAMILIES["ours"](method)]
-    for method in methods:
-        ranked = "rank" in method
-        for name, held in ((method, (16, 8, 4, 4)), (f"{method}, coordinates in 8 bits", (0, 0, 8, 8)))[: 1 + ranked]:
-            by_bits = dict(zip((16, 8, 4, 2), held if ranked else (16, 16, 16, 16), strict=True))
-            cells = [found.get((method, group, d, by_bits[d])) for group, d in columns]
-            if any(cells):
-                shown = ["–" if share is None else f"{share.mean:.1f} ({share.worst:.0f})" for share in cells]
-                lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    """By bits of D, with coordinates in 4 below 16: the mean, in brackets the worst kind, and all bits that are held."""
+    found, wide = every(rows), (16, 4, 2, 1, 0.5)
+    lines = ["| | a group | " + " | ".join(f"D in {in_words(d)}" for d in wide) + " |", "|---" * (len(wide) + 2) + "|"]
+    for method in ("two-sided signs", AUTO, f"{AUTO}, rotated"):
+        for group in groups_of(rows):
+            cells = [found.get((method, group, d, 4 if "rank" in method and d < 16 else 16)) for d in wide]
+            shown = ["–" if s is None else f"{s.mean:.1f} ({s.worst:.0f}), {s.bits:.2f} bit" for s in cells]
+            lines.append(f"| {method} | {group} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
 def described(key: tuple[str, int, float, int]) -> str:
     """A method with its bits and its group."""
     method, group, d, held = key
-    packed = f", D in {d} bits" if group > 1 and FAMILIES["ours"](method) else ""
+    packed = f", D in {in_words(d)}" if group > 1 and FAMILIES["ours"](method) else ""
     packed += f", coordinates in {held}" if "rank" in method and packed else ""
     return f"{method}{packed}, groups of {group}" if group > 1 else method
 
@@ -178,7 +172,9 @@ def curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
     def over(*methods: str) -> list[tuple[float, float]]:
         return [(s.bits, s.mean) for key, s in found.items() if key[0] in methods]
 
-    ranks = [method for method in dict.fromkeys(key[0] for key in found) if method.startswith("per-task rank")]
+    def named(method: str) -> list[str]:
+        return [key[0] for key in found if key[0].startswith(method)]
+
     best: dict[str, list[tuple[float, float]]] = {"ours, the best at each storage": []}
     for share in sorted((s for key, s in found.items() if FAMILIES["ours"](key[0])), key=lambda s: (s.bits, -s.mean)):
         envelope = best["ours, the best at each storage"]
@@ -186,18 +182,20 @@ def curves(rows: Rows) -> dict[str, list[tuple[float, float]]]:
             envelope.append((share.bits, share.mean))
     return {
         **best,
-        "ours: centred, D in 16 bits": over_groups("two-sided, centred"),
-        "ours: centred, D in 4 bits": over_groups("two-sided, centred", 4),
-        "ours: centred, D in 2 bits": over_groups("two-sided, centred", 2),
-        "ours: rank auto, D and coordinates in 4 bits": over_groups("shared basis of rank auto", 4, 4),
+        "ours: two-sided signs, D in 16 bits": over_groups("two-sided signs"),
+        "ours: two-sided signs, D in 2 bits": over_groups("two-sided signs", 2),
+        "ours: rank auto, D in 2 bits": over_groups(AUTO, 2, 4),
+        "ours: rank auto, rotated, D in half a bit": over_groups(f"{AUTO}, rotated", 0.5, 4),
         "column signs, layer shuffle (RanDeS)": over_groups("layer shuffle + column signs"),
         "column signs": over_groups("column signs"),
         "task arithmetic": over("task arithmetic, best λ"),
         "TIES": over("TIES, best λ"),
-        "truncated SVD per task, fp16": over(*(method for method in ranks if "bits" not in method)),
-        "truncated SVD per task, 4 bits": over(*(method for method in ranks if "bits" in method)),
-        "1 bit per task": over("per-task 1 bit", "per-task 1 bit, a scale a row"),
-        "2 and 4 bits per task": over("per-task 2 bits", "per-task 4 bits"),
+        "SVD in 4 bits": over(*named("SVD")),
+        "Delta-CoMe": over(*named("Delta-CoMe")),
+        "BitDelta, rotated": over(*(method for method in named("BitDelta") if "rotated" in method)),
+        "T-Switch, rotated": over(*named("T-Switch")),
+        "DARE, 1 bit, rotated": over(*named("DARE")),
+        "EMR, TALL-masks": over(*named("EMR"), *named("TALL-masks")),
     }
 
 
@@ -205,7 +203,7 @@ STYLES = (
     ("lightgray", "", "-"), ("tab:blue", "o", "-"), ("tab:cyan", "o", "-"), ("tab:green", "o", "-"),
     ("tab:purple", "o", "-"), ("tab:olive", "v", "--"), ("tab:brown", "v", "--"), ("tab:gray", "s", ":"),
     ("silver", "s", ":"), ("tab:orange", "x", "--"), ("tab:red", "x", "--"), ("deeppink", "D", "--"),
-    ("crimson", "D", "--"),
+    ("crimson", "D", "--"), ("tab:pink", "P", "--"), ("black", "^", ":"),
 )  # fmt: skip
 """Colour, marker and line of each curve."""
 
@@ -227,11 +225,11 @@ def draw() -> None:
         seeds = len({row["seed"] for row in rows})
         for axis, (low, high) in zip(row, ((0, 102), (85, 100.5)), strict=True):
             for (label, points), (color, marker, line) in zip(curves(rows).items(), STYLES, strict=True):
-                x, y = zip(*sorted(points), strict=True)
+                x, y = zip(*sorted(points), strict=True) if points else ((), ())
                 axis.plot(x, y, line, label=label, color=color, marker=marker, markersize=5,
                           linewidth=1.5 if marker else 7, zorder=2 if marker else 1)  # fmt: skip
-            ticks = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
-            axis.set(xscale="log", xlim=(0.1, 17), ylim=(low, high), xlabel="bits a superposed parameter and model")
+            ticks = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+            axis.set(xscale="log", xlim=(0.03, 17), ylim=(low, high), xlabel="bits a superposed parameter and model")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
