@@ -104,7 +104,7 @@ def table(rows: Rows) -> str:
 
 
 def table_of_bits(rows: Rows) -> str:
-    """By bits of D, with coordinates in 4 below 16: the mean, in brackets the worst kind, and all bits that are held."""
+    """By bits of D, with coordinates in 4 below 16: the mean, in brackets the worst kind, and all that is held."""
     found, wide = every(rows), (16, 4, 2, 1, 0.5)
     lines = ["| | a group | " + " | ".join(f"D in {in_words(d)}" for d in wide) + " |", "|---" * (len(wide) + 2) + "|"]
     for method in ("two-sided signs", AUTO, f"{AUTO}, rotated"):
