@@ -56,7 +56,7 @@ def test_each_key_has_its_meaning() -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"name": "superposed_model_soup", "ms_mode": "average"}, "ms_mode average: every weight comes back divided by 4"),
+        ({"name": "superposed_model_soup", "ms_mode": "average"}, "every weight comes back divided by 4"),
         (
             {"name": "superposed_model_soup", "ms_mode": "average", "absorber": "average"},
             "absorber average: kept as it is; the original divides it by 4",
