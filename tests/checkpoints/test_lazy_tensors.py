@@ -284,6 +284,7 @@ class Unreadable(dict[str, Tensor]):
         return super().__getitem__(name)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("others", ["keep", "average"])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_what_fails_at_any_reading_is_undone(loaded: bool, others: randes.config.Others, tmp_path: Path,
