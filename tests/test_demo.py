@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import randes
+import randes.demo
 from randes.cli import app
 from randes.demo import baselines, digits, run
 
@@ -131,3 +133,14 @@ def test_a_number_of_models_out_of_range_is_refused() -> None:
     result = CliRunner().invoke(app, ["demo", "--models", "17"])
     assert result.exit_code == 2
     assert "models must be from 2 to 16, got 17" in result.output
+
+
+def test_without_its_packages_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("randes.demo.run", "randes.demo.digits"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(randes.demo, "run")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 2
+    assert "sklearn.datasets is missing: python -m pip install 'randes[demo]'" in "".join(result.output.split("\n"))

@@ -60,6 +60,20 @@ def test_values_come_in_order_and_a_few_ahead_only() -> None:
         assert list(numbers) == []
 
 
+def test_what_one_thread_finds_wrong_ends_all_digests() -> None:
+    tensors = {f"t{number}": torch.zeros(1 << 18) for number in range(8)}
+    looked = []
+
+    def look(name: str, part: Tensor) -> None:
+        looked.append(name)
+        if name == "t1":
+            raise randes.CheckpointError("t1 is wrong")
+
+    with pytest.raises(randes.CheckpointError, match="t1 is wrong"):
+        digests(tensors, look=look)
+    assert "t1" in looked
+
+
 def test_an_error_comes_where_its_value_would_have_and_threads_end() -> None:
     def values() -> Iterator[int]:
         yield 1
@@ -270,6 +284,7 @@ class Unreadable(dict[str, Tensor]):
         return super().__getitem__(name)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("others", ["keep", "average"])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_what_fails_at_any_reading_is_undone(loaded: bool, others: randes.config.Others, tmp_path: Path,

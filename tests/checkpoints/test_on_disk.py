@@ -79,6 +79,7 @@ def verified(store: Path) -> dict[str, Tensor]:
     return {"errors": torch.tensor([found.relative_error, found.predicted_error, *found.tensors.values()])}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("read", [loaded, retrieved, one_by_one, verified])
 def test_a_flipped_bit_is_an_error_or_changes_nothing(store: Path, read: Callable[[Path], dict[str, Tensor]]) -> None:
     whole, refused = read(store), 0

@@ -12,6 +12,7 @@ from operations import Store
 from readers import beside_a_writer
 from rows import RESULTS, read, table
 
+pytestmark = pytest.mark.no_cover  # it does the same many times over
 MUTATIONS = 1200
 EVERY = 11
 """Calls to the system from one that fails to the next."""

@@ -53,6 +53,31 @@ def test_each_key_has_its_meaning() -> None:
     assert fusionbench.options({"name": "superposed_task_arithmetic_lora", **COMMON}, 4).lora
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"name": "superposed_model_soup", "ms_mode": "average"}, "every weight comes back divided by 4"),
+        (
+            {"name": "superposed_model_soup", "ms_mode": "average", "absorber": "average"},
+            "absorber average: kept as it is; the original divides it by 4",
+        ),
+        ({"name": "superposed_model_soup", "ms_mode": "original", "absorber": "None"}, "comes back as the sum of 4"),
+        ({"name": "superposed_model_soup", "scaling_factor": 0.3}, "the original's soup has none"),
+        ({"name": "superposed_task_arithmetic_lora", "scaling_factor": 0.3}, "'randes merge-adapter --scaling 0.3'"),
+        ({"debug": 1}, "see 'randes report'"), ({"model_path": "here"}, "the store goes where --out says"),
+    ],
+)  # fmt: skip
+def test_what_is_otherwise_here_is_said(keys: dict[str, Any], said: str) -> None:
+    assert said in "\n".join(options(**keys).notes)
+    assert said not in "\n".join(options().notes)
+
+
+@pytest.mark.parametrize("models", [0, -1, 2.0, "3", None])
+def test_a_number_of_models_is_one(models: Any) -> None:
+    with pytest.raises(ValueError, match="models must be an integer of at least 1, got"):
+        fusionbench.options({"name": "superposed_task_arithmetic", **COMMON}, models)
+
+
 def test_targets_are_the_originals() -> None:
     names = [
         "a.mlp.w.weight",

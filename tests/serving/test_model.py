@@ -365,6 +365,7 @@ def test_warming_up_runs_every_kind_of_layer_and_changes_nothing(served: Any) ->
         model.warm_up(rows=(4, 0))
 
 
+@pytest.mark.no_cover
 def test_one_program_serves_a_hundred_batches(served: Any) -> None:
     model, sup, base = served
     compiled, programs = counted(model, dynamic=True)

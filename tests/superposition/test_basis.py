@@ -371,3 +371,11 @@ def test_the_command_line_keeps_a_basis(
     wrong = CliRunner().invoke(app, [*command[:-1], f"--out={tmp_path}/other", "--rank=best"])
     assert wrong.exit_code == 2
     assert "rank must be an integer of at least 0, or 'auto', got 'best'" in " ".join(wrong.output.split())
+
+
+def test_a_delta_that_is_not_finite_has_no_basis() -> None:
+    base = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+    tuned = finetune(base, 0).state_dict()
+    tuned["2.weight"][3, 4] = torch.inf
+    with pytest.raises(randes.CheckpointError, match=r"2\.weight must be finite, got NaN or infinity"):
+        randes.compress(base, {"m0": tuned}, randes.Config(rank=4))

@@ -99,6 +99,7 @@ def test_every_truncated_file_is_refused(store: Path) -> None:
     assert randes.Superposition.load(store).names == ["m0", "m1"]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
 def test_every_flipped_byte_is_noticed(store: Path, mask: int) -> None:
     for name, whole in content(store).items():
@@ -245,6 +246,7 @@ def crashes(save: Callable[[], None], monkeypatch: pytest.MonkeyPatch, least: in
         yield
 
 
+@pytest.mark.no_cover
 def test_a_save_killed_at_any_step_leaves_the_old_store_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +287,7 @@ def test_a_save_killed_at_any_step_leaves_the_old_store_or_the_new_one(
     assert left_over > 0
 
 
+@pytest.mark.no_cover
 def test_a_first_save_killed_at_any_step_can_be_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sup, _ = superposed(deep(14), 2)
     files = stored(sup, tmp_path / "whole")

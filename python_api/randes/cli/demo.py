@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from randes.cli.terminal import console, errors, say, steps
 
@@ -25,7 +26,8 @@ def demo(
     try:
         from randes.demo import report, run
     except ModuleNotFoundError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error.name} is missing: python -m pip install 'randes[demo]'")
+        what = escape(f"{error.name} is missing: python -m pip install 'randes[demo]'")
+        Console(stderr=True).print(f"[bold red]error:[/] {what}")
         raise typer.Exit(2) from error
     with errors(), steps() as begin:
         finetunes = run.finetune(models, seed=seed, matrices_only=matrices_only, progress=begin)
