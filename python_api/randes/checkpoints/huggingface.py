@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -177,6 +178,17 @@ def skeleton_of(text: bytes, tensors: int, where: object) -> nn.Module | None:
     except Exception:  # whatever a class has against a configuration
         return None
     return model
+
+
+def class_named(base: object) -> str:
+    """The class of Transformers that a folder's configuration names first; empty where it is none."""
+    text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
+    if text is None or not is_supported():
+        return ""
+    try:
+        return str(model_class(SimpleNamespace(**configuration(text, str(base))), base).__name__)
+    except BaseMismatchError:
+        return ""
 
 
 @contextmanager
