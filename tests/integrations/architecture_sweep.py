@@ -134,7 +134,7 @@ def main() -> None:
     if options.json and options.json.exists():
         rows = {row["name"]: row for row in json.loads(options.json.read_text())["rows"]}
     chosen = [case for case in cases() if re.search(options.only, case.name)]
-    todo = [case for case in breadth_first(chosen) if options.again or case.name not in rows]
+    todo = [case for case in breadth_first(chosen) if options.again or not rows.get(case.name, {}).get("disk")]
 
     def save() -> None:
         if options.json:

@@ -15,6 +15,8 @@ from models import content, finetune, net, superposed
 
 import randes
 from randes import StoreError
+from randes.checkpoints.names.conversion import Conversion
+from randes.checkpoints.names.pieces import Piece
 from randes.superposition.store.check import check_whole
 from randes.superposition.store.manifest import MANIFEST, checksum_of
 from randes.superposition.store.write import check_new
@@ -32,6 +34,19 @@ def store(tmp_path: Path) -> Path:
     sup.model_files = {"config.json": b"{}", "tokenizer.json": b"{}"}
     sup.save(tmp_path / "store")
     return tmp_path / "store"
+
+
+def test_the_way_back_to_the_bases_files_is_saved_and_checked(tmp_path: Path) -> None:
+    sup = made()
+    back = Conversion({"old": WEIGHT}, dropped=frozenset({"extra"}))
+    sup.to_files = back
+    sup.save(tmp_path / "store")
+    assert randes.Superposition.load(tmp_path / "store").to_files == back
+    piece = Piece(WEIGHT, (1,), (1,), 0, (1,), 1 << 40)
+    sup.to_files = Conversion({}, {"old": (piece,)}, {"old": (1,)})
+    sup.save(tmp_path / "other")
+    with pytest.raises(StoreError, match="made of elements that"):
+        randes.Superposition.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", [*golden_stores.CONFIGS, "basis in 8 bits", "basis in 4 bits", "plain in 2 bits"])

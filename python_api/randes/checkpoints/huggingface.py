@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import get_ident
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -202,6 +203,17 @@ def on_meta(kind: Any, config: Any, tensors: int, where: object) -> nn.Module:
     with torch.device("meta"), _parts_below(1000 + 50 * tensors, where):
         model: nn.Module = kind(config)
     return model
+
+
+def class_named(base: object) -> str:
+    """The class of Transformers that a folder's configuration names first; empty where it is none."""
+    text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
+    if text is None or not is_supported():
+        return ""
+    try:
+        return str(model_class(SimpleNamespace(**configuration(text, str(base))), base).__name__)
+    except BaseMismatchError:
+        return ""
 
 
 @contextmanager

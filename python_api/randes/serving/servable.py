@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from randes.checkpoints.huggingface import class_named
 from randes.checkpoints.matrices import Matrices, matrices_of
 from randes.checkpoints.modules.parameters import is_transformers
 from randes.checkpoints.sources import Checkpoint
@@ -65,6 +66,8 @@ def _matrices(base: Checkpoint, config: Config) -> tuple[nn.Module, list[Layer]]
         warnings.simplefilter("ignore")  # who superposes it is warned
         found: Matrices = matrices_of(base, replace(config, centre=False, rank=0))
     module = found.module
+    if module is None and (name := class_named(base)):
+        raise CheckpointError(f"{base} cannot be served: no {name} can be made of its configuration")
     if module is None or not is_transformers(module):
         return None
     nothing = {"": ""}  # no digests: nothing is read
