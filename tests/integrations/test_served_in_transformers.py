@@ -167,3 +167,27 @@ def test_what_a_call_left_behind_is_named_when_rows_are_mixed() -> None:
         served(IDS[:1], adapter_names=["m0"])  # leaves a state of one row
         with pytest.raises(ValueError, match="its forward sets recurrent_states, which would be the last model's"):
             served(IDS, adapter_names=NAMES)
+
+
+def test_tied_and_untied_models_are_served_together_from_a_base_with_a_head(tmp_path: Path) -> None:
+    tied = build("Llama, tied")
+    tied.save_pretrained(tmp_path / "tied")
+    finetune(tied, 0, 0.1).save_pretrained(tmp_path / "m0")
+    base = copy.deepcopy(tied)
+    base.config.tie_word_embeddings = False
+    base.lm_head.weight = torch.nn.Parameter(base.model.embed_tokens.weight.detach().clone())
+    base.save_pretrained(tmp_path / "base")
+    untied = finetune(base, 1, 0.1)
+    untied.save_pretrained(tmp_path / "m1")
+    models = {name: tmp_path / name for name in NAMES}
+    with pytest.raises(randes.CheckpointError, match=r"a head of its own, which the base has tied to .*that tie"):
+        randes.compress(tmp_path / "tied", models, randes.Config(min_width=16))
+    sup = randes.compress(tmp_path / "base", models, randes.Config(min_width=16, group_size=1))
+    own = sup.retrieve("m0")
+    torch.testing.assert_close(own["lm_head.weight"], own["model.embed_tokens.weight"], rtol=0, atol=1e-2)
+    sup.save(tmp_path / "store")
+    model = randes.from_pretrained(tmp_path / "store")
+    y = model(IDS, adapter_names=NAMES).logits
+    for row, name in enumerate(NAMES):
+        plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(y[row], plain(IDS[row : row + 1]).logits[0], rtol=0, atol=0.02)
