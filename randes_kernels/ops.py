@@ -173,9 +173,18 @@ def _with_transform(kernel: Callable[..., Any], place: int) -> Callable[..., Any
     """``kernel`` called with a ``Transform`` in place of the list of integers that a schema can hold."""
 
     def call(*arguments: Any) -> Any:
-        return kernel(*arguments[:place], Transform(*arguments[place]), *arguments[place + 1 :])
+        return _no_view(kernel(*arguments[:place], Transform(*arguments[place]), *arguments[place + 1 :]))
 
     return call
+
+
+def _no_view(y: Tensor | None) -> Tensor | None:
+    """A result of the same memory that is nobody's view: autograd lets no view that an operator returns be changed in
+    place, as Falcon does with its layers' outputs."""
+    if y is None or not y._is_view():
+        return y
+    whole = torch.empty(0, dtype=y.dtype, device=y.device)
+    return whole.set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 def _on_gpu(name: str) -> Callable[..., Any]:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ from typer.testing import CliRunner, Result
 
 import randes
 from randes.cli import app
+from randes.cli.terminal import sized
+from randes.superposition import members
+from randes.superposition.store.write import alone
 
 
 @pytest.fixture
@@ -50,8 +56,8 @@ def test_a_store_is_what_the_library_makes(files: Path) -> None:
 def test_every_option_of_the_published_method_has_a_flag(files: Path) -> None:
     flags = (
         "--matrix", "rotation", "--gains", "shared", "--origin", "zero", "--every", 2, "--no-per-layer", "--vectors",
-        "--others", "sum", "--shuffle-layers", 1, "--alpha", 0.5, "--min-width", 16, "--include", "*up*",
-        "--exclude", "x",
+        "--others", "sum", "--shuffle-layers", 1, "--alpha", 0.5, "--min-width", 16, "--only", "*up*",
+        "--all", "--exclude", "x",
     )  # fmt: skip
     store = compress(files, *flags)
     sup = randes.Superposition.load(store)
@@ -186,8 +192,9 @@ def test_every_command_has_a_help_text() -> None:
         assert len(run(command, "--help").stdout.splitlines()) > 5
 
 
-def test_nothing_that_a_terminal_obeys_reaches_it(files: Path) -> None:
+def test_nothing_that_a_terminal_obeys_reaches_it(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evil = "red \x1b[31m\x9b2J\x07\u202e\x7f"
+    monkeypatch.setattr(members, "CONTROLS", ())  # a store from before such names were refused
     store, base, m0 = files / "s \x1b[2J", files / "base.safetensors", files / "m0.safetensors"
     outputs = [run("compress", "--base", base, "--model", f"{evil}={m0}", "--out", store)]
     outputs.append(run("add", store, f"more {evil}={files / 'm1.safetensors'}"))
@@ -203,3 +210,164 @@ def test_nothing_that_a_terminal_obeys_reaches_it(files: Path) -> None:
         assert bad == [], found.output
     assert [*json.loads(outputs[3].stdout)["models"]] == [f"more {evil}", evil]
     assert "\\x1b[31m" in outputs[2].output
+
+
+def test_patterns_are_added_to_the_default_and_replace_it_when_asked_to(files: Path) -> None:
+    default = randes.Config()
+    named = ("--base", files / "base.safetensors", "--model", f"a={files}/m0.safetensors")
+    for flags, include, exclude in (
+        ((), default.include, default.exclude),
+        (("--exclude", "*up*"), default.include, (*default.exclude, "*up*")),
+        (("--all",), default.include, ()),
+        (("--all", "--exclude", "*up*"), default.include, ("*up*",)),
+        (("--only", "*up*"), ("*up*",), default.exclude),
+    ):
+        out = files / f"store {flags}".replace("*", "")
+        run("compress", *named, "--out", out, *flags)
+        config = randes.Superposition.load(out).config
+        assert (config.include, config.exclude) == (include, exclude)
+
+
+def test_every_command_writes_json_alone_to_standard_output(files: Path) -> None:
+    m0, m1, m2 = (f"m{seed}={files}/m{seed}.safetensors" for seed in range(3))
+    store, base = files / "store", files / "base.safetensors"
+    named = ("--base", base, "--model", m0, "--model", m1)
+
+    def told(*arguments: object) -> dict[str, object]:
+        found: dict[str, object] = json.loads(run(*arguments, "--json").stdout)
+        return found
+
+    assert told("compress", *named, "--out", store)["models"] == ["m0", "m1"]
+    assert told("compress", *named, "--out", files / "small", "--budget", "9x")["store"] == str(files / "small")
+    added = told("add", store, m2)
+    assert added["models"] == ["m0", "m1", "m2"]
+    assert added["bytes"]["total"] == randes.Superposition.load(store).nbytes  # type: ignore[index]
+    assert told("remove", store, m2)["models"] == ["m0", "m1"]
+    assert told("pack", store, "--out", files / "packed")["store"] == str(files / "packed")
+    written = told("retrieve", store, "m0", "--out", files / "out")
+    assert written == {"file": str(files / "out" / "model.safetensors"), "model": "m0", "tensors": 20}
+    assert told("report", store, "--out", files / "r.html")["models"] == ["m0", "m1"]
+    assert told("verify", store, m0)["kept_exact"]
+    assert told("info", store)["models"]
+    assert json.loads(run("plan", "--base", base, "--models", 4, "--json").stdout)
+
+
+def test_a_retrieved_model_opens_as_one(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    from integrations.architectures import build
+
+    base = build("Llama")
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
+    tuned = finetune(base, 1)
+    tuned.save_pretrained(tmp_path / "ft")
+    store, out = tmp_path / "store", tmp_path / "a" / "folder" / "of its own"
+    run("compress", "--base", tmp_path / "base", "--model", f"m={tmp_path / 'ft'}", "--out", store)
+    run("retrieve", store, "m", "--out", out)
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= {file.name for file in out.iterdir()}
+    model = hf.AutoModel.from_pretrained(out)
+    expected = randes.Superposition.load(store).retrieve("m")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[f"model.{name}"])
+    run("retrieve", store, "m", "--out", out)  # the same again
+    assert "must be empty, or hold a model" in run("retrieve", store, "m", "--out", tmp_path, fails=True).stderr
+    one = tmp_path / "b" / "m.safetensors"
+    run("retrieve", store, "m", "--out", one)
+    assert [file.name for file in one.parent.iterdir()] == ["m.safetensors"]
+
+
+PROGRAM = "import sys; sys.argv[0] = 'randes'; {before}; from randes.cli import app; app()"
+
+
+def started(*arguments: object, before: str = "pass") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM.format(before=before), *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_add_waits_for_another_and_then_does_its_work_once(files: Path) -> None:
+    store = compress(files, models=1)
+    with alone(store):
+        added = started("add", store, f"m2={files}/m2.safetensors")
+        assert added.stderr is not None
+        assert "waiting for another command that changes" in added.stderr.readline()
+        sup = randes.Superposition.load(store)
+        sup.add("m1", files / "m1.safetensors")
+        sup.save(store)
+    _, shown = added.communicate(timeout=60)
+    assert added.returncode == 0, shown
+    assert shown.count("adding") == 1
+    assert randes.Superposition.load(store).names == ["m0", "m1", "m2"]
+
+
+@pytest.mark.parametrize(
+    "where", ["randes.superposition.store.write.write_file", "randes.superposition.update._passed"]
+)
+def test_ctrl_c_ends_with_130_and_the_old_store(files: Path, where: str) -> None:
+    store = compress(files)
+    before = contents(store)
+    module = where.rsplit(".", 1)[0]
+    sleeps = f"import time, {module}; {where} = lambda *_, **__: (print('now', flush=True), time.sleep(60))"
+    added = started("add", store, f"m2={files}/m2.safetensors", before=sleeps)
+    assert added.stdout is not None
+    assert added.stdout.readline() == "now\n"
+    added.send_signal(signal.SIGINT)
+    _, shown = added.communicate(timeout=100)
+    assert added.returncode == 130, shown
+    assert "interrupted" in shown
+    assert "Traceback" not in shown
+    assert contents(store) == before
+
+
+def test_names_that_no_line_holds_are_refused_before_anything_is_read(files: Path) -> None:
+    store = compress(files, models=1)
+    base, m1 = files / "base.safetensors", files / "m1.safetensors"
+    for name in (" ", "\t", "a\nb", "\x1b[31m", "a\u2028b", "ä" * 101):
+        for arguments in (
+            ("add", store, f"{name}={m1}"),
+            ("compress", "--base", base, "--model", f"{name}={m1}", "--out", files / "new"),
+        ):
+            result = run(*arguments, fails=True)
+            assert "name must be a non-empty string" in result.stderr
+            assert "reading base" not in result.stderr
+    run("add", store, f"{'ä' * 100}={m1}")
+
+
+def test_what_is_warned_of_is_a_note(files: Path) -> None:
+    half = {name: value.bfloat16() for name, value in load_file(files / "m0.safetensors").items()}
+    save_file(half, files / "half.safetensors")
+    store = compress(files, models=1)
+    shown = run("add", store, f"half={files}/half.safetensors").stderr
+    notes = [line for line in shown.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1
+    assert "cast to the base's dtype" in notes[0]
+    assert "UserWarning" not in shown
+
+
+def test_bytes_have_one_style_and_never_more_than_all_are_done(files: Path) -> None:
+    for count, text in (
+        (0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (99_949, "99.9 kB"), (99_950, "100 kB"), (999_499, "999 kB"),
+        (999_500, "1.00 MB"), (16_060_000_000, "16.1 GB"), (3 * 10**15, "3000 TB"),
+    ):  # fmt: skip
+        assert sized(count) == text
+    store = compress(files, models=1)
+    shown = run("add", store, f"m1={files}/m1.safetensors").output + run("info", store).output
+    shown += run("plan", "--base", files / "base.safetensors", "--models", 4).output
+    assert not re.search(r"[KMG]iB", shown)
+    bars = re.findall(r"([\d.]+) (\w?B) of ([\d.]+) (\w?B)", shown)
+    assert bars
+    assert all((done, unit) == (total, of) for done, unit, total, of in bars)
+    assert re.search(r"^adding m1 ", shown, re.MULTILINE)  # whose bar it is
+
+
+def test_headings_are_never_cut(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = compress(files)
+    for width in (40, 60):
+        monkeypatch.setattr("randes.cli.show.console.width", width)
+        assert "…" not in run("info", store).stdout
+
+
+def test_version_help_and_completion() -> None:
+    assert re.fullmatch(r"randes [\w., ]+\n", run("--version").stdout)
+    assert run("-h").stdout == run("--help").stdout
+    assert run("add", "-h").stdout == run("add", "--help").stdout
+    assert "--show-completion" in run("--help").stdout

@@ -97,6 +97,9 @@ class Adapters:
         with served(self).generating(adapter_names, args, kwargs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return unpickled, (type(self).__bases__[1],), vars(self)  # a class made here is found by no name
+
     def save_pretrained(self, path: Any, **_: Any) -> None:
         """See ``SuperposedModel.save_pretrained``."""
         served(self).save_pretrained(path)
@@ -104,7 +107,14 @@ class Adapters:
 
 def give_adapters(model: PreTrainedModel, wrapper: SuperposedModel) -> None:
     """Make ``model``, whose layers ``wrapper`` has replaced, answer to the names of its fine-tunes."""
-    plain = type(model)
+    plain: Any = type(model)
+    model.__class__ = with_adapters(plain)
+    vars(model)["_randes"] = wrapper  # not a submodule: the model is one of the wrapper
+
+
+@functools.cache
+def with_adapters(plain: Any) -> Any:
+    """The class of models of ``plain`` that answer to the names of fine-tunes; it has the same name."""
 
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, adapter_names: Sequence[str] | Batch | None = None, **kwargs: Any) -> Any:
@@ -112,8 +122,13 @@ def give_adapters(model: PreTrainedModel, wrapper: SuperposedModel) -> None:
             return plain.forward(self, *args, **kwargs)
         return served(self)(*args, adapter_names=adapter_names, **kwargs)
 
-    model.__class__ = type(plain.__name__, (Adapters, plain), {"forward": forward, "__module__": plain.__module__})
-    vars(model)["_randes"] = wrapper  # not a submodule: the model is one of the wrapper
+    return type(plain.__name__, (Adapters, plain), {"forward": forward, "__module__": plain.__module__})
+
+
+def unpickled(plain: Any) -> Any:
+    """A model of that class with nothing in it, for ``pickle`` and ``copy`` to fill."""
+    kind = with_adapters(plain)
+    return kind.__new__(kind)
 
 
 def served(model: Any) -> SuperposedModel:

@@ -42,6 +42,8 @@ GENERATION = {
 OUTPUTS = {"output_attentions", "output_hidden_states", "return_dict", "torchscript"}
 HARMLESS = WEIGHTS | LABELS | NAMES | TRAINING | GENERATION | OUTPUTS | {"attn_implementation", "_attn_implementation"}
 """Exact names: NLLB-MoE's ``moe_token_dropout`` scales what it answers, AST's ``max_length`` is of its input."""
+TIED = {"tie_word_embeddings"}
+"""Harmless for causal models, whose tensors say it; T5 and its kin scale what a tied head gets."""
 STEERING = {"bos_token_id", "eos_token_id", "decoder_start_token_id"}
 """Harmless where a model is of a class that generates. A classifier finds the place that it reads by such a token, CLIP
 the text's end, and BART begins with one whatever it answers."""
@@ -110,11 +112,12 @@ def _unequal(
 
 
 def _steering(values: Mapping[str, Any]) -> set[str]:
-    """The tokens' ids that a model of this configuration only generates with."""
+    """The tokens' ids that a model of this configuration only generates with, and what its tensors say."""
     names = [str(name) for name in values.get("architectures") or ["unknown"]]
+    tied = TIED if all(name.endswith(CAUSAL) for name in names) else set()
     if all(name.endswith(CAUSAL) and not any(kind in name.lower() for kind in POSITIONED) for name in names):
-        return {*STEERING, "pad_token_id"}
-    return STEERING if all(name.endswith((*CAUSAL, "ForConditionalGeneration")) for name in names) else set()
+        return {*STEERING, *tied, "pad_token_id"}
+    return STEERING | tied if all(name.endswith((*CAUSAL, "ForConditionalGeneration")) for name in names) else set()
 
 
 def _read(text: bytes, where: str) -> dict[str, Any]:

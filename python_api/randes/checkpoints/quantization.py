@@ -51,6 +51,15 @@ class Served(HfQuantizer):
         """A superposition is not trained."""
         return False
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Asked by a ``Trainer`` alone, when it is made: raises ``ValueError`` that says what to train instead."""
+        raise ValueError(
+            "a model that serves many cannot be given to a Trainer: its superposed weights are no parameters of one"
+            " model. Train the base, or one model that merge_and_unload(name) gives; to evaluate, call the model with"
+            " adapter_names"
+        )
+
 
 @register_quantizer(BASE_ALONE)
 class BaseAlone(Served):

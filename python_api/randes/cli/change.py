@@ -6,11 +6,25 @@ from typing import Annotated
 
 import typer
 
+from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import Progress, size
-from randes.checkpoints.safetensors import write_file
-from randes.cli.terminal import NamedModel, Store, bits_of, errors, name_and_path, packed, print_sizes, progress, say
+from randes.checkpoints.paths.written import write_checkpoint
+from randes.cli.terminal import (
+    Json,
+    NamedModel,
+    Store,
+    bits_of,
+    errors,
+    name_and_path,
+    note,
+    packed,
+    print_json,
+    print_sizes,
+    progress,
+    say,
+)
 from randes.superposition.lora_factors import merge_adapter as merged
-from randes.superposition.store.write import check_new
+from randes.superposition.store.write import alone, check_new
 from randes.superposition.superposition import Superposition
 
 
@@ -19,25 +33,33 @@ def add(
     model: NamedModel,
     group: Annotated[int | None, typer.Option(help="The group it joins; by default the first with room.")] = None,
     alpha: Annotated[float, typer.Option(help="What its deltas are scaled by.")] = 1.0,
+    as_json: Json = False,
 ) -> None:
     """Add a fine-tune to a store."""
     _change(
-        store, model, lambda held, name, path, begin: held.add(name, path, group=group, alpha=alpha, progress=begin)
+        store,
+        model,
+        as_json,
+        lambda held, name, path, begin: held.add(name, path, group=group, alpha=alpha, progress=begin),
     )
 
 
-def remove(store: Store, model: NamedModel) -> None:
+def remove(store: Store, model: NamedModel, as_json: Json = False) -> None:
     """Take a fine-tune out of a store, exactly; its checkpoint is needed for that."""
-    _change(store, model, lambda held, name, path, begin: held.remove(name, path, progress=begin))
+    _change(store, model, as_json, lambda held, name, path, begin: held.remove(name, path, progress=begin))
 
 
-def _change(store: Path, model: str, change: Callable[[Superposition, str, Path, Progress], None]) -> None:
-    with errors(), progress() as begin:
+def _change(
+    store: Path, model: str, as_json: bool, change: Callable[[Superposition, str, Path, Progress], None]
+) -> None:
+    with errors(), progress(model.partition("=")[0]) as begin:
         name, path = name_and_path(model)
-        superposition = Superposition.load(store, check=False)
-        change(superposition, name, path, begin)
-        superposition.save(store, progress=begin)
-    print_sizes(superposition)
+        # From before it is read: what waited for another command works on what that has left.
+        with alone(store, waiting=lambda: note(f"waiting for another command that changes {store}")):
+            superposition = Superposition.load(store, check=False)
+            change(superposition, name, path, begin)
+            superposition.save(store, progress=begin)
+    print_sizes(superposition, as_json, store=str(store))
 
 
 def pack(
@@ -61,6 +83,7 @@ def pack(
             " default 0.5, and 2 with D in more than 2.",
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with errors(), progress() as begin:
@@ -69,30 +92,50 @@ def pack(
         how = {"bits": bits, "group": group, "coordinates": coordinates, "embeddings": embeddings}
         superposition = packed(superposition, begin, **how)
         superposition.save(out, progress=begin)
-    print_sizes(superposition)
+    print_sizes(superposition, as_json, store=str(out))
 
 
 def retrieve(
     store: Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The safetensors file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH", help="The folder to write, or one safetensors file where it ends in .safetensors."
+        ),
+    ],
+    as_json: Json = False,
 ) -> None:
-    """Write one model as a plain checkpoint again."""
-    with errors(), progress() as begin:
-        tensors = Superposition.load(store, check=False).retrieved(name, as_files=True, progress=begin)
-        write_file(out, tensors, step=begin("retrieving", size(tensors)))
-    say(f"{out}: {len(tensors)} tensors of {name}")
+    """Write one model as a plain checkpoint again, in a folder with the base's configuration and tokenizer."""
+    with errors(), progress(name) as begin:
+        superposition = Superposition.load(store, check=False)
+        tensors = superposition.retrieved(name, as_files=True, progress=begin)
+        file = write_checkpoint(out, tensors, superposition.model_files, step=begin("retrieving", size(tensors)))
+    _print_written(file, name, len(tensors), as_json)
+
+
+def _print_written(file: Path, name: str, tensors: int, as_json: bool) -> None:
+    if as_json:
+        print_json({"file": str(file), "model": name, "tensors": tensors})
+        return
+    say(f"{file}: {tensors} tensors of {name}")
 
 
 def merge_adapter(
     store: Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
     base: Annotated[Path, typer.Option(help="The model that the adapters were trained on.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The safetensors file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH", help="The folder to write, or one safetensors file where it ends in .safetensors."
+        ),
+    ],
     scaling: Annotated[float, typer.Option(help="What the update is scaled by.")] = 1.0,
+    as_json: Json = False,
 ) -> None:
     """Write the base with one adapter's retrieved update, from a store of superpose-adapters."""
-    with errors(), progress() as begin:
+    with errors(), progress(name) as begin:
         tensors = merged(Superposition.load(store), name, base, scaling=scaling)
-        write_file(out, tensors, step=begin("merging", size(tensors)))
-    say(f"{out}: {len(tensors)} tensors of {name}")
+        file = write_checkpoint(out, tensors, model_files(base), step=begin("merging", size(tensors)))
+    _print_written(file, name, len(tensors), as_json)

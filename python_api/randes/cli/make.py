@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from randes import fusionbench
 from randes.cli.terminal import (
+    Json,
     Rank,
-    Terminal,
     console,
     errors,
-    gigabytes,
     named,
+    note,
     packed,
     print_json,
     print_sizes,
     progress,
     rank_of,
     say,
+    sized,
+    table,
 )
 from randes.config import Config
 from randes.fusionbench import Options
@@ -40,7 +40,10 @@ BYTES = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 def compress(
     context: typer.Context,
     base: Annotated[
-        Path, typer.Option(help="The base model's checkpoint: safetensors, a folder of shards or their index.")
+        Path,
+        typer.Option(
+            help="The base model: safetensors, a folder of them, their index, or a name on the Hugging Face hub."
+        ),
     ],
     model: Annotated[
         list[str],
@@ -56,11 +59,15 @@ def compress(
     seed: Annotated[int, typer.Option(help="Of all signs and permutations.")] = 0,
     others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
     include: Annotated[
-        list[str] | None, typer.Option(help="Pattern of tensors to superpose; replaces the default.")
+        list[str] | None,
+        typer.Option("--only", "--include", help="Pattern of the tensors to superpose; replaces the default."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Pattern of tensors not to superpose; replaces the default.")
+        list[str] | None, typer.Option(help="Pattern of tensors not to superpose, besides those of the default.")
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Without what is not superposed by default; --exclude counts alone.")
+    ] = False,
     embeddings: Annotated[
         str, typer.Option(help="Embedding tables: own, a delta for each model alone; shared as matrices are; or keep.")
     ] = "own",
@@ -107,13 +114,14 @@ def compress(
         Path | None,
         typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with errors(), progress() as begin:
         if (out / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
-        patterns = {"include": include, "exclude": exclude}
-        options: dict[str, Any] = {name: tuple(given) for name, given in patterns.items() if given is not None}
+        options: dict[str, Any] = {} if include is None else {"include": tuple(include)}
+        options["exclude"] = (*(() if everything else Config.exclude), *(exclude or ()))
         options |= {
             "signs": signs, "permute": permute, "shuffle_layers": shuffle_layers, "group_size": group_size,
             "seed": seed, "others": others, "centre": centre,
@@ -124,7 +132,9 @@ def compress(
         models = named(model)
         chosen = Options(Config(**options), alpha, False, ())
         if config_file is not None:
-            chosen = _overridden(fusionbench.options(fusionbench.read(config_file), len(models)), context, options)
+            chosen = fusionbench.options(fusionbench.read(config_file), len(models))
+            options["exclude"] = (*(() if everything else chosen.config.exclude), *(exclude or ()))
+            chosen = _overridden(chosen, context, options)
         check_new(out)
         wanted = _wanted(context, budget, memory, quality, master)
         if wanted is not None and chosen.lora:
@@ -138,7 +148,7 @@ def compress(
             if wanted is not None:
                 rotations = "matrix" not in _given(context)
                 choice = choose(base, len(models), **vars(wanted), config=config, rotations=rotations)
-                say(f"to be {wanted}: {choice}")
+                note(f"to be {wanted}: {choice}") if as_json else say(f"to be {wanted}: {choice}")
                 config = choice.config
             superposition = make(base, models, config, alpha=chosen.alpha, progress=begin)
         if wanted is not None:
@@ -146,9 +156,9 @@ def compress(
             if master is not None:
                 superposition.save(master, progress=begin)
             superposition = packed(superposition, begin, **choice.packing)
-            say(f"chosen: {choice}")
+            note(f"chosen: {choice}") if as_json else say(f"chosen: {choice}")
         superposition.save(out, progress=begin)
-    print_sizes(superposition)
+    print_sizes(superposition, as_json, store=str(out))
 
 
 def _wanted(
@@ -186,9 +196,10 @@ def _given(context: typer.Context) -> set[str]:
 
 def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -> Options:
     """FusionBench's configuration, with the flags that were given in its place; its notes go to standard error."""
-    for note in found.notes:
-        Terminal(stderr=True).print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    for text in found.notes:
+        note(text)
     given = _given(context)
+    given |= {"exclude"}  # which holds what the configuration says
     config = replace(found.config, **{name: value for name, value in flags.items() if name in given})
     return found._replace(config=config, alpha=context.params["alpha"] if "alpha" in given else found.alpha)
 
@@ -206,6 +217,7 @@ def superpose_adapters(
     group_size: Annotated[int, typer.Option(help="As for compress.")] = 8,
     seed: Annotated[int, typer.Option(help="As for compress.")] = 0,
     per_layer: Annotated[bool, typer.Option(help="As for compress.")] = True,
+    as_json: Json = False,
 ) -> None:
     """Superpose the factors of LoRA adapters, A and B, which merge-adapter multiplies again."""
     with errors(), progress() as begin:
@@ -214,7 +226,7 @@ def superpose_adapters(
         config = Config(signs, 0, shuffle_layers, group_size, seed, **options)  # type: ignore[arg-type]
         superposition = make_of_adapters(base, named(adapter), config, progress=begin)
         superposition.save(out, progress=begin)
-    print_sizes(superposition)
+    print_sizes(superposition, as_json, store=str(out))
 
 
 def plan(
@@ -236,18 +248,18 @@ def plan(
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    table = Table(
+    shown = table(
         "bits", "store", "in models", "in memory", "decode, one group", "decode, all groups", "interference", "fits"
     )
     for row in rows:
         fits = "" if memory is None else "yes" if row.serving <= memory * 1e9 else "no"
         costs = f"{row.decode:.2f}x", f"{row.decode_all:.2f}x", f"{row.interference:.2f}"
-        store = gigabytes(row.store), f"{row.times:.2f}x"
-        table.add_row(str(row.bits), *store, gigabytes(row.serving), *costs, fits)
-    console.print(table)
+        store = sized(row.store), f"{row.times:.2f}x"
+        shown.add_row(str(row.bits), *store, sized(row.serving), *costs, fits)
+    console.print(shown)
     console.print(
-        f"As separate models {gigabytes(rows[0].separate)}. Of store and memory at most"
-        f" {gigabytes(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
+        f"As separate models {sized(rows[0].separate)}. Of store and memory at most"
+        f" {sized(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
     )
     if config.rank == "auto":
         console.print(

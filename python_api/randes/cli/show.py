@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from randes.cli.terminal import (
+    Json,
     NamedModel,
     Store,
     console,
@@ -18,6 +18,7 @@ from randes.cli.terminal import (
     print_sizes,
     progress,
     say,
+    table,
 )
 from randes.inspect.report import write as write_report
 from randes.superposition.packed_tensors import in_words
@@ -36,12 +37,12 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
     if as_json:
         print_json(found)
         return
-    table = Table(
+    rows = table(
         "model", "group", "α", "tuned α", "superposed tensors", "kept tensors", "kept bytes", title=escape(str(store))
     )
     for name, model in found["models"].items():
-        table.add_row(escape(name), *map(str, model.values()))
-    console.print(table)
+        rows.add_row(escape(name), *map(str, model.values()))
+    console.print(rows)
     config = superposition.config
     console.print(
         f"signs {config.signs}, permute {config.permute}, shuffle_layers {config.shuffle_layers},"
@@ -66,7 +67,7 @@ def verify(
     store: Store, model: NamedModel, as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
 ) -> None:
     """Compare a model, as retrieved, with the checkpoint that was added: weight error, not accuracy."""
-    with errors(), progress() as begin:
+    with errors(), progress(model.partition("=")[0]) as begin:
         name, path = name_and_path(model)
         found = verify_model(Superposition.load(store, check=False), name, path, progress=begin)
     if as_json:
@@ -92,10 +93,14 @@ def report(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A checkpoint that was added, to be compared with; two show cosines."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write one HTML file with pictures: sizes, interference, cosines and energy of deltas, and what is kept."""
     with errors(), progress() as begin:
         checkpoints = named(model or [])
         superposition = Superposition.load(store, check=False)
         write_report(superposition, out, checkpoints, title=str(store), progress=begin)
+    if as_json:
+        print_json({"file": str(out), "models": superposition.names, "compared": list(checkpoints)})
+        return
     say(f"{out}: {len(superposition.members)} models, {len(checkpoints)} checkpoints compared")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )  # fmt: skip
+from rich.table import Column, Table
 from rich.text import Text
 
 from randes.checkpoints.lazy_tensors import Progress as Reading
@@ -51,6 +53,7 @@ NamedModel = Annotated[
     ),
 ]
 
+Json = Annotated[bool, typer.Option("--json", help="What was done, as JSON.")]
 Rank = Annotated[
     str,
     typer.Option(
@@ -62,28 +65,59 @@ Rank = Annotated[
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """What a user can mend is one line on standard error and exit code 2, not a traceback."""
-    try:
-        yield
-    except (RandesError, ValueError, OSError) as error:
-        Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
+    """What a user can mend is one line on standard error and exit code 2, not a traceback; a warning is a line too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except (RandesError, ValueError, OSError) as error:
+            Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    note(str(message))
+
+
+def note(text: str) -> None:
+    """One line on standard error, of what a user should know."""
+    Terminal(stderr=True).print(f"[bold]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+class Amount(ProgressColumn):
+    """How much of a stage's bytes is done, of how many, and how fast; what is read twice counts to the whole once."""
+
+    def render(self, task: Task) -> Text:
+        total = int(task.total or 0)
+        speed = task.finished_speed or task.speed
+        text = f"{sized(min(int(task.completed), total))} of {sized(total)}"
+        return Text(f"{text}, {sized(int(speed))}/s" if speed else text, "progress.download")
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """A bar for each stage of long work, on standard error: bytes, speed and the time that is left."""
+def progress(name: str = "") -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar for each stage of long work, on standard error: bytes, speed and the time that is left.
+
+    name: of the model that it is done with.
+    """
     columns = (
-        TextColumn("{task.description:<14}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
+        TextColumn("{task.description:<14}", markup=False), BarColumn(), Amount(Column(no_wrap=True)),
         TimeRemainingColumn(elapsed_when_finished=True),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bars:
 
+        def end() -> None:  # what had not to be read is done too
+            for task in bars.tasks:
+                bars.update(task.id, completed=task.total)
+
         def begin(stage: str, nbytes: int) -> Callable[[int], None]:
-            task = bars.add_task(stage, total=nbytes)
+            end()
+            task = bars.add_task(shown(f"{stage} {name}".strip()), total=nbytes)
             return lambda done: bars.advance(task, done)
 
         yield begin
+        end()
 
 
 @contextmanager
@@ -126,14 +160,22 @@ def named(models: list[str]) -> dict[str, Path]:
     return found
 
 
-def print_sizes(superposition: Superposition) -> None:
+def print_sizes(superposition: Superposition, as_json: bool = False, **more: Any) -> None:
+    """What a store has by now; as JSON with ``more``."""
     sizes = superposition.sizes
+    if as_json:
+        nbytes = {
+            "base": sizes.base, "superposed": sizes.superposed, "kept": sizes.kept, "basis": sizes.basis,
+            "total": sizes.total, "separate_models": sizes.separate_models,
+        }  # fmt: skip
+        print_json({"models": superposition.names, "bytes": nbytes, **more})
+        return
     times = f"{sizes.total / sizes.base:.2f}x one of them"
     say(
-        f"{len(superposition.members)} models in {mebibytes(sizes.total)}, {times}: base {mebibytes(sizes.base)},"
-        f" superposed {mebibytes(sizes.superposed)}, kept per model {mebibytes(sizes.kept)},"
-        f"{f' in shared bases {mebibytes(sizes.basis)},' if sizes.basis else ''} as separate models"
-        f" {mebibytes(sizes.separate_models)}"
+        f"{len(superposition.members)} models in {sized(sizes.total)}, {times}: base {sized(sizes.base)},"
+        f" superposed {sized(sizes.superposed)}, kept per model {sized(sizes.kept)},"
+        f"{f' in shared bases {sized(sizes.basis)},' if sizes.basis else ''} as separate models"
+        f" {sized(sizes.separate_models)}"
     )
 
 
@@ -159,9 +201,15 @@ def _escaped(character: str) -> str:
     return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB"
+def sized(count: int) -> str:
+    """Bytes in the one style of all commands: three digits and a decimal unit, as --memory takes them."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value /= 1000
+        del units[0]
+    return f"{value:.0f} {units[0]}" if units[0] == "B" or value >= 99.95 else f"{value:#.3g} {units[0]}"
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
+def table(*headings: str, title: str | None = None) -> Table:
+    """A table whose cells are wrapped where a terminal is narrow, and never cut."""
+    return Table(*(Column(heading, overflow="fold") for heading in headings), title=title)

@@ -11,7 +11,7 @@ from randes.checkpoints.modules.parameters import plain_state
 from randes.checkpoints.modules.weight_reads import reads_its_own, weights_read
 from randes.checkpoints.tensor_views import View
 from randes.errors import BaseMismatchError
-from randes.serving.layers.other_layers import SuperposedEmbedding, kind_of
+from randes.serving.layers.other_layers import SuperposedEmbedding, is_linear, kind_of
 from randes.serving.layers.per_row import RoutedByModel, calls_super, routing_of
 from randes.serving.layers.recomputed import recomputed_in
 from randes.superposition.superposition import Superposition
@@ -105,7 +105,7 @@ def is_relative(layer: Layer) -> bool:
 
 def is_plain(layer: Layer) -> bool:
     """Whether a layer is an ``nn.Linear`` whose weight is one matrix."""
-    return type(layer.module) is nn.Linear and layer.views.keys() == {"weight"} and (
+    return is_linear(layer.module) and layer.views.keys() == {"weight"} and (
         set(layer.views["weight"].parts) == {layer.tensors["weight"]} and not layer.views["weight"].transposed
     )  # fmt: skip
 

@@ -75,7 +75,7 @@ class SuperposedModel(nn.Module):
             raise
         self.base_model = base_module
         self._hooks = follow_calls(base_module, self.router)
-        mark_served(base_module)
+        mark_served(base_module, self.router)
 
     @classmethod
     def from_pretrained(
@@ -205,7 +205,7 @@ class SuperposedModel(nn.Module):
             for original in reversed(self._served.originals):
                 original.restore()
             give(module, merged)
-            mark_served(module, False)
+            mark_served(module, None)
             self.router.serve([])
             self.base_model = Unloaded()
             return module

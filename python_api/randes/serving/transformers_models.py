@@ -3,6 +3,7 @@
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from types import CodeType, MethodType
 from typing import Any
 
@@ -93,18 +94,72 @@ def _is_model(module: nn.Module) -> bool:
     return hasattr(module, "config") and hasattr(module, "get_input_embeddings")
 
 
-def mark_served(module: nn.Module, served: bool = True) -> None:
+class Recomputed:
+    """A model's function for gradient checkpointing: what is run again in a backward pass runs as what it ran as first,
+    whatever is chosen then."""
+
+    def __init__(self, checkpoint: Callable[..., Any], router: Router) -> None:
+        self.checkpoint, self._router = checkpoint, router
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        router, batch = self._router, self._router.current()
+
+        def run(*inner: Any, **named: Any) -> Any:
+            with router.during(batch):
+                return function(*inner, **named)
+
+        return self.checkpoint(run, *args, **kwargs)
+
+
+class EnabledCheckpointing:
+    """In the place of what sets a model's function for gradient checkpointing, in every version of Transformers."""
+
+    def __init__(self, module: Any, router: Router) -> None:
+        self._module, self._router = module, router
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        type(self._module)._set_gradient_checkpointing(self._module, *args, **kwargs)
+        keep_choices(self._module, self._router)
+
+
+def keep_choices(module: nn.Module, router: Router | None) -> None:
+    """Have each layer that is checkpointed run again as what it ran as; without a router, as any module's again."""
+    for part in module.modules():
+        held = vars(part).get("_gradient_checkpointing_func")
+        own = held.checkpoint if isinstance(held, Recomputed) else held
+        if own is not None:
+            vars(part)["_gradient_checkpointing_func"] = own if router is None else Recomputed(own, router)
+
+
+def refuse_to_resize(*_: Any, **__: Any) -> None:
+    """In the place of a served model's ``resize_token_embeddings``: raises ``ValueError``."""
+    raise ValueError(
+        "a model that serves many cannot have its token embeddings resized: they are those of its base and fine-tunes;"
+        " resize these before they are superposed, or one model that merge_and_unload(name) gives"
+    )
+
+
+def mark_served(module: nn.Module, router: Router | None) -> None:
     """Tell Transformers that the models in ``module`` are no plain ones, so that its ``save_pretrained`` refuses to
-    write one of them; or that they are again."""
+    write one of them, its ``Trainer`` to train and ``resize_token_embeddings`` to change one; or that they are again,
+    without a router."""
     library = sys.modules.get("transformers")
     if library is None:
         return
     from randes.checkpoints.quantization import RandesConfig, Served
 
+    keep_choices(module, router)
     for layer in module.modules():
-        if isinstance(layer, library.PreTrainedModel):
-            quantizer = getattr(layer, "hf_quantizer", None)
-            if served and quantizer is None:
-                layer.hf_quantizer = Served(RandesConfig())
-            elif not served and isinstance(quantizer, Served) and not quantizer.quantization_config.base:
+        if not isinstance(layer, library.PreTrainedModel):
+            continue
+        quantizer = getattr(layer, "hf_quantizer", None)
+        if router is None:
+            for name in ("resize_token_embeddings", "_set_gradient_checkpointing"):
+                vars(layer).pop(name, None)
+            if isinstance(quantizer, Served) and not quantizer.quantization_config.base:
                 vars(layer).pop("hf_quantizer")
+            continue
+        vars(layer)["resize_token_embeddings"] = refuse_to_resize
+        vars(layer)["_set_gradient_checkpointing"] = EnabledCheckpointing(layer, router)
+        if quantizer is None:
+            layer.hf_quantizer = Served(RandesConfig(""))

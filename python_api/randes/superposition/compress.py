@@ -20,7 +20,7 @@ from randes.errors import CheckpointError
 from randes.superposition import update
 from randes.superposition.basis.calibration import calibrated, matched
 from randes.superposition.basis.shared_basis import PASSES, loudest
-from randes.superposition.members import BASE_NAME, NewModel, check_alpha
+from randes.superposition.members import BASE_NAME, NewModel, check_alpha, check_name
 from randes.superposition.reading import heads_of_others, read
 from randes.superposition.superposition import Superposition
 
@@ -69,11 +69,12 @@ def compress(
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
     check_alpha(alpha)
+    for name in models:
+        check_name(name)
     if calibration is not None and not rank:
         raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
     superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
     for name in models:
-        superposition.check_name(name)
         check_configuration(superposition.model_files, models[name])
     try:
         sources = {name: read(superposition, model) for name, model in models.items()}

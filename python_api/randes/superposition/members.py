@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from unicodedata import category
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from randes_kernels import Packed
 BASE_NAME = "__base__"
 """The base's own name, where deltas are centred on their mean and it is superposed like any other."""
 LARGEST, TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+LONGEST_NAME = 200
+"""Bytes of a model's name in UTF-8."""
+CONTROLS = ("Cc", "Zl", "Zp")
+"""Unicode's control characters, newlines among them, and what separates lines and paragraphs."""
 REACH = 64.0
 """Gains that a number of a superposition is worth at most while int16 holds it; a coordinate is 2**15 units."""
 
@@ -75,9 +80,16 @@ class NewModel:
         return Member(self.group, self.alpha, *found, index=self.index, added=self.added)
 
 
-def is_name(name: object) -> bool:
-    """Whether a fine-tune can be called so: any text but none, the base's own, and one that cannot be written down."""
-    return isinstance(name, str) and name not in ("", BASE_NAME) and is_utf8(name)
+def check_name(name: object) -> None:
+    """Raise ``ValueError`` for what no fine-tune can be called: a name is a text that one line can hold, other than the
+    base's own."""
+    text = name if isinstance(name, str) and is_utf8(name) else ""
+    right = text.strip() and text != BASE_NAME and len(text.encode()) <= LONGEST_NAME
+    if not right or any(category(letter) in CONTROLS for letter in text):
+        raise ValueError(
+            f"name must be a non-empty string other than {BASE_NAME!r}, in UTF-8, no blanks alone, of at most"
+            f" {LONGEST_NAME} bytes and without control characters, got {name!r}"
+        )
 
 
 def free_index(taken: set[int], wanted: int | None) -> int:

@@ -16,7 +16,7 @@ from randes.errors import BaseMismatchError, RandesError, UnknownModelError
 from randes.superposition.added_rows import counts
 from randes.superposition.integers import AVERAGE_STEP, shared_gain
 from randes.superposition.layer_families import families, shifted, shuffled
-from randes.superposition.members import BASE_NAME, Member, Sizes, free_group, free_index, is_name
+from randes.superposition.members import BASE_NAME, Member, Sizes, check_name, free_group, free_index
 from randes.superposition.packed_tensors import Packing, SuperposedDelta
 from randes_kernels import Packed, Transform, model_key, slices, tensor_id
 
@@ -256,8 +256,7 @@ class State:
 
     def check_name(self, name: str) -> None:
         """Raise ``ValueError`` for a name that a new model cannot have."""
-        if not is_name(name):
-            raise ValueError(f"name must be a non-empty string other than {BASE_NAME!r}, in UTF-8, got {name!r}")
+        check_name(name)
         if name in self.members:
             raise ValueError(f"a model called {name!r} is there already; remove it first or choose another name")
 

@@ -129,8 +129,9 @@ def _repeats(name: str, tensors: Mapping[str, Tensor], base: Mapping[str, Tensor
     if not is_head(name):
         return False
     raise CheckpointError(
-        f"{name} of {where} is a head of its own, which the base has tied to {tables[0]}: with randes.compress, all"
-        " models at once, it is one of each model's tensors; a store that was made without it cannot take it"
+        f"{name} of {where} is a head of its own, which the base has tied to {tables[0]}: give the base one too, a copy"
+        f" of that under the name {name} (with tie_word_embeddings false), and make the store of it; models that tie"
+        " theirs still fit"
     )
 
 

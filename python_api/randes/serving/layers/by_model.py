@@ -50,7 +50,13 @@ def by_model(
             return taken[id(value)] if isinstance(value, Tensor) else value
 
         with router.during(batch.of_one(model)):
-            y = function(*map(part, args), **{name: part(value) for name, value in kwargs.items()})
+            try:
+                y = function(*map(part, args), **{name: part(value) for name, value in kwargs.items()})
+            except RuntimeError as error:
+                if not before:
+                    raise
+                # What a call before this one left is of other rows than these.
+                raise ValueError(_leaves_behind(layer, next(iter(before)))) from error
         if [part._version for part in taken.values()] != versions:
             raise ValueError(
                 f"a {type(layer).__name__} with tensors kept per model must leave its inputs as they are to serve a"
@@ -70,16 +76,20 @@ def by_model(
         places += chosen
     left = _tensors_in(layer)
     if changed := [name for name, (_, state) in left.items() if name not in before or before[name][1] != state]:
-        raise ValueError(
-            f"a {type(layer).__name__} with tensors kept per model must leave no tensors behind to serve a mixed batch,"
-            f" but its forward sets {changed[0]}, which would be the last model's, for its rows alone"
-        )
+        raise ValueError(_leaves_behind(layer, changed[0]))
     order = torch.tensor(places).argsort()
     if ragged:
         rows = [row for (own,) in parts if own is not None for row in own]
         return [rows[place].squeeze(0) if lengths == {1} else rows[place] for place in order.tolist()]
     joined = tuple(_in_order(outputs, order) for outputs in zip(*parts, strict=True))
     return joined[0] if single else joined
+
+
+def _leaves_behind(layer: object, name: str) -> str:
+    return (
+        f"a {type(layer).__name__} with tensors kept per model must leave no tensors behind to serve a mixed batch, but"
+        f" its forward sets {name}, which would be the last model's, for its rows alone"
+    )
 
 
 def _rows_of(run: Tensor, chosen: list[int]) -> Tensor:

@@ -227,10 +227,16 @@ class SuperposedExperts(SuperposedLayer):
         return y
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is an ``nn.Linear``, or Falcon's, which adds the bias for itself; without importing that."""
+    falcon = type(layer).__name__, type(layer).__module__
+    return type(layer) is nn.Linear or falcon == ("FalconLinear", "transformers.models.falcon.modeling_falcon")
+
+
 def kind_of(layer: nn.Module, weights: Mapping[str, View]) -> type[SuperposedLayer] | None:
     """The class that serves a layer whose parameters ``weights`` are superposed; None where there is none."""
     if set(weights) == {"weight"}:
-        if type(layer) is nn.Linear or (is_conv1d(layer) and weights["weight"].transposed):
+        if is_linear(layer) or (is_conv1d(layer) and weights["weight"].transposed):
             return SuperposedConv1D
         if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             return SuperposedConv

@@ -2,7 +2,8 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def save(superposition: State, path: str | os.PathLike[str], *, progress: Progre
     manifest = manifest_of(superposition, contents)
     check_destination(superposition, folder, manifest)
     make_folder(folder)
-    with _alone(folder):
+    with alone(folder):
         check_destination(superposition, folder, manifest)
         known = superposition.stored.files if isinstance(superposition.stored, Stored) else {}
         files = zip(manifest["files"], sorted(contents), strict=True)
@@ -128,12 +129,38 @@ def check_new(folder: Path) -> None:
         raise StoreError(f"{folder} must be empty or a store, got {sorted(strangers)[:3]}")
 
 
+class _Held(threading.local):
+    """The folders that this thread keeps to itself."""
+
+    def __init__(self) -> None:
+        self.folders: set[Path] = set()
+
+
+_HELD = _Held()
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from saving to ``folder`` meanwhile."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def alone(folder: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Keep other processes and threads from saving to ``folder`` meanwhile; within it this one may.
+
+    waiting: called where another one does, before it is waited for. Raises ``StoreError`` where there is no folder.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(f"{folder} is not a store: there is no such folder") from error
+    resolved = folder.resolve()
+    mine = resolved not in _HELD.folders
+    try:
+        if mine:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            _HELD.folders.add(resolved)
         yield
     finally:
         os.close(handle)
+        if mine:
+            _HELD.folders.discard(resolved)
