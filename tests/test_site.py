@@ -40,7 +40,7 @@ def test_every_field_of_the_configuration_is_on_the_site(site: Path) -> None:
     page = (site / "configuration" / "index.html").read_text(encoding="utf-8")
     for field in fields(randes.Config):
         assert re.search(
-            rf"<td><code>{field.name}</code></td>\s*<td><code>.+?</code></td>\s*<td>.{(20,)}?</td>", page
+            rf"<td><code>{field.name}</code></td>\s*<td><code>.+?</code></td>\s*<td>.{{20,}}?</td>", page
         ), field
 
 

@@ -48,9 +48,11 @@ def test_a_name_is_looked_up_as_transformers_does(tmp_path: Path, monkeypatch: p
     assert randes.plan(folder, 8) == expected, "its configuration is enough"
     asked = []
     config = hf.AutoConfig.from_pretrained(folder)
-    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", lambda name, **_: asked.append(name) or config)
-    assert randes.plan("owner/elsewhere", 8) == expected
-    assert asked == ["owner/elsewhere"]
+    monkeypatch.setattr(
+        hf.AutoConfig, "from_pretrained", lambda *name, **how: asked.append((*name, how["revision"])) or config
+    )
+    assert randes.plan("owner/elsewhere", 8) == randes.plan("owner/elsewhere@v2", 8) == expected
+    assert asked == [("owner/elsewhere", "main"), ("owner/elsewhere", "v2")]
 
 
 def test_what_has_no_shapes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """The shapes of a model that is not at hand: on the meta device, or known by its configuration alone."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -9,11 +8,12 @@ import torch
 from torch import nn
 
 from randes.checkpoints.huggingface import config_of, configuration, library, model_class
+from randes.checkpoints.paths.hub import NAME
 from randes.checkpoints.sources import Checkpoint
 from randes.errors import CheckpointError
 
-NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-"""What a model is called on the Hugging Face Hub."""
+FILES = (".safetensors", ".json", ".gguf", ".bin", ".pt", ".pth")
+"""Endings of files, which are no names of models."""
 
 
 class Configuration(Protocol):
@@ -43,15 +43,16 @@ def _of_path(path: Path) -> Checkpoint:
     if path.is_dir() and not any(path.glob("*.safetensors")) and (text := config_of(path)) is not None:
         configuration(text, str(path))
         return _of_configuration(_named(str(path)), str(path))
-    if path.exists() or path.suffix in (".safetensors", ".json", ".bin") or not NAME.fullmatch(path.as_posix()):
+    found = None if os.path.lexists(path) else NAME.fullmatch(path.as_posix())
+    if found is None or path.suffix in FILES:
         return path
-    return _of_configuration(_named(path.as_posix()), path.as_posix())
+    return _of_configuration(_named(found["name"], found["revision"]), path.as_posix())
 
 
-def _named(name: str) -> Any:
+def _named(name: str, revision: str | None = None) -> Any:
     """The configuration of a model that Transformers finds by its name."""
     try:
-        return library().AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return library().AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name} is no path, and no model that Transformers finds: {said}") from error
