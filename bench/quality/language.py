@@ -13,6 +13,7 @@ method stores is counted in survival.py.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -48,7 +49,9 @@ FAMILIES: dict[str, Callable[[str], bool]] = {
 
 
 class Share(NamedTuple):
-    """In %: the mean over kinds and seeds, half the range over seeds, the worst kind's mean over seeds; and storage."""
+    """In %: the mean over kinds and seeds, half the range over seeds (nan of one), the worst kind's mean over seeds.
+
+    bits: storage."""
 
     mean: float
     spread: float
@@ -64,7 +67,8 @@ def shares(rows: Rows, method: str, group: int, d: float = 16, coordinates: int 
         return None
     means = [100 * statistics.mean(row["kept"]) for row in chosen]
     worst = min(100 * statistics.mean(kept) for kept in zip(*(row["kept"] for row in chosen), strict=True))
-    return Share(statistics.mean(means), (max(means) - min(means)) / 2, worst, chosen[0]["bits"])
+    spread = (max(means) - min(means)) / 2 if len(means) > 1 else math.nan
+    return Share(statistics.mean(means), spread, worst, chosen[0]["bits"])
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int, float, int]:
@@ -81,6 +85,11 @@ def every(rows: Rows) -> dict[tuple[str, int, float, int], Share]:
     return found
 
 
+def ranging(share: Share) -> str:
+    """Half the range over seeds, where there are several."""
+    return "" if math.isnan(share.spread) else f" ± {share.spread:.1f}"
+
+
 def groups_of(rows: Rows) -> list[int]:
     """Sizes of groups that were measured."""
     return sorted({row["group"] for row in rows} - {1})
@@ -95,7 +104,7 @@ def table(rows: Rows) -> str:
         share = found.get((method, group, 16, 16))
         if share is None:
             return "–"
-        return f"{share.mean:.1f} ± {share.spread:.1f} ({share.worst:.0f}), {share.bits:.2f} bit"
+        return f"{share.mean:.1f}{ranging(share)} ({share.worst:.0f}), {share.bits:.2f} bit"
 
     lines = ["| method | " + " | ".join(f"groups of {g}" for g in groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows if row["group"] > 1 and "rank 64" not in row["method"]):
@@ -135,8 +144,9 @@ def table_of_frontier(rows: Rows) -> str:
             if best is None:
                 cells.append("–")
                 continue
-            mean, spread, worst, bits = fits[best]
-            cells.append(f"**{mean:.1f}** ± {spread:.1f} ({worst:.0f}), {bits:.2f} bit: {described(best)}")
+            share = fits[best]
+            what = f"{share.bits:.2f} bit: {described(best)}"
+            cells.append(f"**{share.mean:.1f}**{ranging(share)} ({share.worst:.0f}), {what}")
         lines.append(f"| {budget:g} bit | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -225,7 +235,9 @@ def draw() -> None:
         seeds = len({row["seed"] for row in rows})
         for axis, (low, high) in zip(row, ((0, 102), (85, 100.5)), strict=True):
             for (label, points), (color, marker, line) in zip(curves(rows).items(), STYLES, strict=True):
-                x, y = zip(*sorted(points), strict=True) if points else ((), ())
+                if not points:
+                    continue
+                x, y = zip(*sorted(points), strict=True)
                 axis.plot(x, y, line, label=label, color=color, marker=marker, markersize=5,
                           linewidth=1.5 if marker else 7, zorder=2 if marker else 1)  # fmt: skip
             ticks = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16)

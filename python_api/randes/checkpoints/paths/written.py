@@ -50,6 +50,8 @@ def _plain(text: bytes, tensors: Mapping[str, Tensor]) -> bytes:
     if (values.get("quantization_config") or {}).get("quant_method") == METHOD:
         del values["quantization_config"]
     sizes = {len(value) for name, value in headers(tensors).items() if is_embedding(name) and value.dim() == 2}
-    if "vocab_size" in values and values["vocab_size"] not in sizes and len(sizes) == 1:
-        values["vocab_size"] = sizes.pop()  # a fine-tune's, which has more tokens than the base
+    if isinstance(before := values.get("vocab_size"), int) and before not in sizes:
+        longer = {size for size in sizes if size > before} or sizes  # positions may have a table, too
+        if len(longer) == 1:
+            values["vocab_size"] = longer.pop()  # a fine-tune's, which has more tokens than the base
     return (json.dumps(values, indent=2) + "\n").encode()
