@@ -213,7 +213,7 @@ STYLES = (
     ("lightgray", "", "-"), ("tab:blue", "o", "-"), ("tab:cyan", "o", "-"), ("tab:green", "o", "-"),
     ("tab:purple", "o", "-"), ("tab:olive", "v", "--"), ("tab:brown", "v", "--"), ("tab:gray", "s", ":"),
     ("silver", "s", ":"), ("tab:orange", "x", "--"), ("tab:red", "x", "--"), ("deeppink", "D", "--"),
-    ("crimson", "D", "--"), ("tab:pink", "P", "--"), ("black", "^", ":"),
+    ("crimson", "D", "--"), ("tab:pink", "P", "--"), ("black", "^", ""),
 )  # fmt: skip
 """Colour, marker and line of each curve."""
 
