@@ -162,7 +162,8 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     base = linear()
     sup, _ = superposed(base, 1)
     sup.save(tmp_path / "store")
-    arguments = ["retrieve", str(tmp_path / "store"), "m0", "--out", str(tmp_path / "absent" / "y.safetensors")]
+    (tmp_path / "file").write_text("")  # under which no folder can be made
+    arguments = ["retrieve", str(tmp_path / "store"), "m0", "--out", str(tmp_path / "file" / "y.safetensors")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "error:" in result.output
