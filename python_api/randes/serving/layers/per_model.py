@@ -1,6 +1,6 @@
 """What models have of their own beside the superposed matrices, and how a layer reads it for a mixed batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.parameters import base_of, has
-from randes.config import is_embedding
+from randes.config import LARGE_TABLE, is_embedding
 from randes.errors import CheckpointError
 from randes.serving.batch import Version
 from randes.serving.layers.recomputed import recomputed_property
@@ -48,7 +48,8 @@ class PerModelTensor(nn.Module):
         if superposition.has_own(tensor):
             count = len(members)
         self.tensor, self.shape = tensor, like.shape
-        self.ragged, self.vocabulary = any(shape != like.shape for shape in shapes), is_embedding(tensor)
+        self.ragged = any(shape != like.shape for shape in shapes)
+        self.vocabulary = is_embedding(tensor) or _is_head(tensor, headers(superposition.base))
         self.table_rows = Rows(max(count, room or 0))
         # Whether any model's tensor may be here: a layer that nobody changed costs nothing.
         self.used = count > 0 or (room is not None and like.numel() <= RESERVED_ELEMENTS)
@@ -123,6 +124,13 @@ class PerModelTensor(nn.Module):
         if row < 0:
             return base
         return getattr(self, f"value_{row}") if self.ragged else self.values[row]
+
+
+def _is_head(tensor: str, base: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor has a row for each token: as many as a table of embeddings, and those many."""
+    if tensor not in base or base[tensor].numel() < LARGE_TABLE:
+        return False
+    return any(is_embedding(name) and len(table) == len(base[tensor]) for name, table in base.items())
 
 
 def _shape_of(member: Member, tensor: str, like: Tensor) -> tuple[int, ...]:
