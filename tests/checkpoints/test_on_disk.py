@@ -1,5 +1,6 @@
 """A store of which any bit was flipped gives what it held, or raises: with every way of reading it."""
 
+import json
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -244,3 +245,15 @@ def test_a_tensor_without_numbers_is_read(tmp_path: Path) -> None:
     held = open_file(tmp_path / "empty.safetensors")
     assert held["none"].shape == (0, 3)
     assert held.rows("none", 0, 0).shape == (0, 3)
+
+
+def test_a_header_is_json_as_the_format_has_it(tmp_path: Path) -> None:
+    write_file(path := tmp_path / "w.safetensors", {"w": torch.zeros(4)})
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]) | {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+    header["w"]["more"] = float("nan")  # which the format's own reader refuses, in a part that nobody uses
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(randes.CheckpointError, match="its header must be JSON, got the number NaN"):
+        open_file(path)

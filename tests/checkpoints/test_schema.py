@@ -78,3 +78,11 @@ def test_a_text_is_parsed() -> None:
 def test_what_is_no_text_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"^it {message}"):
         schema.parsed(text, "it")
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_none_are_let_through_where_others_write_them(constant: str) -> None:
+    text = f'{{"limit": [0.0, {constant}]}}'.encode()
+    assert repr(schema.parsed(text, "it")["limit"][1]) == repr(float(constant))
+    with pytest.raises(ValueError, match=f"^it must be JSON, got the number {constant}"):
+        schema.parsed(text, "it", constants=False)

@@ -77,7 +77,7 @@ class File:
         schema.must(length <= LONGEST_HEADER and first <= size, "its header", "within the file", length)
         text = bytes(self._read(length, 8))
         schema.must(text[:1] == b"{", "its header", "an object", text[:9])
-        described = schema.parsed(text, "its header")
+        described = schema.parsed(text, "its header", constants=False)
         _METADATA("its metadata", described.pop("__metadata__", {}))
         headers: dict[str, Tensor] = {}
         offsets: dict[str, int] = {}

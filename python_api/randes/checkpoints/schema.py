@@ -19,10 +19,15 @@ SHOWN = 60
 """Characters of a value in an error."""
 
 
-def parsed(text: bytes, what: str) -> Any:
-    """The value of a JSON text: UTF-8, no key twice in an object, ``DEEPEST`` levels at most. Raises ``ValueError``."""
+def parsed(text: bytes, what: str, *, constants: bool = True) -> Any:
+    """The value of a JSON text: UTF-8, no key twice in an object, ``DEEPEST`` levels at most. Raises ``ValueError``.
+
+    constants: whether it may have NaN and Infinity, which Transformers writes into configurations and JSON lacks.
+    """
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        value = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_once, parse_constant=float if constants else _no_constant
+        )
     except RecursionError:
         raise ValueError(f"{what} must be at most {DEEPEST} levels deep, got more") from None
     except ValueError as error:
@@ -157,6 +162,10 @@ def is_utf8(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"the number {name}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
