@@ -63,7 +63,7 @@ def test_every_option_of_the_published_method_has_a_flag(files: Path) -> None:
     sup = randes.Superposition.load(store)
     assert sup.config == randes.Config(
         matrix="rotation", gains="shared", origin="zero", every=2, per_layer=False, vectors=True, others="sum",
-        shuffle_layers=1, min_width=16, include=("*up*",), exclude=("x",),
+        shuffle_layers=1, min_width=16, include=("*up*",), exclude=("x",), rank=0,
     )  # fmt: skip
     assert [(member.alpha, member.index) for member in sup.members.values()] == [(0.5, 0), (0.5, 1)]
     shown = run("info", store).output

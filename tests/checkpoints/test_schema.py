@@ -86,3 +86,11 @@ def test_numbers_that_are_none_are_let_through_where_others_write_them(constant:
     assert repr(schema.parsed(text, "it")["limit"][1]) == repr(float(constant))
     with pytest.raises(ValueError, match=f"^it must be JSON, got the number {constant}"):
         schema.parsed(text, "it", constants=False)
+
+
+def test_a_file_may_be_in_a_folder_below() -> None:
+    for name in ("a", "a/b", "a/b/c.safetensors"):
+        schema.file_below("it", name)
+    for name in ("", "/a", "a//b", "../a", "a/../b", 3, None):
+        with pytest.raises(ValueError, match=r"^it must be"):
+            schema.file_below("it", name)

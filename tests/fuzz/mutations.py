@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 import randes
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
+from randes.checkpoints.fit.tensors import check_fits
 from randes.checkpoints.lazy_tensors import digests
 from randes.checkpoints.lora import ADAPTER_CONFIG
 from randes.checkpoints.safetensors import write_file
@@ -228,7 +229,7 @@ def _use(corpus: Corpus, chance: Random, files: Files) -> None:
 def _read(corpus: Corpus, folder: Path) -> None:
     """All that is read of a checkpoint before it is superposed."""
     tensors = sources.read(folder, corpus.base)
-    sources.check_fits(tensors, corpus.base)
+    check_fits(tensors, corpus.base)
     digests(tensors, look=sources.check_finite)
 
 

@@ -18,6 +18,7 @@ import randes.transformers
 from randes.checkpoints.sources import read
 from randes.cli import app
 from randes.serving.servable import servable
+from randes.superposition.reading import read as read_finetuned
 from randes.superposition.store.manifest import read_manifest
 
 CONFIG = randes.Config(rank=0)
@@ -96,7 +97,7 @@ def test_a_store_is_served_whatever_the_folders_called_their_tensors(tmp_path: P
             plain: Any = build("Mixtral")
             plain.load_state_dict(superposition.retrieve(name))
             assert torch.allclose(mixed[row], plain(tokens[row : row + 1]).logits[0], atol=1e-4)
-    found = superposition.layout.join(superposition.read(paths["b"]))
+    found = superposition.layout.join(read_finetuned(superposition, paths["b"]))
     assert all(torch.equal(found[name], value) for name, value in own.state_dict().items())
 
 

@@ -37,7 +37,7 @@ def test_each_key_has_its_meaning() -> None:
     expected = randes.Config(
         signs="columns", shuffle_layers=-1, group_size=4, seed=42, others="sum", min_width=1, gains="shared", every=2,
         include=("*mlp*", "*Dense*", "*attn*", "*Attention*"), exclude=("*bias*",), per_layer=False, vectors=True,
-        embeddings="shared",
+        embeddings="shared", rank=0,
     )  # fmt: skip
     assert (config, alpha, lora) == (expected, 0.3, False)
     assert notes == (

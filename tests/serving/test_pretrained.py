@@ -86,7 +86,7 @@ def test_files_elsewhere_are_not_opened(base: Path) -> None:
     index = base / "model.safetensors.index.json"
     named = json.loads(index.read_text())["weight_map"]
     change(index, weight_map={name: f"../{file}" if file == weights.name else file for name, file in named.items()})
-    with pytest.raises(randes.CheckpointError, match=r"must be the name of a file beside it, got '\.\./model"):
+    with pytest.raises(randes.CheckpointError, match=r"weight_map.* got '\.\./model"):
         load(base)
     (base.parent / weights.name).rename(weights)
     change(index, weight_map=named)

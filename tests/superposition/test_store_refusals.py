@@ -211,3 +211,33 @@ def test_a_full_disk_leaves_no_new_store(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"):
         made().save(tmp_path / "store")
     assert not [*(tmp_path / "store").iterdir()]
+
+
+def test_a_tie_of_what_is_not_there_is_refused() -> None:
+    sup = made()
+    sup.layout = replace(sup.layout, ties={"alias": "nothing"})
+    with pytest.raises(ValueError, match="alias must be another name of a tensor that is there, got nothing"):
+        check_whole(sup)
+
+
+def test_added_rows_are_what_the_record_says(tmp_path: Path) -> None:
+    base = net()
+    longer = dict(finetune(base, 0).state_dict())
+    longer[WEIGHT] = torch.cat([longer[WEIGHT], torch.ones(3, longer[WEIGHT].shape[1])])
+    sup = randes.Superposition.create(base)
+    sup.add("m", longer)
+    sup.save(tmp_path / "store")
+    again = randes.Superposition.load(tmp_path / "store")
+    assert torch.equal(again.retrieve("m")[WEIGHT][-3:], longer[WEIGHT][-3:])
+    member = again.members["m"]
+    rows = member.added[WEIGHT]
+    for wrong, message in (
+        ({}, "must have added rows and their digest"),
+        ({WEIGHT: rows[:0]}, "must have added rows"),
+        ({WEIGHT: rows[:, :1]}, f"rows added to {WEIGHT} of model 'm' must be"),
+        ({WEIGHT: rows.double()}, f"rows added to {WEIGHT} of model 'm' must be"),
+        ({WEIGHT: rows, "other": rows}, "must have added rows and their digest"),
+    ):
+        again.members["m"] = replace(member, added=wrong)
+        with pytest.raises(ValueError, match=message):
+            check_whole(again)

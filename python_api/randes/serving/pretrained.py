@@ -17,6 +17,7 @@ from randes.checkpoints.huggingface import (
     CONFIG,
     GENERATION,
     METHOD,
+    base_file,
     check_version,
     config_of,
     configuration,
@@ -67,7 +68,7 @@ def load_base(
         if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
             from randes.checkpoints.quantization import BASE_ALONE  # imports Transformers
 
-            config.quantization_config = {**quantization, "quant_method": BASE_ALONE}
+            config.quantization_config = {"base": base_file(quantization), "quant_method": BASE_ALONE}
         kind = model_class(config, path_or_name)
         _check_size(kind, config, superposition, path_or_name)
         kwargs.setdefault("use_safetensors", True)  # nothing is unpickled
