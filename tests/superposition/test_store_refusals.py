@@ -3,6 +3,7 @@
 import errno
 import json
 import tarfile
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from randes.checkpoints.names.conversion import Conversion
 from randes.checkpoints.names.pieces import Piece
 from randes.superposition.store.check import check_whole
 from randes.superposition.store.manifest import MANIFEST, checksum_of
-from randes.superposition.store.write import check_new
+from randes.superposition.store.write import alone, check_new
 
 WEIGHT = "layers.0.up.weight"
 
@@ -241,3 +242,21 @@ def test_added_rows_are_what_the_record_says(tmp_path: Path) -> None:
         again.members["m"] = replace(member, added=wrong)
         with pytest.raises(ValueError, match=message):
             check_whole(again)
+
+
+def test_one_saves_at_a_time_and_again_within(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not a store: there is no such folder"), alone(tmp_path / "nothing"):
+        pass
+    waits, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with alone(tmp_path, waiting=waits.set):
+            done.set()
+
+    with alone(tmp_path), alone(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert waits.wait(30)
+        assert not done.is_set()
+    thread.join(30)
+    assert done.is_set()
