@@ -306,7 +306,9 @@ def test_ctrl_c_ends_with_130_and_the_old_store(files: Path, where: str) -> None
     store = compress(files)
     before = contents(store)
     module = where.rsplit(".", 1)[0]
-    sleeps = f"import time, {module}; {where} = lambda *_, **__: (print('now', flush=True), time.sleep(60))"
+    # Where the tests run in the background, a shell has had them ignore it.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    sleeps = f"{hears}import time, {module}; {where} = lambda *_, **__: (print('now', flush=True), time.sleep(60))"
     added = started("add", store, f"m2={files}/m2.safetensors", before=sleeps)
     assert added.stdout is not None
     assert added.stdout.readline() == "now\n"
