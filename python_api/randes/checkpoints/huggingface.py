@@ -185,9 +185,8 @@ def skeleton_of(text: bytes, tensors: int, where: object) -> nn.Module | None:
         return None
     transformers = library()
     try:
-        with (
-            TemporaryDirectory() as folder
-        ):  # Transformers reads infinity, written in a way of its own, from files alone
+        # Transformers reads infinity, written in a way of its own, from files alone.
+        with TemporaryDirectory() as folder:
             (Path(folder) / CONFIG).write_text(json.dumps(values))
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return on_meta(model_class(config, where), config, tensors, where)

@@ -34,6 +34,12 @@ from randes.errors import CheckpointError
 SUPERPOSABLE = (torch.float32, torch.float16, torch.bfloat16)
 ADDED = "@added"
 """Follows a matrix's name, for the rows that a checkpoint has below the base's."""
+COORDINATES, DIRECTIONS = "@basis", "@directions"
+"""The same in a model's file, for its delta's coordinates in a basis, and for the basis where that is its own."""
+STEPS = "@steps"
+"""Follows a packed tensor's name in a file, for its steps."""
+RESERVED = (ADDED, COORDINATES, DIRECTIONS, STEPS)
+"""What no tensor's name may end with."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from randes.checkpoints import sources
 from randes.checkpoints.huggingface import skeleton
-from randes.checkpoints.layout import ADDED, SUPERPOSABLE, Layout, layout_of
+from randes.checkpoints.layout import RESERVED, SUPERPOSABLE, Layout, layout_of
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.modules.weight_reads import weights_read
 from randes.checkpoints.names.conversion import Conversion
@@ -21,9 +21,6 @@ from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
 from randes_kernels.mixing import MOST_DENSE_COLUMNS
-
-RESERVED = (ADDED, "@basis", "@directions", "@steps")
-"""What stores' files put behind a tensor's name."""
 
 
 class Matrices(NamedTuple):

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from hashlib import blake2b
 from pathlib import Path
 from typing import TypeAlias
@@ -110,9 +110,9 @@ def _indexed(index: Path) -> StoredTensors:
             raise CheckpointError(f"{index} names {file_name}, which is not a file beside it or below")
         file = File(path)
         if absent := names - file.headers.keys():
-            raise CheckpointError(f"{index} names {_some(absent)} in {file_name}, which does not hold that")
+            raise CheckpointError(f"{index} names {some(absent)} in {file_name}, which does not hold that")
         if extra := file.headers.keys() - names:
-            raise CheckpointError(f"{index} must name every tensor of its shards, got {_some(extra)} in {file_name}")
+            raise CheckpointError(f"{index} must name every tensor of its shards, got {some(extra)} in {file_name}")
         where |= {name: (file, name) for name in sorted(names)}
     return _some_tensors(index, StoredTensors(where))
 
@@ -154,6 +154,7 @@ def check_finite(name: str, part: Tensor) -> None:
         raise CheckpointError(f"{name} must be finite, got NaN or infinity")
 
 
-def _some(names: Mapping[str, object] | set[str]) -> str:
+def some(names: Mapping[str, object] | Set[str]) -> str:
+    """A few of the names, for messages."""
     few = sorted(names)[:5]
     return ", ".join(few) + (", …" if len(names) > len(few) else "")

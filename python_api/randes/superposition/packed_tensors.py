@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from randes.checkpoints.layout import STEPS
 from randes.checkpoints.lazy_tensors import Described, LazyTensors
 from randes.config import one_of
 from randes.superposition.integers import STEP
@@ -13,8 +14,6 @@ from randes_kernels import Packed, unpack
 from randes_kernels.format import SIGNS_PER_BLOCK as SPAN
 from randes_kernels.packing import BITS, HALF, LANES, check, with_padding, without_padding
 
-STEPS = "@steps"
-"""Follows a packed tensor's name in a file, for its steps."""
 ERROR = {8: 0.009, 4: 0.095, 2: 0.366, 1: 0.756}
 """What packing adds to normal values, relative to their size: in groups of 64 in 4 bits, in rows in fewer."""
 LOUDEST = (0.798, 1.128, 1.327, 1.465, 1.57, 1.654, 1.724, 1.783)

@@ -17,7 +17,7 @@ def heads_of_others(sup: State, models: Iterable[Checkpoint]) -> list[str]:
     classes. None where nothing is kept."""
     found = set()
     for model in models if sup.config.others == "keep" else ():
-        tensors = sources.read(model, sup.layout.joined(sup.base, ties=False))
+        tensors = _named(sup, model)
         longer = with_added(sup.layout, tensors, sup.base, sup.superposed).views
         for name in sup.superposed:
             own, base = headers(tensors).get(name), headers(sup.base)[name]
@@ -32,15 +32,20 @@ def read(sup: State, finetuned: Checkpoint, whole: Container[str] = ()) -> Tenso
 
     Raises ``CheckpointError`` for one that does not fit. Tensors that no models share may have other shapes.
     """
-    own, layout, keeps = sup.layout.joined(sup.base, ties=False), sup.layout, sup.config.others == "keep"
-    # An adapter is of the base itself, which is not here where deltas are measured from something else.
-    found = sources.read(finetuned, None if sup.config.centre or not sup.has_base else own)
-    found = read_finetuned(found, sup.model_files, own.keys(), sup.to_files.dropped, finetuned)
+    found, layout, keeps = _named(sup, finetuned), sup.layout, sup.config.others == "keep"
     if keeps:
         layout = with_added(layout, found, sup.base, (name for name in sup.superposed if name not in whole))
     tensors = layout.split(found)
     free = sup.base.keys() - {*sup.superposed} | sup.unshared if keeps else set()
     return fitted(tensors, sup.base, free, finetuned, added_in(layout.parts))
+
+
+def _named(sup: State, finetuned: Checkpoint) -> Tensors:
+    """A fine-tune's tensors under the base's names, as its files or its module have them."""
+    own = sup.layout.joined(sup.base, ties=False)
+    # An adapter is of the base itself, which is not here where deltas are measured from something else.
+    found = sources.read(finetuned, None if sup.config.centre or not sup.has_base else own)
+    return read_finetuned(found, sup.model_files, own.keys(), sup.to_files.dropped, finetuned)
 
 
 def read_added(

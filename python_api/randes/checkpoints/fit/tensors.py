@@ -13,7 +13,7 @@ from randes.checkpoints.fit.fitted_tensors import FittedTensors
 from randes.checkpoints.layout import tied
 from randes.checkpoints.lazy_tensors import digests, headers
 from randes.checkpoints.paths.foreign import FEW_BITS
-from randes.checkpoints.sources import check_values
+from randes.checkpoints.sources import check_values, some
 from randes.config import is_embedding
 from randes.errors import CheckpointError
 
@@ -79,11 +79,11 @@ def check_fits(
     """
     found, expected = headers(tensors), headers(base)
     if not found.keys() & expected.keys():
-        raise CheckpointError(f"no tensor matches the base; it has {_some(expected)}, the checkpoint {_some(found)}")
+        raise CheckpointError(f"no tensor matches the base; it has {some(expected)}, the checkpoint {some(found)}")
     if missing := expected.keys() - found.keys():
-        raise CheckpointError(f"{len(missing)} tensors of the base are missing from the checkpoint: {_some(missing)}")
+        raise CheckpointError(f"{len(missing)} tensors of the base are missing from the checkpoint: {some(missing)}")
     if extra := found.keys() - expected.keys() - beside:
-        raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {_some(extra)}")
+        raise CheckpointError(f"{len(extra)} tensors of the checkpoint are not in the base: {some(extra)}")
     for name, own in expected.items():
         value = found[name]
         fits = value.dtype == own.dtype or (cast and {value.dtype, own.dtype} <= {*CAST})
@@ -150,8 +150,3 @@ def _kind(header: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _some(names: Mapping[str, object] | Set[str]) -> str:
-    few = sorted(names)[:5]
-    return ", ".join(few) + (", …" if len(names) > len(few) else "")

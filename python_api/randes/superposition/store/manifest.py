@@ -10,7 +10,7 @@ from typing import Any
 from randes.checkpoints import schema, sources
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import for_store
-from randes.checkpoints.layout import ADDED, Layout
+from randes.checkpoints.layout import ADDED, COORDINATES, DIRECTIONS, STEPS, Layout
 from randes.checkpoints.names.conversion import RECORD
 from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.sources import Tensors
@@ -18,17 +18,13 @@ from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
-from randes.superposition.packed_tensors import STEPS, Packing, flattened
+from randes.superposition.packed_tensors import Packing, flattened
 from randes.superposition.state import Group, State
 from randes.superposition.store.files import companion_name, tensors_name
 from randes_kernels import FORMAT_VERSION
 from randes_kernels.packing import HALF
 
 MANIFEST = "manifest.json"
-COORDINATES = "@basis"
-"""Follows a tensor's name in a model's file, for its delta's coordinates in the shared basis."""
-DIRECTIONS = "@directions"
-"""The same, for the basis of its own."""
 
 
 def _option(default: object) -> schema.Check:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from randes.checkpoints.huggingface import CONFIG, is_model_file, read_files
-from randes.checkpoints.layout import Layout
+from randes.checkpoints.layout import COORDINATES, DIRECTIONS, STEPS, Layout
 from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
 from randes.checkpoints.names.conversion import Conversion
 from randes.checkpoints.on_disk import Overlay, StoredTensors
@@ -15,13 +15,11 @@ from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.superposition.added_rows import added_in
 from randes.superposition.members import Member
-from randes.superposition.packed_tensors import STEPS, PackedTensors, Packing, SuperposedDelta
+from randes.superposition.packed_tensors import PackedTensors, Packing, SuperposedDelta
 from randes.superposition.state import Group, State
 from randes.superposition.store.check import check_whole
 from randes.superposition.store.files import open_tensors, state_of, stored_now
 from randes.superposition.store.manifest import (
-    COORDINATES,
-    DIRECTIONS,
     MANIFEST,
     described,
     digest_of,
