@@ -137,6 +137,20 @@ def styles_of_torch(mesh: DeviceMesh, _: Path) -> None:
     torch.testing.assert_close(parts.base_model[2].base_weight.grad, own, **CLOSE)
 
 
+@torch.no_grad()
+def the_program_of_the_page(_: DeviceMesh, folder: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "several-devices.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```text\n(import os.*?)```", page, re.DOTALL)
+    for said, own in (("store", str(folder / "store")), ("german", "m1"), ("legal", "m0")):
+        assert f'"{said}"' in program
+        program = program.replace(f'"{said}"', repr(own))
+    names: dict[str, Any] = {"tokens": tokens()}
+    exec(compile(program, "several-devices.md", "exec"), names)
+    mix = ["m1", "m0", "__base__", "m1"]
+    whole = randes.from_pretrained(folder / "store")(tokens(), adapter_names=mix)
+    torch.testing.assert_close(names["y"].logits, whole.logits, **CLOSE)
+
+
 def refused(call: Callable[[], object], why: str, error: type[Exception] = ValueError) -> None:
     with pytest.raises(error, match=re.escape(why)):
         call()
@@ -179,7 +193,7 @@ def cut_by_transformers(_: DeviceMesh, folder: Path) -> None:
 
 CHECKS = (
     a_llama, with_biases_and_a_basis, packed, permuted_in_segments, tied_heads_and_embeddings, loaded_by_transformers,
-    models_come_and_go, styles_of_torch, refusals, cut_by_transformers,
+    models_come_and_go, styles_of_torch, the_program_of_the_page, refusals, cut_by_transformers,
 )  # fmt: skip
 
 
