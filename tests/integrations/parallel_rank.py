@@ -100,13 +100,14 @@ def loaded_by_transformers(mesh: DeviceMesh, folder: Path) -> None:
 
 @torch.no_grad()
 def models_come_and_go(mesh: DeviceMesh, _: Path) -> None:
-    base = llama()
+    options = {"attention_bias": True, "mlp_bias": True}
+    base = llama(**options)
     sup, tuned = superposed(base, 2, randes.Config(min_width=16, rank=0), size=0.1)
     whole = randes.SuperposedModel(copy.deepcopy(base), copy.deepcopy(sup), capacity=4)
     parts = randes.SuperposedModel(base, sup, capacity=4)
     parallelize(parts, mesh)
     for model in (whole, parts):
-        model.add_adapter("m2", finetune(llama(), 2, 0.1))
+        model.add_adapter("m2", finetune(llama(**options), 2, 0.1))
         model.delete_adapter("m0", tuned["m0"])
     mix = ["m2", "m1", "__base__", "m2"]
     torch.testing.assert_close(

@@ -146,6 +146,17 @@ def test_the_bias_is_the_first_parts() -> None:
     assert dict(layer.named_parameters()).keys() == {"base_weight", "base_bias"}
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_part_is_compiled_without_breaks(dim: int) -> None:
+    layer, _ = built(CONFIGS["signs"])
+    part = layer.shard(dim, 1, WORLD)
+    x, batch = inputs()[..., : part.in_features].contiguous(), layer.router.of(NAMES)
+    torch._dynamo.reset()
+    compiled = torch.compile(part, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, adapter_names=batch), part(x, adapter_names=batch), **CLOSE)
+    assert part.transform.first_row + part.transform.first_column in (24, 70)
+
+
 def test_gradients_flow_to_a_part() -> None:
     layer, _ = built(CONFIGS["signs"])
     x = inputs().requires_grad_()
