@@ -11,12 +11,16 @@ from models import CLOSE, finetune, linear
 from torch import Tensor, nn
 
 import randes
+from randes.checkpoints.tensor_views import View
 from randes.errors import WeightReadError
 from randes.serving.batch import Version
 from randes.serving.layers.delta_pool import DeltaPool
+from randes.serving.layers.other_layers import SuperposedEmbedding
 from randes.serving.layers.per_model import PerModelTensor
+from randes.serving.layers.per_row import route_layer
 from randes.serving.layers.shards import Shard
 from randes.serving.layers.superposed import SuperposedMatrix, first_versions
+from randes.serving.routing import Router
 
 N, K, WORLD = 70, 210, 3
 NAMES = ["m1", "__base__", "m0", "m2"]
@@ -121,6 +125,41 @@ def test_a_matrix_is_filled_as_any_rectangle_of_the_whole(config: randes.Config,
     x[..., 37:137] = inputs()[..., 37:137]
     whole = layer(x, adapter_names=NAMES) - layer.shard(1, 0, 210)(x[..., :1], adapter_names=NAMES)  # the bias
     torch.testing.assert_close(matrix(inputs()[..., 37:137].contiguous(), weight, ids), whole[..., 13:50], **CLOSE)
+
+
+@pytest.mark.parametrize("bits", [16, 2])
+@pytest.mark.parametrize("embeddings", ["own", "shared"])
+def test_a_vocabulary_is_cut_for_looking_up_and_for_multiplying(embeddings: Any, bits: int) -> None:
+    torch.manual_seed(0)
+    base: Any = nn.ModuleDict({"embed_tokens": nn.Embedding(1100, 64), "up": nn.Linear(64, 64)})
+    tuned: dict[str, Any] = {f"m{number}": finetune(base, number) for number in range(3)}
+    sup = randes.compress(copy.deepcopy(base), tuned, randes.Config(rank=0, embeddings=embeddings))
+    sup = sup if bits == 16 else sup.pack(bits)
+    tensor, rows = "embed_tokens.weight", range(550, 1100)
+    shard, versions = Shard((1100, 64), rows, range(64)), first_versions(sup)
+    whole = base["embed_tokens"].weight.detach()
+    weight = whole[550:]
+    pool = DeltaPool(sup, tensor, weight, shard=shard)
+    pool.write_all(sup, versions)
+    router = Router(("m0", "m1", "m2"), True)
+    shell = nn.Embedding.from_pretrained(weight)
+    view = {"weight": View((550, 64), {tensor: 550})}
+    route_layer(shell, {}, router, SuperposedEmbedding, view)
+    assert isinstance(shell, SuperposedEmbedding)
+    matrix = SuperposedMatrix(sup, tensor, weight, pool, len(versions))
+    shell.take_weights({"weight": [matrix]}, view)
+    matrix.write(sup, versions)
+    shell.write(sup, versions)
+    router.serve(versions)
+    tokens = torch.randint(550, 1100, (4, 5), generator=torch.Generator().manual_seed(0))
+    plain = {name: sup.retrieve(name)[tensor] for name in sup.names} | {"__base__": whole}
+    with router.using(router.of(NAMES)):
+        found = shell(tokens - 550)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(found[row], plain[name][tokens[row]], **CLOSE)
+    x = torch.randn(4, 2, 64)
+    expected = torch.stack([x[row] @ plain[name][550:].mT for row, name in enumerate(NAMES)])
+    torch.testing.assert_close(matrix(x, weight, router.of(NAMES).ids), expected, **CLOSE)
 
 
 def test_kept_tensors_are_cut_as_well() -> None:
