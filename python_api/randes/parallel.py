@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -83,6 +84,8 @@ class ColumnParallel(_CutLinear):
     dim = 0
 
     def _came(self, x: Tensor, shard: Shard, mesh: DeviceMesh) -> Tensor:
+        if not torch.is_grad_enabled() and not isinstance(x, DTensor):
+            return x
         whole = _spread(x, mesh, Replicate())
         return whole.to_local(grad_placements=[Partial()])  # of which each device has its own outputs' part
 
@@ -104,7 +107,11 @@ class RowParallel(_CutLinear):
         return x.redistribute(mesh, [Split(-1)]).to_local() if isinstance(x, DTensor) else x
 
     def _went(self, y: Tensor, shard: Shard, mesh: DeviceMesh) -> Tensor:
-        return _spread(y, mesh, Partial()).to_local()
+        if torch.is_grad_enabled() or isinstance(y, DTensor):
+            return _spread(y, mesh, Partial()).to_local()
+        y = y.contiguous()  # in the product's own memory
+        dist.all_reduce(y, group=mesh.get_group())
+        return y
 
 
 STYLES: dict[str, ParallelStyle] = {

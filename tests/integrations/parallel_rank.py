@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+from architectures import VOCABULARY, build
 from models import finetune, superposed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -30,6 +31,7 @@ from randes.serving.layers.linear import SuperposedLinear
 
 MIX = ["m1", "__base__", "m0", "m1"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CONFIG = randes.Config(min_width=16, rank=0)
 
 
 def llama(**options: Any) -> Any:
@@ -41,7 +43,7 @@ def llama(**options: Any) -> Any:
 
 
 def tokens() -> Tensor:
-    return torch.randint(0, 101, (4, 7), generator=torch.Generator().manual_seed(1))
+    return torch.randint(3, VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(1))
 
 
 def served(config: randes.Config, bits: float = 16, **options: Any) -> randes.SuperposedModel:
@@ -64,6 +66,10 @@ def same_answers(model: Any, mesh: DeviceMesh, plan: Any = None) -> None:
     after = model(x, adapter_names=MIX).logits
     torch.testing.assert_close(after, before, **CLOSE)
     assert torch.equal(model.generate(x, adapter_names=MIX, max_new_tokens=4), said)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x, adapter_names=MIX).logits, before, **CLOSE)
+    with torch.enable_grad():
+        torch.testing.assert_close(model(x, adapter_names=MIX).logits, before, **CLOSE)
     assert all(n * k < 0.52 * n0 * k0 for (n, k), (n0, k0) in zip(shares(model), whole, strict=True))
     for part in model.modules():
         if isinstance(part, SuperposedLinear):
@@ -75,15 +81,23 @@ def same_answers(model: Any, mesh: DeviceMesh, plan: Any = None) -> None:
 
 
 def a_llama(mesh: DeviceMesh, _: Path) -> None:
-    same_answers(served(randes.Config(min_width=16, rank=0)), mesh)
+    same_answers(served(CONFIG), mesh)
 
 
 def with_biases_and_a_basis(mesh: DeviceMesh, _: Path) -> None:
     same_answers(served(randes.Config(min_width=16, rank=3), attention_bias=True, mlp_bias=True), mesh)
 
 
+def fused_attention_and_experts(mesh: DeviceMesh, _: Path) -> None:
+    """GPT-NeoX's q, k and v in one matrix, head by head; experts that stay whole."""
+    for name in ("GPT-NeoX", "Qwen3-MoE"):
+        base = build(name)
+        sup, _tuned = superposed(base, 2, CONFIG, size=0.1)
+        same_answers(randes.SuperposedModel(base, sup), mesh)
+
+
 def packed(mesh: DeviceMesh, _: Path) -> None:
-    same_answers(served(randes.Config(min_width=16, rank=0), bits=2), mesh)
+    same_answers(served(CONFIG, bits=2), mesh)
 
 
 def permuted_in_segments(mesh: DeviceMesh, _: Path) -> None:
@@ -91,7 +105,7 @@ def permuted_in_segments(mesh: DeviceMesh, _: Path) -> None:
 
 
 def tied_heads_and_embeddings(mesh: DeviceMesh, _: Path) -> None:
-    same_answers(served(randes.Config(min_width=16, rank=0), tie_word_embeddings=True), mesh)
+    same_answers(served(CONFIG, tie_word_embeddings=True), mesh)
 
 
 def loaded_by_transformers(mesh: DeviceMesh, folder: Path) -> None:
@@ -102,7 +116,7 @@ def loaded_by_transformers(mesh: DeviceMesh, folder: Path) -> None:
 def models_come_and_go(mesh: DeviceMesh, _: Path) -> None:
     options = {"attention_bias": True, "mlp_bias": True}
     base = llama(**options)
-    sup, tuned = superposed(base, 2, randes.Config(min_width=16, rank=0), size=0.1)
+    sup, tuned = superposed(base, 2, CONFIG, size=0.1)
     whole = randes.SuperposedModel(copy.deepcopy(base), copy.deepcopy(sup), capacity=4)
     parts = randes.SuperposedModel(base, sup, capacity=4)
     parallelize(parts, mesh)
@@ -158,7 +172,7 @@ def refused(call: Callable[[], object], why: str, error: type[Exception] = Value
 
 
 def refusals(mesh: DeviceMesh, _: Path) -> None:
-    model = served(randes.Config(min_width=16, rank=0))
+    model = served(CONFIG)
     parallelize(model, mesh)
     refused(lambda: model.merge_and_unload("m0"), "cut into shards cannot become a plain one")
     refused(lambda: parallelize(model, mesh), "must be whole to be cut")
@@ -169,17 +183,17 @@ def refusals(mesh: DeviceMesh, _: Path) -> None:
     assert shares(rotated) == before  # nothing, though other layers came first
     kept = served(randes.Config(min_width=16, rank=0, exclude=("*q_proj*",)))
     refused(lambda: parallelize(kept, mesh), "q_proj: a RoutedLinear cannot be cut")
-    three = served(randes.Config(min_width=16, rank=0), num_attention_heads=3, num_key_value_heads=1)
+    three = served(CONFIG, num_attention_heads=3, num_key_value_heads=1)
     refused(lambda: parallelize(three, mesh), "must divide the model's num_attention_heads, 3, got 2 processes")
     refused(lambda: parallelize(three, mesh, {"model.*": "sequence_parallel"}), "num_attention_heads")
-    whole = served(randes.Config(min_width=16, rank=0))
+    whole = served(CONFIG)
     odd = {"model.layers.*.mlp.up_proj": "sequence_parallel"}
     refused(lambda: parallelize(whole, mesh, odd), "got 'sequence_parallel': model.layers.0.mlp.up_proj")
     refused(lambda: parallelize(whole, mesh, {"nothing": ColumnParallel()}), "name layers of the model, got 'nothing'")
     refused(lambda: parallelize(whole, mesh, {"model.norm": "colwise"}), "a RoutedLlamaRMSNorm cannot be cut")
     refused(lambda: parallelize(llama(), mesh), "must be one that serves a superposition, got a LlamaForCausalLM")
     net = nn.Sequential(nn.Linear(40, 40))
-    sup, _ = superposed(net, 1, randes.Config(min_width=16, rank=0))
+    sup, _ = superposed(net, 1, CONFIG)
     refused(lambda: parallelize(randes.SuperposedModel(net, sup), mesh), "plan must be given for a Sequential")
     assert shares(whole) == before
 
@@ -193,8 +207,9 @@ def cut_by_transformers(_: DeviceMesh, folder: Path) -> None:
 
 
 CHECKS = (
-    a_llama, with_biases_and_a_basis, packed, permuted_in_segments, tied_heads_and_embeddings, loaded_by_transformers,
-    models_come_and_go, styles_of_torch, the_program_of_the_page, refusals, cut_by_transformers,
+    a_llama, with_biases_and_a_basis, fused_attention_and_experts, packed, permuted_in_segments,
+    tied_heads_and_embeddings, loaded_by_transformers, models_come_and_go, styles_of_torch, the_program_of_the_page,
+    refusals, cut_by_transformers,
 )  # fmt: skip
 
 
