@@ -8,9 +8,9 @@
 Every process makes the same calls, with the same ``adapter_names``, and gets the same answers.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from randes.serving.layers.delta_pool import Cuts
 from randes.serving.layers.linear import SuperposedLinear
 from randes.serving.layers.shards import Shard, own_copy
 from randes.serving.model import SuperposedModel
@@ -38,7 +39,8 @@ class _CutLinear(ParallelStyle):
         self.whole = whole
 
     def check(self, module: nn.Module, mesh: DeviceMesh) -> Shard:
-        """The part of a layer that this process keeps. Raises ``ValueError`` for one that cannot be cut."""
+        """The part of a layer that this process keeps. Raises ``ValueError`` for one of which any process could not
+        keep its own."""
         if mesh.ndim != 1:
             raise ValueError(f"device_mesh must have one dimension, got {mesh.ndim}: pass mesh['tp'], say")
         if type(module) is not nn.Linear and not isinstance(module, SuperposedLinear):
@@ -46,16 +48,17 @@ class _CutLinear(ParallelStyle):
                 f"a {type(module).__name__} cannot be cut, only an nn.Linear whose weight is superposed as one matrix,"
                 " or is the same in all models: superpose it, or leave its whole block out of the plan"
             )
-        shape = module.out_features, module.in_features
-        shard = Shard.of(shape, self.dim, mesh.get_local_rank(), mesh.size())
+        shape, world = (module.out_features, module.in_features), mesh.size()
+        shards = [Shard.of(shape, self.dim, rank, world) for rank in range(world)]
         if isinstance(module, SuperposedLinear):
-            module.check_cut(shard)
-        return shard
+            for shard in shards:
+                module.check_cut(shard)
+        return shards[mesh.get_local_rank()]
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh, cuts: Cuts | None = None) -> nn.Module:
         shard = self.check(module, device_mesh)
         if isinstance(module, SuperposedLinear):
-            module.cut(shard)
+            module.cut(shard, cuts)
         else:
             _cut_plain(module, shard)
 
@@ -142,8 +145,8 @@ def parallelize(
 
     Embeddings, norms and experts stay whole on every device. Models can be added and deleted as before, by the same
     calls in every process; ``merge_and_unload`` is refused. Raises ``ValueError`` before anything is changed: for a
-    model without a plan, layers that the plan cuts and that cannot be (``SuperposedLinear.shard`` says which), and for
-    attention whose heads the number of processes does not divide.
+    model without a plan, a plan of yours that names what is not there, layers that a plan cuts and that cannot be
+    (``SuperposedLinear.shard`` says which), and for attention whose heads the number of processes does not divide.
     """
     served = vars(model).get("_randes", model)
     if not isinstance(served, SuperposedModel):
@@ -152,22 +155,37 @@ def parallelize(
     own = getattr(root, "tp_plan", None) if plan is None else plan
     if not own:
         raise ValueError(f"plan must be given for a {type(root).__name__}, which has none of its own")
-    _check_heads(root, device_mesh.size())
+    if plan is None:
+        _check_heads(root, device_mesh.size())
+    elif unknown := sorted(set(own) - {name for path in _paths(root) for name in (path, _general(path))}):
+        raise ValueError(f"plan must name layers of the model, got {unknown[0]!r}")
     chosen = list(_chosen(root, own, device_mesh))
+    cuts: Cuts = WeakKeyDictionary()  # of pools that shuffled layers share
     for layer, style in chosen:
-        style._apply(layer, device_mesh)
+        if isinstance(style, _CutLinear):
+            style._apply(layer, device_mesh, cuts)
+        else:
+            style._apply(layer, device_mesh)
     return model
+
+
+def _paths(root: nn.Module) -> Iterator[str]:
+    """Of everything that a plan may name."""
+    yield from (path for path, _ in root.named_modules())
+    yield from (path for path, _ in root.named_parameters())
+
+
+def _general(path: str) -> str:
+    """With ``*`` in the place of numbers, as in a plan."""
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
 
 
 def _chosen(
     root: nn.Module, plan: Mapping[str, str | ParallelStyle], mesh: DeviceMesh
 ) -> Iterator[tuple[nn.Module, ParallelStyle]]:
     """The layers that a plan cuts, each once. Raises ``ValueError`` for one that cannot be."""
-    left = set(plan)
     for path, layer in root.named_modules():
-        name = re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "*", path)
-        wanted = plan.get(name, plan.get(path))
-        left -= {name, path}
+        wanted = plan.get(path, plan.get(_general(path)))
         if wanted is None or wanted in LEFT_WHOLE:
             continue
         style = STYLES.get(wanted) if isinstance(wanted, str) else wanted
@@ -182,9 +200,6 @@ def _chosen(
                 continue  # all of it on every device is the same to everyone else
             raise ValueError(f"{path}: {error}") from None
         yield layer, style
-    parameters = {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name, _ in root.named_parameters()}
-    if unknown := sorted(name for name in left - parameters if isinstance(plan[name], ParallelStyle)):
-        raise ValueError(f"plan must name layers of the model, got {unknown[0]!r}")
 
 
 def _check_heads(root: Any, world: int) -> None:

@@ -185,7 +185,8 @@ def refusals(mesh: DeviceMesh, _: Path) -> None:
     refused(lambda: parallelize(kept, mesh), "q_proj: a RoutedLinear cannot be cut")
     three = served(CONFIG, num_attention_heads=3, num_key_value_heads=1)
     refused(lambda: parallelize(three, mesh), "must divide the model's num_attention_heads, 3, got 2 processes")
-    refused(lambda: parallelize(three, mesh, {"model.*": "sequence_parallel"}), "num_attention_heads")
+    packed = served(CONFIG, bits=4)  # in groups of 64 columns, of which this process could keep its own, or the other
+    refused(lambda: parallelize(packed, mesh), "cannot be cut as asked: D in 4 bits can be cut at multiples of 64")
     whole = served(CONFIG)
     odd = {"model.layers.*.mlp.up_proj": "sequence_parallel"}
     refused(lambda: parallelize(whole, mesh, odd), "got 'sequence_parallel': model.layers.0.mlp.up_proj")

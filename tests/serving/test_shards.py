@@ -1,7 +1,6 @@
 """A layer's part for one of several devices: what the parts make together is what the layer makes."""
 
 import copy
-import gc
 import pickle
 from typing import Any
 
@@ -83,9 +82,15 @@ def test_a_part_has_memory_of_its_own_and_no_more() -> None:
         {part.base_weight.untyped_storage().data_ptr(), part.pool.values.untyped_storage().data_ptr()}
     )
     assert part.pool.values.untyped_storage().nbytes() == part.pool.values.nbytes
-    assert layer.shard(1, 1, WORLD).pool is part.pool  # as layers that share one share its parts
-    del part
-    gc.collect()
+    layer.pool.values[0] += 1  # what was cut before is not what is cut now
+    assert not torch.equal(layer.shard(1, 1, WORLD).pool.values, part.pool.values)
+    layer.pool.values[0] -= 1
+    first, second = layer.shard(0, 0, 1), layer.shard(0, 0, 1)  # two layers with one pool go on having one
+    second.pool, first.pool.shard = first.pool, None
+    cuts: Any = {}
+    for one in (first, second):
+        one.cut(Shard.of((N, K), 0, 1, 2), cuts)
+    assert first.pool is second.pool
     assert copy.deepcopy(layer).shard(0, 0, 2).out_features == N // 2
     again = pickle.loads(pickle.dumps(layer.shard(0, 1, 2)))
     torch.testing.assert_close(again(inputs(), adapter_names=NAMES), layer(inputs(), adapter_names=NAMES)[..., 35:])
@@ -237,7 +242,7 @@ def test_what_cannot_be_cut_is_refused_and_unchanged(config: randes.Config, dim:
 
 def test_other_refusals() -> None:
     layer, _ = built(CONFIGS["signs"])
-    for numbers, why in (((2, 0, 1), "dim must be 0 or 1"), ((0, 3, 3), "rank one of 3"), ((0, 99, 100), "some of 70")):
+    for numbers, why in (((2, 0, 1), "dim must be 0 or 1"), ((0, 3, 3), "rank one of 3"), ((0, 0, 69), "some of 70")):
         with pytest.raises(ValueError, match=why):
             layer.shard(*numbers)
     part = layer.shard(0, 0, 2)
@@ -248,6 +253,7 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="rows of a shard must be a range"):
         Shard((N, K), range(60, 71), range(K))
     packed, _ = built(CONFIGS["signs"], bits=0.5)
-    with pytest.raises(ValueError, match="cut at multiples of 128 columns, got column 70"):
-        packed.shard(1, 1, WORLD)
+    for rank in range(WORLD):  # in all devices, where it cannot be in one
+        with pytest.raises(ValueError, match="cut at multiples of 128 columns, got column 70"):
+            packed.shard(1, rank, WORLD)
     assert packed.pool.shard is None
