@@ -171,8 +171,7 @@ class SuperposedModel(nn.Module):
                 raise
 
     def set_adapter(self, name: str) -> None:
-        """Answer as this model (or ``"__base__"``) in every call that names no model: in all threads, from their next
-        call on."""
+        """Answer as this model (or ``"__base__"``) in all later calls that name no model, in all threads."""
         self.router.choose(name)
 
     @property
@@ -285,8 +284,7 @@ class SuperposedModel(nn.Module):
         return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)), whole=True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the superposition as it is now to a store, including models that are not served, and the base's
-        configuration and tokenizer if it has any."""
+        """Write a store: the superposition as it is now, and the base's configuration and tokenizer if it has any."""
         with self.router.changing:
             self.superposition.save(path)
 
