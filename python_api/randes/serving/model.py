@@ -284,7 +284,8 @@ class SuperposedModel(nn.Module):
         return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)), whole=True)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a store: the superposition as it is now, and the base's configuration and tokenizer if it has any."""
+        """Write the superposition as it is now to a store, models that are not served included, with the base's
+        configuration and tokenizer if it has any."""
         with self.router.changing:
             self.superposition.save(path)
 
