@@ -20,7 +20,7 @@ def llama(tied: bool = False, **options: Any) -> nn.Module:
     """Of 2 layers, of widths that are no multiples of 128, with biases."""
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=160, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=520, hidden_size=160, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=256, tie_word_embeddings=tied,
         attention_bias=True, eos_token_id=None, bos_token_id=None, **options,
     )  # fmt: skip

@@ -1,8 +1,7 @@
-"""vLLM serves a store: ``randes serve STORE``, or vLLM with this plugin, which it finds by itself once randes is installed
-beside it. docs/vllm.md.
+"""vLLM serves a store: by ``randes serve STORE``, or by itself, once randes is installed beside it (docs/vllm.md).
 
-    LLM(store, load_format="randes", enable_lora=True, max_loras=8)
-    llm.generate(prompts, lora_request=LoRARequest("german", 1, randes.vllm.path_of(store, "german")))
+LLM(store, load_format="randes", enable_lora=True, max_loras=8)
+llm.generate(prompts, lora_request=LoRARequest("german", 1, randes.vllm.path_of(store, "german")))
 """
 
 from randes.vllm.paths import path_of

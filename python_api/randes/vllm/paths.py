@@ -1,7 +1,7 @@
 """What vLLM calls a store's fine-tunes: adapters at paths ``randes:NAME@VERSION``.
 
-The version is of all that a model's answers depend on, its neighbours in the superposition included. vLLM's prefix cache
-is separated by names and paths, so that what was cached before a change is nobody's afterwards.
+The version is of all that a model's answers depend on, its neighbours in the superposition included. vLLM separates its
+prefix cache by names and paths, so that what was cached before a change is nobody's afterwards.
 """
 
 import os
@@ -76,5 +76,3 @@ def path_of(store: str | os.PathLike[str], name: str) -> str:
     Raises ``UnknownModelError`` and ``StoreError``.
     """
     return paths_of(os.fspath(store)).of(name)
-
-

@@ -6,6 +6,7 @@ went where.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class Numbers(LazyTensors):
         return numbers.view(-1, *[1] * (len(shape) - 1)).expand(shape) if self._rows else numbers.expand(shape)
 
 
-def places_in(model: nn.Module, superposition: Superposition, wanted: Collection[str]) -> dict[str, list[Place]]:
+def places_in(model: nn.Module, superposition: Superposition, wanted: AbstractSet[str]) -> dict[str, list[Place]]:
     """Of each parameter of a vLLM model the places of the ``wanted`` tensors in it, by their rows.
 
     The parameters are what they were afterwards. Raises ``CheckpointError`` for a wanted tensor that is nowhere, or not
@@ -69,7 +70,9 @@ def places_in(model: nn.Module, superposition: Superposition, wanted: Collection
     """
     held = headers(superposition.base)
     by_row, by_column = (Numbers(held, superposition.layout.vectors, rows=rows) for rows in (True, False))
-    row_files, column_files = (superposition.to_files.apply(superposition.layout.joined(n)) for n in (by_row, by_column))
+    row_files, column_files = (
+        superposition.to_files.apply(superposition.layout.joined(n)) for n in (by_row, by_column)
+    )
     parameters: dict[str, Any] = dict(model.named_parameters())
     values = {name: parameter.requires_grad_(False).data for name, parameter in parameters.items()}
     found: dict[str, list[Place]] = {}
@@ -78,11 +81,15 @@ def places_in(model: nn.Module, superposition: Superposition, wanted: Collection
     try:
         for name, parameter in parameters.items():
             parameter.data = _nothing(values[name])
-        for file in row_files:
-            rows = _loaded(model, parameters, file, row_files[file])
-            columns = _loaded(model, parameters, file, column_files[file])
+        tied: dict[int, list[str]] = {}  # names of one tensor, which a model may want together
+        for file, header in headers(row_files).items():
+            if header.numel():
+                tied.setdefault(int(row_files[file][(0,) * header.dim()]), []).append(file)
+        for files in tied.values():
+            rows = _loaded(model, parameters, {file: row_files[file] for file in files})
+            columns = _loaded(model, parameters, {file: column_files[file] for file in files})
             for parameter, numbers in rows.items():
-                for place in _rectangles(file, parameter, numbers, columns[parameter], names, starts):
+                for place in _rectangles(files[0], parameter, numbers, columns[parameter], names, starts):
                     if place.tensor in wanted:
                         found.setdefault(parameter, []).append(place)
     finally:
@@ -96,9 +103,9 @@ def places_in(model: nn.Module, superposition: Superposition, wanted: Collection
     return {parameter: sorted(places, key=lambda place: place.rows.start) for parameter, places in found.items()}
 
 
-def _loaded(model: Any, parameters: Mapping[str, Any], file: str, numbers: Tensor) -> dict[str, Tensor]:
-    """What is in the parameters that a tensor went to, which are empty again afterwards."""
-    names = model.load_weights([(file, numbers)])
+def _loaded(model: Any, parameters: Mapping[str, Any], files: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is in the parameters that tensors went to, which are empty again afterwards."""
+    names = model.load_weights(files.items())
     if names is None:
         raise CheckpointError(f"{type(model).__name__}.load_weights must say which parameters it loaded, got None")
     filled = {name: parameters[name].data for name in names if name in parameters}
@@ -120,7 +127,7 @@ def _rectangles(
     filled = (rows[:, 0] > 0).nonzero().flatten()
     number = rows[filled, 0].long() - 1
     owner = torch.searchsorted(starts, number, right=True) - 1
-    for index in owner.unique().tolist():
+    for index in sorted({*owner.tolist()}):
         where, first = filled[owner == index], number[owner == index] - starts[index]
         start, end = int(where[0]), int(where[-1]) + 1
         own, own_columns = rows[start:end], columns[start:end]

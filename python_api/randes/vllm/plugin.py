@@ -76,11 +76,11 @@ def per_token(x: Tensor, layer: nn.Module, parameter: str) -> Tensor | None:
 class StoreLinearMethod(UnquantizedLinearMethod):
     """A linear layer's product, and its bias."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if part(layer, "weight") is None:
             super().process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: (T, K). bias: the layer's, where it is added here at all."""
         name, own = part(layer, "weight"), part(layer, "bias")
         alike = bias if own is None else None
@@ -93,15 +93,15 @@ class StoreLinearMethod(UnquantizedLinearMethod):
 class StoreEmbeddingMethod(UnquantizedEmbeddingMethod):
     """Embeddings' rows, and a head's product."""
 
-    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
         layer.use_fused_embedding = False  # it would read the weight itself
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         if part(layer, "weight") is None:
             super().process_weights_after_loading(layer)
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """(T,) integers → (T, K)"""
         name = part(layer, "weight")
         if name is None:
@@ -109,15 +109,15 @@ class StoreEmbeddingMethod(UnquantizedEmbeddingMethod):
             return rows
         return answer(input_.reshape(-1, 1), name, layer.weight)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits (rows, V); vLLM computes them outside of what is compiled."""
-        served, name, own = vars(layer).get(SERVED), part(layer, "weight"), part(layer, "bias")
+        served: Any = vars(layer).get(SERVED)
+        name, own = part(layer, "weight"), part(layer, "bias")
         alike = bias if own is None else None
         y: Tensor = super().apply(layer, x, alike) if name is None else served.logits(name, x)
         if name is not None and alike is not None:
             y = y + alike
-        y = y if bias is None or own is None else y + served.head_bias(own, x)
-        return y
+        return y if bias is None or own is None else y + served.head_bias(own, x)
 
 
 class RMSNorms:
@@ -130,6 +130,7 @@ class RMSNorms:
         if residual is not None:
             x = residual = x + residual
         weight = per_token(x, norm, "weight")
+        assert weight is not None
         y = F.rms_norm(x.float(), x.shape[-1:], None, norm.variance_epsilon) * (weight.float() + self.offset)
         y = y.to(x.dtype)
         return y if residual is None else (y, residual)

@@ -35,7 +35,9 @@ def check(config: Any) -> None:
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
         "--fully-sharded-loras": lora.fully_sharded_loras,
         "online quantization (--quantization-config)": model.quantization_config is not None,
-        "weights that are offloaded (--cpu-offload-gb)": offload.uva.cpu_offload_gb + offload.prefetch.offload_group_size > 0,
+        "weights that are offloaded (--cpu-offload-gb)": offload.uva.cpu_offload_gb
+        + offload.prefetch.offload_group_size
+        > 0,
         "a head in another dtype (head_dtype)": model.head_dtype != model.dtype,
         "models of images or sound": model.is_multimodal_model,
         "an encoder beside the decoder": model.is_encoder_decoder,

@@ -28,7 +28,7 @@ class Served(nn.Module):
     """What models differ in, parameter by parameter of a vLLM model that holds the base's weights.
 
     room: for how many fine-tunes; None for those that there are. tokens, rows: the most that a step has of tokens, and
-    of rows that logits are computed for. The model's layers are not changed: ``owners`` says whose parameters these are.
+    of rows that logits are computed for. The model's layers are not changed: ``owners`` says whose the parameters are.
 
     Raises ``CheckpointError`` for a tensor that models differ in and that no layer can serve.
     """
@@ -105,7 +105,7 @@ class Served(nn.Module):
 
     def _embedding(self, place: Place, value: Tensor) -> SuperposedEmbedding:
         matrix, weight = self._matrix(place, value), value[: place.rows.stop]
-        shell = nn.Embedding(*weight.shape, device="meta")
+        shell = nn.Embedding(len(weight), weight.shape[1], device="meta")
         shell.weight = nn.Parameter(weight, requires_grad=False)
         view = {"weight": View(tuple(weight.shape), {place.tensor: len(weight)})}
         route_layer(shell, {}, self.models.router, SuperposedEmbedding, view)
@@ -125,11 +125,11 @@ class Served(nn.Module):
         """A parameter's part for the step's tokens. Raises ``ValueError`` for other rows than those."""
         if self.length not in (None, len(x)):
             raise ValueError(
-                f"the input of vLLM's {name} must have a row for each of the {self.length} tokens, got {tuple(x.shape)}:"
+                f"the input of vLLM's {name} must have a row for each of {self.length} tokens, got {tuple(x.shape)}:"
                 " whose they are cannot be told"
             )
-        layer: Any = self.by_name[name]
-        return layer(x, self.tokens[: len(x)])
+        own: Tensor = self.by_name[name](x, self.tokens[: len(x)])
+        return own
 
     def logits(self, name: str, x: Tensor) -> Tensor:
         """A head's product for the step's rows."""
