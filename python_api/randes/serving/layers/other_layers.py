@@ -129,7 +129,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         for name, like in zip(SIGNS, parts, strict=True):
             table = torch.zeros((len(matrix.keys), *like.shape), dtype=like.dtype, device=weight.device)
             self.register_buffer(name, table, persistent=False)
-        mixed = mixing.tables_back([0], matrix.tensor, weight.shape[1], matrix.transform.matrix)[0]
+        mixed = self._mixed(0, matrix, weight.shape)
         table = torch.zeros((len(matrix.keys), *mixed.shape), dtype=mixed.dtype, device=weight.device)
         self.register_buffer("mixed", table, persistent=False)
 
@@ -140,9 +140,13 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
             parts = transform_parts(superposition.key(version.name), matrix.tensor, shape, matrix.transform)
             for name, own in zip(SIGNS, parts, strict=True):
                 put(getattr(self, name), version.number, own)
-            keys = [superposition.key(version.name)]
-            own = mixing.tables_back(keys, matrix.tensor, shape[1], matrix.transform.matrix)[0]
-            put(self.mixed, version.number, own)
+            put(self.mixed, version.number, self._mixed(superposition.key(version.name), matrix, shape))
+
+    @staticmethod
+    def _mixed(key: int, matrix: SuperposedMatrix, shape: torch.Size) -> Tensor:
+        """What turns one model's columns back in place of signs."""
+        transform = matrix.transform
+        return mixing.tables_back([key], matrix.tensor, shape[1], transform.matrix, transform.first_column)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""
