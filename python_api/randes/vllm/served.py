@@ -13,6 +13,7 @@ from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.other_layers import SuperposedEmbedding
 from randes.serving.layers.per_model import PerModelTensor
 from randes.serving.layers.per_row import route_layer
+from randes.serving.layers.shards import Shard
 from randes.serving.layers.superposed import SuperposedMatrix
 from randes.serving.routing import Router
 from randes.serving.served_models import ServedModels
@@ -93,15 +94,28 @@ class Served(nn.Module):
         superposition, weight = self.models.superposition, value[place.rows.start : place.rows.stop]
         first = superposition.family(place.tensor)[0]
         if first not in self._pools:
-            self._pools[first] = DeltaPool(superposition, place.tensor, weight, self.models.room.groups)
+            shard = self._shard(place)
+            self._pools[first] = DeltaPool(superposition, place.tensor, weight, self.models.room.groups, shard)
         return SuperposedMatrix(superposition, place.tensor, weight, self._pools[first], self.models.room.numbers)
 
     def _table(self, place: Place, value: Tensor) -> PerModelTensor:
         like, room = value[place.rows.start : place.rows.stop], self.models.room
-        table = PerModelTensor(self.models.superposition, place.tensor, like, room.numbers, room.kept)
+        shard = self._shard(place)
+        table = PerModelTensor(self.models.superposition, place.tensor, like, room.numbers, room.kept, shard)
         if table.ragged:
             raise CheckpointError(f"{place.tensor} must have one shape in all models for vLLM to serve them")
         return table
+
+    def _shard(self, place: Place) -> Shard | None:
+        """None for a whole tensor."""
+        superposition = self.models.superposition
+        shape = tuple(headers(superposition.base)[place.tensor].shape)
+        whole = (
+            (shape[-1], 1) if len(shape) == 1 or place.tensor in superposition.layout.vectors else (shape[0], shape[1])
+        )
+        rows = range(place.first_row, place.first_row + len(place.rows))
+        columns = range(place.first_column, place.first_column + place.columns)
+        return None if (len(rows), len(columns)) == whole else Shard(whole, rows, columns)
 
     def _embedding(self, place: Place, value: Tensor) -> SuperposedEmbedding:
         matrix, weight = self._matrix(place, value), value[: place.rows.stop]
