@@ -48,13 +48,18 @@ def store(folder: Path, base: nn.Module, config: randes.Config | None = None, bi
 
 
 def generated(base: nn.Module, folder: Path, rows: Sequence[tuple[Sequence[int], str]]) -> list[list[int]]:
-    """What ``SuperposedModel.generate`` answers, greedily: tokens of each prompt as the model of that name."""
-    superposition = randes.Superposition.load(folder)
+    """What ``SuperposedModel.generate`` answers of a store, greedily: tokens of each prompt as the model of its name."""
+    return of_superposition(base, randes.Superposition.load(folder), rows)
+
+
+def of_superposition(
+    base: nn.Module, superposition: randes.Superposition, rows: Sequence[tuple[Sequence[int], str]], steps: int = STEPS
+) -> list[list[int]]:
+    """The same of a superposition."""
     model = randes.SuperposedModel(copy.deepcopy(base), superposition)
     found = []
     for prompt, name in rows:
-        tokens = model.generate(
-            torch.tensor([prompt]), adapter_names=[name], max_new_tokens=STEPS, do_sample=False, pad_token_id=0
-        )
+        how: Any = {"adapter_names": [name], "max_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+        tokens = model.generate(torch.tensor([prompt]), **how)
         found.append(tokens[0, len(prompt) :].tolist())
     return found

@@ -8,12 +8,13 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.v1.engine.input_processor import InputProcessor
 
 from randes.checkpoints.huggingface import METHOD
-from randes.errors import RandesError
+from randes.errors import RandesError, UnknownModelError
 from randes.vllm.paths import paths_of
 from randes.vllm.refusals import check, check_request
 
@@ -90,7 +91,12 @@ def register() -> None:
             # (supported_tasks, arrival_time, lora_request, ...)
             lora = kwargs.get("lora_request", args[2] if len(args) > 2 else None)
             path = None if lora is None else lora.lora_path
-            check_request(self.model_config.model, path, getattr(params, "prompt_logprobs", None))
+            try:
+                check_request(self.model_config.model, path, getattr(params, "prompt_logprobs", None))
+            except UnknownModelError as error:
+                raise VLLMNotFoundError(str(error)) from error
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error
         return process(self, request_id, prompt, params, *args, **kwargs)
 
     OpenAIServingModels.load_lora_adapter = load_lora_adapter
