@@ -13,7 +13,7 @@ WINGS = (
     {"checkpoints"},
     {"superposition"},
     {"serving", "inspect"},
-    {"transformers", "fusionbench", "litserve"},
+    {"transformers", "fusionbench", "litserve", "vllm"},
     {"demo"},
     {"cli"},
 )

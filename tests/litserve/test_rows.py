@@ -342,12 +342,20 @@ def test_which_server_follows_from_the_class(classifiers: Path, tmp_path: Path) 
     hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "a")
     randes.compress(tmp_path / "base", {"a": tmp_path / "a"}).save(tmp_path / "store")
     assert generates(tmp_path / "store")
-    ran = CliRunner().invoke(app, ["serve", str(tmp_path / "store")])
+    for options, says in (
+        ([], "serving needs vLLM"), (["--module", "a:b", "--engine", "vllm"], "are for LitServe"),
+        (["--changes"], "are for LitServe"), (["--engine", "litserve"], "serving needs LitServe"),
+        (["--module", "a:b"], "serving needs LitServe"), (["--module", "a:b", "--", "--seed", "8"], "flags are for vLLM"),
+    ):  # fmt: skip
+        refused_by_command([str(tmp_path / "store"), *options], says)
+    refused_by_command([str(classifiers)], "serving needs LitServe")
+    refused_by_command([str(tmp_path)], "is not a store")
+    packed = randes.Superposition.load(classifiers).pack()
+    packed.save(tmp_path / "packed")
+    refused_by_command([str(tmp_path / "packed"), "--room", "1"], "--room must be 0 for a packed store")
+
+
+def refused_by_command(arguments: list[str], says: str) -> None:
+    ran = CliRunner().invoke(app, ["serve", *arguments])
     assert ran.exit_code == 2
-    assert "randes[vllm]" in ran.output
-    ran = CliRunner().invoke(app, ["serve", str(classifiers)])
-    assert ran.exit_code == 2
-    assert "randes[litserve]" in ran.output
-    ran = CliRunner().invoke(app, ["serve", str(tmp_path)])
-    assert ran.exit_code == 2
-    assert "is not a store" in ran.output
+    assert says in ran.output

@@ -18,7 +18,7 @@ def run_each_kind(model: nn.Module, router: Router, numbers: int, rows: Sequence
     kinds: dict[tuple[object, ...], tuple[Superposed, Tensor]] = {}
     for layer in model.modules():
         for own, weight in _products(layer):
-            modes: list[bool | int] = [min(2, len(own.pool.slots)), weight.stride(1) == 1]
+            modes: list[object] = [min(2, len(own.pool.slots)), weight.stride(1) == 1, own.transform]
             if isinstance(own, SuperposedLinear):
                 modes += [own.bias is None, own.biases is None]
             kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (own, weight))

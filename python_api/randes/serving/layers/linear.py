@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import move
-from randes.errors import CheckpointError
+from randes.errors import CheckpointError, WeightReadError
 from randes.serving.batch import Batch, Version
 from randes.serving.layers.delta_pool import DeltaPool
 from randes.serving.layers.served_weights import ServedWeight
+from randes.serving.layers.shards import Shard, cut_buffers, own_copy, shallow_copy
 from randes.serving.layers.superposed import Superposed, check_is_base, first_versions, tensor_of
 from randes.serving.routing import Router
 from randes.serving.table_rows import put
@@ -119,14 +120,15 @@ class SuperposedLinear(Superposed, nn.Linear):
         if self.biases is None:
             return
         for version in versions:
-            own, count = unsuperposed(superposition, version.name, self.bias_tensor), self.out_features
+            own, shard = unsuperposed(superposition, version.name, self.bias_tensor), self.pool.shard
+            count = self.out_features if shard is None else shard.shape[0]
             added = len(superposition.members[version.name].added.get(self.matrix, ()))
             if own.shape != (count + added,):
                 raise CheckpointError(
                     f"{self.bias_tensor} of {version.name!r} must be ({count + added},) as its weight, got"
                     f" {tuple(own.shape)}"
                 )
-            put(self.biases, version.number, own[:count])
+            put(self.biases, version.number, own[:count] if shard is None else shard.of_rows(own))
             if self.added_biases is not None:
                 put(self.added_biases, version.number, F.pad(own[count:], (0, self.added_biases.shape[1] - added)))
 
@@ -145,7 +147,12 @@ class SuperposedLinear(Superposed, nn.Linear):
         return self.with_added(y, x, batch, self.added_biases)
 
     def product_with(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor | None:
-        """``F.linear`` of x (..., K) with ``weight`` as each row's own model has it; None for the base alone."""
+        """``F.linear`` of x (..., K) with ``weight`` as each row's own model has it; None for the base alone.
+
+        Raises ``WeightReadError`` for a shard, whose parts' products nobody would put together.
+        """
+        if self.pool.shard is not None:
+            raise WeightReadError(f"{self.matrix} is cut into shards: call the layer, and not F.linear with its weight")
         batch = self.router.batch()
         if batch.runs_base:
             return None
@@ -182,6 +189,35 @@ class SuperposedLinear(Superposed, nn.Linear):
             return biases[batch.number]
         added = self.added_biases[batch.number, : int(self.added_counts[batch.number])]
         return torch.cat([biases[batch.number], added])
+
+    def shard(self, dim: int, rank: int, world: int) -> "SuperposedLinear":
+        """Part ``rank`` of ``world`` of this layer, for one of several devices, in memory of its own; this stays whole.
+
+        dim: 0 cuts rows of the weight (column-parallel): x is whole, and the parts' outputs stand side by side. 1 cuts
+            columns (row-parallel): a part gets its columns of x, and the outputs' sum is the layer's; the first part
+            adds the bias.
+        Models that are served later are cut as these are. Raises ``ValueError`` for other numbers, and for a matrix
+        that cannot be cut so: a rotation or a dense matrix by columns, a permutation inside of a segment, a packed D
+        inside of columns that share a step, and one that models add rows to.
+        """
+        part = Shard.of((self.out_features, self.in_features), dim, rank, world)
+        made = shallow_copy(self)
+        made.cut(part)
+        return made
+
+    @torch.no_grad()
+    def cut(self, shard: Shard) -> None:
+        """Keep a rectangle of the weight alone, and what goes with it, in place: hooks and references stay. The bias is
+        that of the shard which has the first column. Raises as ``shard`` does, and nothing is changed then."""
+        self._cut_deltas(shard)
+        self.out_features, self.in_features = len(shard.rows), len(shard.columns)
+        parts: dict[str, Any] = {"base_weight": shard.of_tensor, "base_bias": shard.of_rows}
+        cut_buffers(self, {"biases": shard.of_rows})
+        for name, part in parts.items():
+            if (held := self._parameters.get(name)) is not None:
+                self._parameters[name] = nn.Parameter(own_copy(part(held)), requires_grad=held.requires_grad)
+        if shard.columns.start:
+            self._parameters["base_bias"], self.biases = None, None
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""

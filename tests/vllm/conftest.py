@@ -1,0 +1,10 @@
+"""Tests that need vLLM are in an environment that has it (``run.py``); elsewhere the others run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+NEED_VLLM = ("test_engine.py", "test_server.py", "test_hooks.py")
+collect_ignore = [] if importlib.util.find_spec("vllm") else [*NEED_VLLM]
