@@ -343,10 +343,13 @@ def test_which_server_follows_from_the_class(classifiers: Path, tmp_path: Path) 
     randes.compress(tmp_path / "base", {"a": tmp_path / "a"}).save(tmp_path / "store")
     assert generates(tmp_path / "store")
     for options, says in (
-        ([], "serving needs vLLM"), (["--module", "a:b", "--engine", "vllm"], "are for LitServe"),
-        (["--changes"], "are for LitServe"), (["--engine", "litserve"], "serving needs LitServe"),
-        (["--module", "a:b"], "serving needs LitServe"), (["--module", "a:b", "--", "--seed", "8"], "flags are for vLLM"),
-    ):  # fmt: skip
+        ([], "serving needs vLLM"),
+        (["--module", "a:b", "--engine", "vllm"], "are for LitServe"),
+        (["--changes"], "are for LitServe"),
+        (["--engine", "litserve"], "serving needs LitServe"),
+        (["--module", "a:b"], "serving needs LitServe"),
+        (["--module", "a:b", "--", "--seed", "8"], "flags are for vLLM"),
+    ):
         refused_by_command([str(tmp_path / "store"), *options], says)
     refused_by_command([str(classifiers)], "serving needs LitServe")
     refused_by_command([str(tmp_path)], "is not a store")

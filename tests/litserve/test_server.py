@@ -3,6 +3,7 @@
 import base64
 import copy
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,6 +255,15 @@ def test_it_ends_when_it_is_told_to_and_leaves_no_process(folder: Path, how: sig
 def _children(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split()
     return [int(own) for own, parent in zip(listed[2::2], listed[3::2], strict=True) if int(parent) == pid]
+
+
+def test_the_code_of_the_page_makes_a_server() -> None:
+    page = (HERE.parents[1] / "docs" / "litserve.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block, "litserve.md", "exec"), names)
+    paths = {getattr(route, "path", "") for route in names["server"].app.routes}
+    assert paths >= {"/predict", "/health", "/v1/models", "/v1/models/{name:path}"}
 
 
 def test_a_store_that_cannot_be_served_is_an_error_of_one_line(folder: Path) -> None:
