@@ -3,11 +3,11 @@
     python bench/speed/over_http.py                          # 4 fine-tunes of a ViT, needs randes[litserve]
     python bench/speed/over_http.py --models 8 --seconds 20
 
-All are LitServe with our worker's loop and the same clients, ``--clients`` of them: each asks again once it was answered,
-for the models in turn. "One materialised model" is asked for that one alone; many models in one server cannot be faster
-than that. The three take turns ``--repeats`` times, since other processes on the machine slow them: measure on a quiet
-one. A row has requests a second, their median and 95th percentile of seconds, and the memory that is the servers'
-processes' alone, with the machine's load. Rows go to bench/results/cpu/over_http.json.
+All are LitServe with our worker's loop and the same clients, ``--clients`` of them: each asks again once it was
+answered, for the models in turn. "One materialised model" is asked for that one alone; many models in one server cannot
+be faster than that. The three take turns ``--repeats`` times, since other processes on the machine slow them: measure
+on a quiet one. A row has requests a second, their median and 95th percentile of seconds, and the memory that is the
+servers' processes' alone, with the machine's load. Rows go to bench/results/cpu/over_http.json.
 """
 
 import argparse

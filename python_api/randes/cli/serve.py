@@ -130,7 +130,12 @@ def _check_room(store: Path, room: int) -> list[str]:
     return names
 
 
-def _check_installed(engine: Engine) -> None:
+def is_installed(engine: Engine) -> bool:
+    """Whether it can be imported; a folder of that name is no engine."""
     found = importlib.util.find_spec(engine.value)
-    if found is None or found.origin is None:  # a folder of that name is no engine
+    return found is not None and found.origin is not None
+
+
+def _check_installed(engine: Engine) -> None:
+    if not is_installed(engine):
         raise ValueError(MISSING[engine])
