@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[tuple[C
     command = [sys.executable, "-m", "randes", "serve", *options, "--port", str(port)]
     told = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=told)
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=told, preexec_fn=_hears)
     client = Client(port, environment.get("LIT_SERVER_API_KEY", ""))
     try:
         until = time.monotonic() + STARTS
@@ -78,6 +79,11 @@ def serving(folder: Path, *options: str, **environment: str) -> Iterator[tuple[C
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def _hears() -> None:
+    """An interrupt, also where the tests were started in a shell's background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _answers(client: Client) -> bool:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -338,7 +339,7 @@ def test_a_model_without_rows_is_an_error() -> None:
 def test_which_server_follows_from_the_class(
     classifiers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("randes.cli.serve.is_installed", lambda _: False)  # nothing is started
+    monkeypatch.setattr(sys.modules["randes.cli.serve"], "is_installed", lambda _: False)  # nothing is started
     assert not generates(classifiers)
     config = hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=8)
     hf.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")

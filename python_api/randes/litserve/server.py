@@ -1,9 +1,9 @@
 """The server: LitServe's HTTP process, which checks requests and queues them for the worker.
 
 POST   /predict             {"model": "german", "inputs": {...}} or {"model": "german", "text": "..."}
-GET    /v1/models           who can be asked
+GET    /v1/models           the names that can be asked for
 POST   /v1/models           {"model": "medical", "path": "medical/"}: superpose one more and serve it
-DELETE /v1/models/NAME      serve it no more; with ?path=medical/ subtract it, too
+DELETE /v1/models/NAME      stop serving it; with ?path=medical/ also subtract it
 """
 
 import os
@@ -66,7 +66,7 @@ def run(server: LitServer, host: str = "127.0.0.1", port: int = 8000, *, log_lev
 def _add_routes(app: FastAPI, handler: Any, auth: list[Any], changes: bool) -> None:
     @app.get("/v1/models", dependencies=auth)
     async def models() -> Response:
-        """Who can be asked."""
+        """The names that can be asked for."""
         response: Response = await handler.handle_request(Names(), Names)
         return response
 
@@ -80,7 +80,7 @@ def _add_routes(app: FastAPI, handler: Any, auth: list[Any], changes: bool) -> N
 
         @app.delete("/v1/models/{name:path}", dependencies=auth)
         async def remove(name: str, path: str | None = None) -> Response:
-            """Serve a fine-tune no more."""
+            """Stop serving a fine-tune."""
             response: Response = await handler.handle_request(Remove(name, path), Remove)
             return response
 

@@ -70,7 +70,7 @@ class NewModel(BaseModel):
 
 @dataclass(frozen=True)
 class Remove:
-    """A fine-tune to serve no more. path: its checkpoint, to subtract it."""
+    """A fine-tune to stop serving. path: its checkpoint, to subtract it."""
 
     model: str
     path: str | None = None
@@ -78,7 +78,7 @@ class Remove:
 
 @dataclass(frozen=True)
 class Names:
-    """Who can be asked."""
+    """A question for the names that can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,8 @@ def changed(rows: Rows, request: NewModel | Remove) -> Response:
     except Exception:
         logger.exception("%s could not be changed", request.model)
         return failed(RefusedError(500, "internal server error"))
-    return answered({"id": request.model, "object": "model", "deleted": isinstance(request, Remove)})
+    removed = {"deleted": True} if isinstance(request, Remove) else {"owned_by": "randes"}
+    return answered({"id": request.model, "object": "model", **removed})
 
 
 def listed(rows: Rows, store: str, since: int) -> dict[str, Any]:
