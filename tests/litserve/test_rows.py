@@ -333,6 +333,62 @@ def test_a_model_without_rows_is_an_error() -> None:
         Outputs().of_rows({"loss": torch.zeros(())}, 3, lambda _: {})
 
 
+# ---------------------------------------------------------------- images
+
+IMAGES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+PIXELS = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def images(name: str, row: int, **more: Any) -> Ask:
+    return Ask(name, {"pixel_values": PIXELS[row].numpy(), **more})
+
+
+def test_classifiers_of_other_numbers_of_classes_share_a_batch() -> None:
+    torch.manual_seed(0)
+    base = hf.ViTForImageClassification(hf.ViTConfig(**IMAGES, num_labels=3)).eval()
+    five: Any = hf.ViTForImageClassification(hf.ViTConfig(**IMAGES, num_labels=5))
+    five.load_state_dict({k: v for k, v in base.state_dict().items() if "classifier" not in k}, strict=False)
+    models = {"three": moved(_copied(base), 1), "five": moved(five, 2)}
+    rows = Rows(randes.load(randes.compress(base, models), hf.ViTForImageClassification(base.config)).eval())
+    asks = [images(name, row) for row, name in enumerate(["three", "five", "__base__", "five", "three"])]
+    for one, outcome in zip(asks, rows.answer(asks), strict=True):
+        pixels = torch.from_numpy(one.inputs["pixel_values"])[None]
+        with torch.no_grad():
+            logits = rows.model(pixels, adapter_names=[one.model]).logits[0]
+        assert answered(outcome)["logits"].shape == (5 if one.model == "five" else 3,)
+        assert torch.allclose(answered(outcome)["logits"], logits, atol=1e-5)
+
+
+def test_clips_towers_are_answered_and_its_scores_of_others_are_not() -> None:
+    torch.manual_seed(0)
+    text = {**IMAGES, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63, "bos_token_id": 62}
+    del text["image_size"], text["patch_size"]
+    config = hf.CLIPConfig(text_config=text, vision_config=IMAGES, projection_dim=32)
+    base = hf.CLIPModel(config).eval()
+    rows = Rows(randes.load(randes.compress(base, {"a": moved(_copied(base), 1)}), hf.CLIPModel(config)).eval())
+    ids = np.array([62, 5, 7, 63])
+    for count in (1, 2, 3):
+        asks = [images("a" if row % 2 else "__base__", row, input_ids=ids) for row in range(count)]
+        for one, outcome in zip(asks, rows.answer(asks), strict=True):
+            found = answered(outcome)
+            assert {"image_embeds", "text_embeds"} <= found.keys()
+            assert not found.keys() & {"logits_per_image", "logits_per_text"}
+            with torch.no_grad(), rows.model.using([one.model]):
+                own = rows.model.base_model(
+                    pixel_values=torch.from_numpy(one.inputs["pixel_values"])[None], input_ids=torch.tensor(ids)[None]
+                ).image_embeds[0]
+            assert torch.allclose(found["image_embeds"], own, atol=1e-5)
+
+
+def _copied(model: Any) -> Any:
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
 # ---------------------------------------------------------------- the command
 
 
