@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import http.client
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -246,10 +248,29 @@ def test_it_ends_when_it_is_told_to_and_leaves_no_process(folder: Path, how: sig
         assert children
         process.send_signal(how)
         process.wait(timeout=60)
-        until = time.monotonic() + 10
-        while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert left == []
+        assert _left(children) == []
+
+
+def test_a_killed_worker_ends_the_server_and_no_request_waits_for_ever(folder: Path) -> None:
+    with serving(folder, "store", "--module", "litserve_net:Net", PYTHONPATH=_path()) as (client, process):
+        assert ask(client, "a", 0).status == 200
+        children = _children(process.pid)
+        (worker,) = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        os.kill(worker, signal.SIGKILL)
+        with suppress(OSError, http.client.HTTPException):  # the connection may end with the server
+            assert ask(client, "a", 0).status >= 500
+        process.wait(timeout=60)
+        assert process.returncode == 2
+        assert "the process that has the model was ended" in (folder / "serve.log").read_text()
+        assert _left(children) == []
+
+
+def _left(children: list[int]) -> list[int]:
+    """Those that are still there when they should have ended."""
+    until = time.monotonic() + 10
+    while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left
 
 
 def _children(pid: int) -> list[int]:
@@ -273,7 +294,7 @@ def test_a_store_that_cannot_be_served_is_an_error_of_one_line(folder: Path) -> 
         ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=told)
         assert ran.returncode == 2
         assert says in ran.stderr
-        assert "is not served; the reason is above" in ran.stderr.splitlines()[-1]
+        assert "is not served: the model cannot be loaded" in ran.stderr.splitlines()[-1]
 
 
 def test_a_transformers_model_is_served_by_its_class_with_texts(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def serve(
         try:
             run(server, host, port)
         except RuntimeError as error:
-            raise RandesError(f"{store} is not served; the reason is above ({error})") from error
+            raise RandesError(f"{store} is not served: {error}") from error
 
 
 def generates(store: Path) -> bool:

@@ -49,7 +49,7 @@ def run(server: LitServer, host: str = "127.0.0.1", port: int = 8000, *, log_lev
     processes import again.
 
     Raises ``ValueError`` for a host or port that LitServe does not take, ``SystemExit`` for a port that is taken, and
-    ``RuntimeError`` where the model cannot be loaded, with the reason in the log.
+    ``RuntimeError`` where the model cannot be loaded, with the reason in the log, or its process was killed.
     """
     main = os.getpid()
 
@@ -59,6 +59,10 @@ def run(server: LitServer, host: str = "127.0.0.1", port: int = 8000, *, log_lev
     before = signal.signal(signal.SIGTERM, end)
     try:
         server.run(host=host, port=port, generate_client_file=False, log_level=log_level)
+    except RuntimeError as error:
+        raise RuntimeError("the model cannot be loaded, for the reason above") from error
+    except EOFError as error:  # LitServe ends everything then, what it waits for included
+        raise RuntimeError("the process that has the model was ended, and the server with it") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
