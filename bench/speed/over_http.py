@@ -37,9 +37,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 import randes
+from randes.litserve.replies import Store
 from randes.litserve.rows import Rows
 from randes.litserve.server import run, server_of
-from randes.litserve.worker import Store
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu" / "over_http.json"
 SIZES: dict[str, Any] = {

@@ -2,10 +2,12 @@
 
 import base64
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import litserve_net
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.cli.serve import generates
 from randes.litserve.outputs import Outputs
+from randes.litserve.replies import Add, Remove, Store, to_asks, to_change, to_list
 from randes.litserve.rows import Ask, RefusedError, Rows
 from randes.litserve.tensors import array_of, json_of
 
@@ -387,6 +390,79 @@ def _copied(model: Any) -> Any:
     other = type(model)(model.config)
     other.load_state_dict(model.state_dict())
     return other
+
+
+# ---------------------------------------------------------------- replies
+
+
+def test_replies_are_json_with_the_status_of_each(rows: Rows) -> None:
+    found = to_asks(rows, [ask("a"), ask("zz"), ask("b", as_base64=True)])
+    assert [reply.status for reply in found] == [200, 404, 200]
+    assert found[0].content["model"] == "a"
+    assert len(found[0].content["outputs"]["logits"]) == 4
+    assert found[1].content["error"] == {
+        "message": "the model 'zz' does not exist", "type": "NotFoundError", "param": "model", "code": 404,
+    }  # fmt: skip
+    assert found[2].content["outputs"]["logits"]["dtype"] == "float32"
+    assert json.dumps([reply.content for reply in found], allow_nan=False)
+    assert to_asks(rows, []) == []
+
+
+def test_what_fails_unforeseen_is_an_error_of_each_request(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "answer", lambda _: [{"y": torch.zeros(1, dtype=torch.complex64)}])
+    (reply,) = to_asks(rows, [ask("a", as_base64=True)])
+    assert (reply.status, reply.content["error"]["type"]) == (500, "InternalServerError")
+    monkeypatch.setattr(rows, "answer", lambda _: 1 / 0)
+    assert [reply.status for reply in to_asks(rows, [ask("a"), ask("b")])] == [500, 500]
+
+
+def test_names_are_listed_as_openai_lists_them(rows: Rows) -> None:
+    listed = to_list(rows, Store("store"), 5).content
+    assert listed["object"] == "list"
+    assert listed["data"][1] == {
+        "id": "a", "object": "model", "created": 5, "owned_by": "randes", "root": "store", "parent": "__base__",
+    }  # fmt: skip
+
+
+def test_changes_say_what_is_wrong(rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "d.safetensors", rows.model.superposition.retrieve("a"))
+    path = str(tmp_path / "d.safetensors")
+    added = to_change(rows, Add("d", path))
+    assert (added.status, added.content["id"]) == (200, "d")
+    for change, status in (
+        (Add("d", path), 400), (Add("e", path), 409), (Add("e", str(tmp_path / "nothing")), 409), (Add("e"), 404),
+        (Remove("e"), 404), (Remove("__base__"), 400), (Remove("a", path), 400),
+    ):  # fmt: skip
+        reply = to_change(rows, change)
+        assert (change, reply.status) == (change, status)
+        assert reply.content["error"]["message"]
+    assert to_change(rows, Remove("d", path)).content["deleted"] is True
+    assert rows.names == ["__base__", "a", "b", "c"]
+    monkeypatch.setattr(rows.model, "delete_adapter", lambda *_: 1 / 0)
+    assert to_change(rows, Remove("a")).status == 500
+
+
+def test_a_store_is_loaded_by_its_class_or_by_a_function(classifiers: Path, tmp_path: Path) -> None:
+    rows = Store(str(classifiers), room=2).load("cpu")
+    assert rows.tokenizer is not None
+    assert rows.names == ["__base__", "a", "b"]
+    rows.model.delete_adapter("a", classifiers.parent / "a")
+    rows.model.add_adapter("late", classifiers.parent / "a")
+    torch.manual_seed(0)
+    base = litserve_net.Net()
+    randes.compress(base, {"a": moved(litserve_net.Net(), 1)}).save(tmp_path / "store")
+    store = str(tmp_path / "store")
+    assert Store(store, "litserve_net:Net").load("cpu").names == ["__base__", "a"]
+    for module, says in (
+        (None, "the store does not say what class"),
+        ("litserve_net", "'package.module:function', got 'litserve_net'"),
+        (":Net", "'package.module:function', got ':Net'"),
+        ("litserve_net:Missing", "Missing"),
+        ("no_such_module:Net", "no_such_module"),
+        ("served:free_port", "must make an nn.Module, got int"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            Store(store, module).load("cpu")
 
 
 # ---------------------------------------------------------------- the command

@@ -88,8 +88,8 @@ def serve(
             raise ValueError(f"flags are for vLLM, and LitServe serves this store; got {shlex.join(flags)}")
         _check_room(store, room)
         _check_installed(engine)
+        from randes.litserve.replies import Store as Served
         from randes.litserve.server import run, server_of
-        from randes.litserve.worker import Store as Served
 
         if changes and not room:
             note("--changes without --room: fine-tunes can be removed and served again, and none added")

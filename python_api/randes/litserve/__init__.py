@@ -2,6 +2,6 @@
 
     randes serve STORE        # needs randes[litserve]
 
-``tensors`` and ``rows`` know nothing of LitServe: tensors as JSON, and requests for many models answered in one batch.
-``server`` is what LitServe runs.
+``tensors``, ``outputs``, ``rows`` and ``replies`` know nothing of LitServe: tensors as JSON, requests for many models
+in one batch, and what is replied. ``worker`` and ``server`` are LitServe's two processes.
 """

@@ -27,13 +27,14 @@ class Ask:
     """One row for one model.
 
     inputs: by the name of the model's argument, without the batch's dimension; or text for its tokenizer.
-    outputs: those that are wanted; all where it is None.
+    outputs: those that are wanted; all where it is None. as_base64: whether they are sent as bytes.
     """
 
     model: str
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     text: str | None = None
     outputs: tuple[str, ...] | None = None
+    as_base64: bool = False
 
 
 class RefusedError(RandesError):

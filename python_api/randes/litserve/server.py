@@ -17,8 +17,9 @@ from litserve.server import RegularRequestHandler
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from randes.litserve.replies import Add, Remove, Store, failed
 from randes.litserve.rows import RefusedError
-from randes.litserve.worker import Names, NewModel, Remove, Store, StoreAPI, failed
+from randes.litserve.worker import Names, NewModel, StoreAPI, response
 
 MOST_BYTES = 100 << 20
 """Of one request."""
@@ -71,32 +72,34 @@ def _add_routes(app: FastAPI, handler: Any, auth: list[Any], changes: bool) -> N
     @app.get("/v1/models", dependencies=auth)
     async def models() -> Response:
         """The names that can be asked for."""
-        response: Response = await handler.handle_request(Names(), Names)
-        return response
+        found: Response = await handler.handle_request(Names(), Names)
+        return found
 
     if changes:
 
         @app.post("/v1/models", dependencies=auth)
         async def add(request: NewModel) -> Response:
             """Superpose a fine-tune and serve it."""
-            response: Response = await handler.handle_request(request, NewModel)
-            return response
+            found: Response = await handler.handle_request(Add(request.model, request.path), Add)
+            return found
 
         @app.delete("/v1/models/{name:path}", dependencies=auth)
         async def remove(name: str, path: str | None = None) -> Response:
             """Stop serving a fine-tune."""
-            response: Response = await handler.handle_request(Remove(name, path), Remove)
-            return response
+            found: Response = await handler.handle_request(Remove(name, path), Remove)
+            return found
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         found = error.errors()
         text = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found)
         status = 400 if any(one["type"] == "json_invalid" for one in found) else 422
-        return failed(RefusedError(status, text, str(found[0]["loc"][-1]) if found and status == 422 else None))
+        return response(
+            failed(RefusedError(status, text, str(found[0]["loc"][-1]) if found and status == 422 else None))
+        )
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        response = failed(RefusedError(error.status_code, str(error.detail)))
-        response.headers.update(error.headers or {})
-        return response
+        reply = response(failed(RefusedError(error.status_code, str(error.detail))))
+        reply.headers.update(error.headers or {})
+        return reply
