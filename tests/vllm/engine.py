@@ -1,4 +1,4 @@
-"""Runs vLLM's engine over a store in a process of its own: ``python engine.py JSON`` prints what it answered as JSON."""
+"""vLLM's engine over a store, in a process of its own: ``python engine.py JSON`` prints what it answered as JSON."""
 
 import json
 import os
@@ -18,8 +18,8 @@ OPTIONS: dict[str, Any] = {
 
 
 def answers(
-    store: Path, runs: Sequence[Sequence[tuple[Sequence[int], str]]], steps: int, environment: dict[str, str] | None = None,
-    **options: Any,
+    store: Path, runs: Sequence[Sequence[tuple[Sequence[int], str]]], steps: int,
+    environment: dict[str, str] | None = None, **options: Any,
 ) -> list[list[tuple[list[int], int]]]:  # fmt: skip
     """Of each run, whose rows are prompts and models' names, the tokens and how many of the prompt's were cached."""
     wanted = {"store": str(store), "options": {**OPTIONS, **options}, "runs": runs, "steps": steps}
@@ -36,14 +36,26 @@ def run(wanted: dict[str, Any], environment: dict[str, str] | None = None) -> su
     return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=600)
 
 
-def main(store: str, options: dict[str, Any], runs: list[list[tuple[list[int], str]]], steps: int) -> None:
-    """One engine, and one call for each run."""
+def main(
+    store: str, options: dict[str, Any], runs: list[list[tuple[list[int], str]]], steps: int, bad: bool = False
+) -> None:
+    """One engine, and one call for each run. bad: names and paths that are none, first."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     import randes.vllm
 
     engine = LLM(store, **options)
+    how = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+    if bad:
+        for path in ("randes:spanish@0123456789abcdef", "/tmp", "randes:german@0123456789abcdef"):
+            try:
+                engine.generate([{"prompt_token_ids": [1]}], how, lora_request=LoRARequest("german", 3, path))
+            except Exception as error:
+                print(str(error).replace("\n", " "))
+        (output,) = engine.generate([{"prompt_token_ids": [1]}], how)
+        print(len(output.outputs[0].token_ids), "tokens")
+        return
     names = sorted({name for rows in runs for _, name in rows} - {"__base__"})
     found = []
     for rows in runs:
@@ -51,7 +63,6 @@ def main(store: str, options: dict[str, Any], runs: list[list[tuple[list[int], s
             None if name == "__base__" else LoRARequest(name, names.index(name) + 1, randes.vllm.path_of(store, name))
             for _, name in rows
         ]
-        how = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
         outputs = engine.generate([{"prompt_token_ids": prompt} for prompt, _ in rows], how, lora_request=named)
         found.append([(list(one.outputs[0].token_ids), one.num_cached_tokens) for one in outputs])
     print(json.dumps(found))

@@ -58,7 +58,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     wanted = tiny.generated(base, store, ROWS)
     (found,) = answers(store, [ROWS], tiny.STEPS, bound, tensor_parallel_size=2)
     assert tokens(found) == wanted
-    # The control: signs that do not know where a shard begins give all fine-tunes wrong answers, and the base the right.
+    # The control: with signs that do not know where a shard begins all fine-tunes are wrong, and the base is right.
     path = os.pathsep.join((str(engine.HERE / "without_origins"), os.environ.get("PYTHONPATH", "")))
     (wrong,) = answers(store, [ROWS], tiny.STEPS, {**bound, "PYTHONPATH": path}, tensor_parallel_size=2)
     right = [row == own for row, own in zip(tokens(wrong), wanted, strict=True)]
@@ -68,10 +68,9 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        pytest.param({"enable_lora": False}, "served with --enable-lora", id="no adapters"),
-        pytest.param({"load_format": "auto"}, "served with --load-format randes", id="loader"),
-        pytest.param({"pipeline_parallel_size": 2}, "pipeline parallelism", id="pipeline"),
-        pytest.param({"enable_prompt_embeds": True}, "--enable-prompt-embeds", id="embeds"),
+        pytest.param({"enable_lora": False}, "a store must be served with --enable-lora", id="no adapters"),
+        pytest.param({"load_format": "auto"}, "a store must be served with --load-format randes", id="loader"),
+        pytest.param({"enable_prompt_embeds": True}, "a store is not served with --enable-prompt-embeds", id="embeds"),
     ],
 )
 def test_what_would_answer_wrongly_does_not_start(options: dict[str, object], said: str, tmp_path: Path) -> None:
@@ -79,8 +78,16 @@ def test_what_would_answer_wrongly_does_not_start(options: dict[str, object], sa
     wanted = {"store": str(store), "options": {**engine.OPTIONS, **options}, "runs": [], "steps": 1}
     ran = engine.run(wanted)
     assert ran.returncode != 0
-    assert (
-        f"NotServedError: a store {'must be' if 'served with --' in said and 'embeds' not in said else 'is'}"
-        in ran.stderr
-    )
-    assert said in ran.stderr
+    assert f"NotServedError: {said}" in ran.stderr
+
+
+def test_a_bad_name_never_ends_the_engine(tmp_path: Path) -> None:
+    store = tiny.store(tmp_path / "store", tiny.llama())
+    wanted = {"store": str(store), "options": engine.OPTIONS, "runs": [], "steps": 4, "bad": True}
+    ran = engine.run(wanted)
+    assert ran.returncode == 0, ran.stderr[-6000:]
+    *errors, tokens = ran.stdout.splitlines()[-4:]
+    assert "no model is called 'spanish'" in errors[0]
+    assert "lora_path must be randes:NAME" in errors[1]
+    assert "as the store is now" in errors[2]
+    assert tokens == "4 tokens"

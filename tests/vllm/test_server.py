@@ -175,7 +175,7 @@ def test_a_fine_tune_joins_while_its_neighbours_answer(server: Server) -> None:
     added.save(server.store)
     assert server.ask("italian", [1]).status_code == 200
     # It has been in between, and what was under way ended as it began.
-    assert begun + [*stream] == before
+    assert [*begun, *stream] == before
     server.superposition = randes.Superposition.load(server.store)
     rows = [(prompt, name) for prompt in (*tiny.PROMPTS, LONG) for name in ("german", "french", "italian", "__base__")]
     assert server.cached("german", LONG) == 0  # the group is another

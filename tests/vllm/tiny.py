@@ -48,7 +48,7 @@ def store(folder: Path, base: nn.Module, config: randes.Config | None = None, bi
 
 
 def generated(base: nn.Module, folder: Path, rows: Sequence[tuple[Sequence[int], str]]) -> list[list[int]]:
-    """What ``SuperposedModel.generate`` answers of a store, greedily: tokens of each prompt as the model of its name."""
+    """What ``SuperposedModel.generate`` answers of a store, greedily: tokens of each prompt as the model named."""
     return of_superposition(base, randes.Superposition.load(folder), rows)
 
 
