@@ -1,4 +1,4 @@
-"""What the plugin relies on is in vLLM's sources: of the version that is installed, and of the next, which is fetched."""
+"""What the plugin relies on is in vLLM's sources: of the version installed, and of the next one, which is fetched."""
 
 import ast
 import re
