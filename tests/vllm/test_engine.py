@@ -86,7 +86,7 @@ def test_a_bad_name_never_ends_the_engine(tmp_path: Path) -> None:
     wanted = {"store": str(store), "options": engine.OPTIONS, "runs": [], "steps": 4, "bad": True}
     ran = engine.run(wanted)
     assert ran.returncode == 0, ran.stderr[-6000:]
-    *errors, tokens = ran.stdout.splitlines()[-4:]
+    *errors, tokens = engine.said(ran)
     assert "no model is called 'spanish'" in errors[0]
     assert "lora_path must be randes:NAME" in errors[1]
     assert "as the store is now" in errors[2]

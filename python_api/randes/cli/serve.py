@@ -36,7 +36,7 @@ def serve(
     """Serve a store by vLLM: the OpenAI API, with the fine-tunes' names as models."""
     with errors():
         command = vllm_command(store, host, port, room, vllm or ())
-        if importlib.util.find_spec("vllm") is None:
+        if not ((found := importlib.util.find_spec("vllm")) and found.origin):  # not just a folder of that name
             raise ValueError(MISSING)
         say(" ".join([*(f"{name}={value}" for name, value in RUNTIME.items()), shlex.join(command)]))
         os.execve(command[0], command, {**os.environ, **RUNTIME})
