@@ -51,6 +51,7 @@ def test_what_was_cached_of_a_prompt_is_one_models(tmp_path: Path) -> None:
     assert [row for ((row, _),) in found] == tiny.generated(base, store, [rows[0] for rows in runs])
 
 
+@pytest.mark.nightly
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     base = tiny.llama(tied=True)
     store = tiny.store(tmp_path / "store", base)
