@@ -7,4 +7,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 NEED_VLLM = ("test_engine.py", "test_server.py", "test_hooks.py")
-collect_ignore = [] if importlib.util.find_spec("vllm") else [*NEED_VLLM]
+# This folder has its name, too.
+spec = importlib.util.find_spec("vllm")
+collect_ignore = [] if spec and spec.origin else [*NEED_VLLM]

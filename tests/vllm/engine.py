@@ -15,6 +15,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 25,
 }  # fmt: skip
 """A step holds 64 tokens, so that long prompts are cut."""
+MARK = "ANSWER "
 
 
 def answers(
@@ -25,8 +26,13 @@ def answers(
     wanted = {"store": str(store), "options": {**OPTIONS, **options}, "runs": runs, "steps": steps}
     ran = run(wanted, environment)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-6000:]
-    found: list[list[tuple[list[int], int]]] = json.loads(ran.stdout.splitlines()[-1])
+    found: list[list[tuple[list[int], int]]] = json.loads(said(ran)[-1])
     return found
+
+
+def said(ran: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a process printed among vLLM's log."""
+    return [line.removeprefix(MARK) for line in ran.stdout.splitlines() if line.startswith(MARK)]
 
 
 def run(wanted: dict[str, Any], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -52,9 +58,9 @@ def main(
             try:
                 engine.generate([{"prompt_token_ids": [1]}], how, lora_request=LoRARequest("german", 3, path))
             except Exception as error:
-                print(str(error).replace("\n", " "))
+                print(MARK + str(error).replace("\n", " "))
         (output,) = engine.generate([{"prompt_token_ids": [1]}], how)
-        print(len(output.outputs[0].token_ids), "tokens")
+        print(f"{MARK}{len(output.outputs[0].token_ids)} tokens")
         return
     names = sorted({name for rows in runs for _, name in rows} - {"__base__"})
     found = []
@@ -65,7 +71,7 @@ def main(
         ]
         outputs = engine.generate([{"prompt_token_ids": prompt} for prompt, _ in rows], how, lora_request=named)
         found.append([(list(one.outputs[0].token_ids), one.num_cached_tokens) for one in outputs])
-    print(json.dumps(found))
+    print(MARK + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def test_what_was_cached_of_a_prompt_is_one_models(tmp_path: Path) -> None:
     assert [row for ((row, _),) in found] == tiny.generated(base, store, [rows[0] for rows in runs])
 
 
+@pytest.mark.nightly
 def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     base = tiny.llama(tied=True)
     store = tiny.store(tmp_path / "store", base)
@@ -86,7 +87,7 @@ def test_a_bad_name_never_ends_the_engine(tmp_path: Path) -> None:
     wanted = {"store": str(store), "options": engine.OPTIONS, "runs": [], "steps": 4, "bad": True}
     ran = engine.run(wanted)
     assert ran.returncode == 0, ran.stderr[-6000:]
-    *errors, tokens = ran.stdout.splitlines()[-4:]
+    *errors, tokens = engine.said(ran)
     assert "no model is called 'spanish'" in errors[0]
     assert "lora_path must be randes:NAME" in errors[1]
     assert "as the store is now" in errors[2]

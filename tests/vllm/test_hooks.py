@@ -73,7 +73,7 @@ WRITTEN = {
 """What stands in a file as it is."""
 
 
-@pytest.fixture(scope="module", params=[VLLM.partition("==")[2], SOURCES])
+@pytest.fixture(scope="module", params=[VLLM.partition("==")[2], pytest.param(SOURCES, marks=pytest.mark.nightly)])
 def sources(request: pytest.FixtureRequest) -> Path:
     """Where the ``vllm`` package of a version is, as text."""
     if request.param != SOURCES:

@@ -40,9 +40,8 @@ def finetune(base: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
 
 def store(folder: Path, base: nn.Module, config: randes.Config | None = None, bits: float | None = None) -> Path:
     """A store of fine-tunes of ``base``, packed where bits are given."""
-    superposition = randes.Superposition.create(copy.deepcopy(base), config)
-    for number, name in enumerate(NAMES):
-        superposition.add(name, finetune(base, number))
+    tuned = {name: finetune(base, number) for number, name in enumerate(NAMES)}
+    superposition = randes.compress(copy.deepcopy(base), tuned, config)
     (superposition if bits is None else superposition.pack(bits)).save(folder)
     return folder
 

@@ -183,6 +183,6 @@ def _check(superposition: Superposition) -> None:
     for name, member in superposition.members.items():
         if member.added:
             raise CheckpointError(
-                f"{name!r} has tokens of its own, {min(member.added)} rows beyond the base's: vLLM gives all models one"
-                " vocabulary; serve it with randes.load"
+                f"{name!r} has tokens of its own, in {min(member.added)}: vLLM gives all models one vocabulary; serve"
+                " it with randes.load"
             )
