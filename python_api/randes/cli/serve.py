@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -84,21 +84,25 @@ def serve(
             _check_installed(engine)
             say(" ".join([*(f"{name}={value}" for name, value in RUNTIME.items()), shlex.join(command)]))
             os.execve(command[0], command, {**os.environ, **RUNTIME})
-        if flags:
-            raise ValueError(f"flags are for vLLM, and LitServe serves this store; got {shlex.join(flags)}")
-        _check_room(store, room)
-        _check_installed(engine)
-        from randes.litserve.replies import Store as Served
-        from randes.litserve.server import run, server_of
+        else:
+            if flags:
+                raise ValueError(f"flags are for vLLM, and LitServe serves this store; got {shlex.join(flags)}")
+            _check_room(store, room)
+            _check_installed(engine)
+            if changes and not room:
+                note("--changes without --room: fine-tunes can be removed and served again, and none added")
+            _run_litserve(store, host, port, module=module, room=room, batch=batch, wait=wait, changes=changes,
+                          device=device, timeout=timeout)  # fmt: skip
 
-        if changes and not room:
-            note("--changes without --room: fine-tunes can be removed and served again, and none added")
-        served = Served(str(store), module, room)
-        server = server_of(served, batch=batch, wait=wait, changes=changes, device=device, timeout=timeout)
-        try:
-            run(server, host, port)
-        except RuntimeError as error:
-            raise RandesError(f"{store} is not served: {error}") from error
+
+def _run_litserve(store: Path, host: str, port: int, *, module: str | None, room: int, **options: Any) -> None:
+    from randes.litserve.replies import Store as Served
+    from randes.litserve.server import run, server_of
+
+    try:
+        run(server_of(Served(str(store), module, room), **options), host, port)
+    except RuntimeError as error:
+        raise RandesError(f"{store} is not served: {error}") from error
 
 
 def generates(store: Path) -> bool:
