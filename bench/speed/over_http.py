@@ -5,9 +5,10 @@
 
 All are LitServe with our worker's loop and the same clients, ``--clients`` of them: each asks again once it was
 answered, for the models in turn. "One materialised model" is asked for that one alone; many models in one server cannot
-be faster than that. The three take turns ``--repeats`` times, since other processes on the machine slow them: measure
-on a quiet one. A row has requests a second, their median and 95th percentile of seconds, and the memory that is the
-servers' processes' alone, with the machine's load. Rows go to bench/results/cpu/over_http.json.
+be faster than that. The three take turns ``--repeats`` times. A row has requests a second, their median and 95th
+percentile of seconds, the servers' processor seconds a request, and the memory that is their processes' alone, with the
+machine's load: other processes slow requests, but add little to processor seconds. Rows, of medians, go to
+bench/results/cpu/over_http.json.
 """
 
 import argparse
@@ -137,22 +138,32 @@ def measured(targets: Sequence[tuple[int, str]], clients: int, seconds: float) -
     with ThreadPoolExecutor(clients) as pool:
         times = sorted(t for own in pool.map(client, [n % len(targets) for n in range(clients)]) for t in own)
     spent = time.perf_counter() - start
-    return {"rate": len(times) / spent, "median": statistics.median(times), "p95": times[int(0.95 * (len(times) - 1))]}
+    found = {"requests": len(times), "rate": len(times) / spent, "median": statistics.median(times)}
+    return {**found, "p95": times[int(0.95 * (len(times) - 1))]}
 
 
-def memory(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Bytes that the processes and their children do not share with others."""
+def family(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
+    """The processes and their children."""
     listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split()
     parents = {int(pid): int(parent) for pid, parent in zip(listed[2::2], listed[3::2], strict=True)}
     wanted = {process.pid for process in processes}
-    wanted |= {pid for pid, parent in parents.items() if parent in wanted}
+    return wanted | {pid for pid, parent in parents.items() if parent in wanted}
+
+
+def memory(processes: set[int]) -> int:
+    """Bytes that they do not share with others."""
     total = 0
-    for pid in wanted:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += sum(
-            int(line.split()[1]) << 10 for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))
-        )
+    for pid in processes:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Clean", "Private_Dirty")):
+                total += int(line.split()[1]) << 10
     return total
+
+
+def processor(processes: set[int]) -> float:
+    """Seconds of a processor that they have used."""
+    fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes)
+    return sum(int(used[11]) + int(used[12]) for used in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def rows(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -170,8 +181,11 @@ def rows(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
                 asked = {"a store": [(ports[0], name) for name in names], "one materialised model": [(ports[0], "m0")]}
                 targets = asked.get(way, [*zip(ports, names, strict=False)])
                 measured(targets, given.clients, given.seconds / 4)  # warm
+                own = family([process for _, process in started])
+                used = processor(own)
                 one = measured(targets, given.clients, given.seconds)
-                found[way].append({**one, "memory": memory([process for _, process in started])})
+                used = processor(own) - used
+                found[way].append({**one, "processor": used / one["requests"], "memory": memory(own)})
                 loads.append(os.getloadavg()[0])
                 print(way, found[way][-1], f"load {loads[-1]:.1f}", flush=True)
     shared = {
