@@ -2,6 +2,7 @@
 
     python bench/speed/over_http.py                          # 4 fine-tunes of a ViT, needs randes[litserve]
     python bench/speed/over_http.py --models 8 --seconds 20
+    python bench/speed/over_http.py --table                  # the committed rows, as docs/litserve.md has them
 
 All are LitServe with our worker's loop and the same clients, ``--clients`` of them: each asks again once it was
 answered, for the models in turn. "One materialised model" is asked for that one alone; many models in one server cannot
@@ -17,7 +18,6 @@ import copy
 import http.client
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -33,6 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import measure
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -40,7 +41,6 @@ from torch import Tensor, nn
 import randes
 from randes.litserve.replies import Store
 from randes.litserve.rows import Rows
-from randes.litserve.server import run, server_of
 
 RESULTS = Path(__file__).parents[1] / "results" / "cpu" / "over_http.json"
 SIZES: dict[str, Any] = {
@@ -160,7 +160,7 @@ def memory(processes: set[int]) -> int:
     return total
 
 
-def processor(processes: set[int]) -> float:
+def processor_seconds(processes: set[int]) -> float:
     """Seconds of a processor that they have used."""
     fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes)
     return sum(int(used[11]) + int(used[12]) for used in fields) / os.sysconf("SC_CLK_TCK")
@@ -182,21 +182,37 @@ def rows(folder: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
                 targets = asked.get(way, [*zip(ports, names, strict=False)])
                 measured(targets, given.clients, given.seconds / 4)  # warm
                 own = family([process for _, process in started])
-                used = processor(own)
+                used = processor_seconds(own)
                 one = measured(targets, given.clients, given.seconds)
-                used = processor(own) - used
+                used = processor_seconds(own) - used
                 found[way].append({**one, "processor": used / one["requests"], "memory": memory(own)})
                 loads.append(os.getloadavg()[0])
                 print(way, found[way][-1], f"load {loads[-1]:.1f}", flush=True)
     shared = {
         "models": given.models, "clients": given.clients, "batch": given.batch, "seconds": given.seconds,
         "repeats": given.repeats, "load": statistics.median(loads), "threads": torch.get_num_threads(),
-        "device": platform.processor() or platform.machine(), "torch": torch.__version__, "model": SIZES,
+        "device": measure.processor(), "cores": os.cpu_count(), "torch": torch.__version__, "model": SIZES,
     }  # fmt: skip
     return [
         {"way": way, **{key: statistics.median(one[key] for one in each) for key in each[0]}, "each": each, **shared}
         for way, each in found.items()
     ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """For a page."""
+    by_way = {row["way"]: row for row in rows}
+    plain = by_way["one materialised model"]
+    lines = [
+        f"| {plain['models']} fine-tunes, {plain['clients']} clients | requests a processor second | of one model's | memory |",
+        "|---|---|---|---|",
+    ]
+    for way in ("one materialised model", "a store", "a process a model"):
+        row = by_way[way]
+        shown = f"**{way}**" if way == "a store" else way
+        share = 100 * plain["processor"] / row["processor"]
+        lines.append(f"| {shown} | {1 / row['processor']:.0f} | {share:.0f} % | {row['memory'] / 1e9:.1f} GB |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -207,10 +223,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.table:
+        print(table(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]))
+        return
     if given.serve:
+        from randes.litserve.server import run, server_of
+
         kind = Store if (given.serve / "manifest.json").is_file() else OneModel
         run(server_of(kind(str(given.serve)), batch=given.batch, device="cpu"), port=given.port, log_level="error")
         return
