@@ -41,6 +41,15 @@ def test_a_mixed_batch_is_answered_as_transformers_does(
     assert len({tuple(row) for row in wanted[:3]}) == 3
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "opt"])
+def test_other_norms_and_positions_are_each_models_own(kind: str, tmp_path: Path) -> None:
+    """Norms of heads, Gemma's norms, layer norms with biases beside a table of positions."""
+    base = tiny.model(kind)
+    store = tiny.store(tmp_path / "store", base, randes.Config(rank=0))
+    (found,) = answers(store, [ROWS], tiny.STEPS)
+    assert tokens(found) == tiny.generated(base, store, ROWS)
+
+
 def test_what_was_cached_of_a_prompt_is_one_models(tmp_path: Path) -> None:
     base = tiny.llama()
     store = tiny.store(tmp_path / "store", base)

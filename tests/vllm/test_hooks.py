@@ -23,6 +23,7 @@ CALLED = {
         "OpenAIServingModels.load_lora_adapter": "self request base_model_name",
         "OpenAIServingModels.resolve_lora": "self lora_name",
     },
+    "entrypoints/serve/engine/serving.py": {"BaseServing._get_active_default_mm_loras": "self request"},
     "v1/engine/input_processor.py": {
         "InputProcessor.__init__": "self vllm_config",
         "InputProcessor.process_inputs": "self request_id prompt params supported_tasks arrival_time lora_request",
@@ -67,7 +68,10 @@ WRITTEN = {
     "entrypoints/openai/models/serving.py": (
         "self.lora_requests", "self.lora_id_counter", "self.engine_client.add_lora(", "self.model_config",
     ),
-    "entrypoints/serve/engine/serving.py": ("request.model in self.models.lora_requests",),
+    "entrypoints/serve/engine/serving.py": (
+        "request.model in self.models.lora_requests", "return self.models.lora_requests[request.model]",
+        "raise VLLMNotFoundError(", "self.model_config",
+    ),
     "exceptions.py": ("class VLLMNotFoundError(VLLMClientError)", "class VLLMValidationError(VLLMClientError)"),
 }  # fmt: skip
 """What stands in a file as it is."""

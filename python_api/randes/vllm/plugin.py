@@ -21,7 +21,7 @@ from randes.checkpoints.huggingface import METHOD
 from randes.errors import CheckpointError
 from randes.superposition.superposition import Superposition
 from randes.vllm.adapters import Adapters
-from randes.vllm.methods import PARTS, REPLACED, SERVED, StoreEmbeddingMethod, StoreLinearMethod, kind_of
+from randes.vllm.methods import SERVED, StoreEmbeddingMethod, StoreLinearMethod, give_up_weight, kind_of
 from randes.vllm.refusals import NotServedError, check
 from randes.vllm.served import Served
 
@@ -90,9 +90,7 @@ def attach(model: nn.Module, served: Served, by_name: dict[str, Any]) -> None:
     for name, owners in served.owners.items():
         by_name[f"{METHOD}:{name}"] = served
         for layer, parameter in owners:
-            vars(layer).setdefault(PARTS, {})[parameter] = name
-            vars(layer)[SERVED] = served
-            layer.__class__ = REPLACED.get(type(layer), type(layer))
+            give_up_weight(layer, parameter, name, served)
     vars(model)[SERVED] = served  # not a submodule: its weights are the model's
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
