@@ -56,6 +56,8 @@ CALLED = {
 """Of each function the arguments that it begins with, and of each class fields that it has."""
 WRITTEN = {
     "v1/worker/lora_model_runner_mixin.py": ("self.lora_manager = LRUCacheWorkerLoRAManager(",),
+    "config/vllm.py": ("vllm_factors.append(additional_config_hash)",),
+    "compilation/backends.py": ("config_hash = vllm_config.compute_hash()",),
     "v1/core/kv_cache_utils.py": ("lora_request.lora_name, lora_request.lora_path",),
     "model_executor/model_loader/base_loader.py": ("self.load_weights(model, model_config)",),
     "model_executor/layers/logits_processor.py": ("lm_head.quant_method.apply(",),

@@ -80,6 +80,10 @@ class StoreLoader(BaseModelLoader):
             max(scheduler.max_num_batched_tokens, *(config.compilation_config.cudagraph_capture_sizes or [0])),
             scheduler.max_num_seqs,
         )  # fmt: skip
+        if not isinstance(config.additional_config or {}, dict):
+            raise NotServedError("a store is not served with an additional_config that is no dictionary")
+        # What was compiled of a store is kept by what this says, and must not serve one whose models differ elsewhere.
+        config.additional_config = {**(config.additional_config or {}), METHOD: sorted(served.by_name)}
         ends = getattr(model_config.hf_config, "eos_token_id", None) or 0
         served.end = ends[0] if isinstance(ends, list) else ends
         attach(model, served, config.compilation_config.static_forward_context)
