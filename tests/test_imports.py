@@ -13,7 +13,7 @@ WINGS = (
     {"checkpoints"},
     {"superposition"},
     {"serving", "inspect"},
-    {"transformers", "fusionbench", "vllm"},
+    {"transformers", "fusionbench", "vllm", "parallel"},
     {"demo"},
     {"cli"},
 )

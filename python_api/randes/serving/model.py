@@ -88,12 +88,12 @@ class SuperposedModel(nn.Module):
             of a Transformers model.
         store: the store's folder, or a superposition at hand; ``path_or_name`` where it is left out.
         capacity: for how many models there shall be room (``SuperposedModel``).
-        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``... Weights are
+        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map`` (of one device) and so on. Weights are
             read from safetensors alone, unless ``use_safetensors=False`` is among them.
         Raises ``StoreError`` for a folder that is not such a store, ``CheckpointError`` for one whose files are broken
         or lie, whatever Transformers says of them, ``BaseMismatchError`` for another base or a configuration that names
-        no class of Transformers, ``OSError`` where a name's files cannot be reached, and ``ImportError`` where
-        Transformers is not installed, or too old.
+        no class of Transformers, ``OSError`` where a name's files cannot be reached, ``ValueError`` for a
+        ``device_map`` of several devices or a ``tp_plan``, and ``ImportError`` without a recent Transformers.
         """
         module, superposition = load_base(path_or_name, store, **kwargs)
         return cls(module, superposition, capacity=capacity)
