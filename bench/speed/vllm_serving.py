@@ -40,7 +40,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "python_api")]
 RESULTS = ROOT / "bench" / "results"
 CONTESTANTS = ("randes", "randes, 2 bits", "one", "lora", "processes")
+FLAGS = "--enforce-eager --block-size 32 --kv-cache-memory-bytes 67108864"
+"""For the small model on a CPU."""
 RANK = 16
+LABELS = {
+    "randes": "**a store of {models}**", "randes, 2 bits": "**the same in 2 bits**", "one": "one materialised model",
+    "lora": f"{{models}} LoRA adapters of rank {RANK} (not the same accuracy)",
+    "processes": "{models} processes, a model each",
+}  # fmt: skip
 
 
 class Request(NamedTuple):
@@ -75,6 +82,20 @@ def row(name: str, answers: Sequence[Answer], seconds: float, **more: Any) -> di
         "first_token_median": round(statistics.median(first), 3),
         "first_token_p95": round(first[int(0.95 * (len(first) - 1))], 3), **more,
     }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as docs/vllm.md shows them, speed and times against the one model's."""
+    (floor,) = (one for one in rows if one["contestant"] == "one")
+    lines = [
+        "| vLLM with | tokens a second | first token, median | files | memory of all processes |",
+        "|---|---|---|---|---|",
+    ]
+    for one in rows:
+        speed, first = (one[key] / floor[key] for key in ("tokens_per_second", "first_token_median"))
+        name, files, held = LABELS[one["contestant"]].format(**one), one["file_bytes"] / 1e6, one["memory_bytes"] / 1e9
+        lines.append(f"| {name} | {speed:.2f}x | {first:.2f}x | {files:.0f} MB | {held:.1f} GB |")
+    return "\n".join(lines)
 
 
 def make(folder: Path, given: argparse.Namespace) -> None:
@@ -253,7 +274,7 @@ def main() -> None:
                           ("width", 256), ("layers", 4), ("words", 4096), ("turns", 4)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--flags", default="--enforce-eager --block-size 32", help="further flags for every vLLM")
+    parser.add_argument("--flags", default=FLAGS, help="further flags for every vLLM")
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_args()
     import torch

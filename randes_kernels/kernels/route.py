@@ -66,7 +66,8 @@ def route_kernel(
             moved, vector_signs(first_column, k0, k1, STREAM, tensor_lo, tensor_hi, origin, ORIGIN, BLOCK_K)
         )  # fmt: skip
     if SCALED:
-        factors = tl.load(reciprocals_ptr + vector_bytes(origin + columns, k0, k1, DIAGONAL, tensor_lo, tensor_hi))
+        places = columns if ORIGIN == 0 else origin + columns  # of neighbours the first share a block, known before
+        factors = tl.load(reciprocals_ptr + vector_bytes(places, k0, k1, DIAGONAL, tensor_lo, tensor_hi))
         moved = (moved.to(tl.float32) * factors).to(moved.dtype)
     if BACK:
         tl.store(x_ptrs, tl.load(x_ptrs, mask=inside, other=0.0) + moved, mask=inside)

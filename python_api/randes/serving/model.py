@@ -88,12 +88,12 @@ class SuperposedModel(nn.Module):
             from a Transformers model.
         store: the store's folder, or a ``Superposition``; ``path_or_name`` if it is left out.
         capacity: the number of models to reserve room for (``SuperposedModel``).
-        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``... Weights are
+        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map`` (of one device) and so on. Weights are
             read from safetensors only, unless ``use_safetensors=False`` is among them.
         Raises ``StoreError`` for a folder that is not such a store, ``CheckpointError`` for one whose files are broken
         or lie, ``BaseMismatchError`` for another base or a configuration that names no class of Transformers,
-        ``OSError`` if a name's files cannot be reached, and ``ImportError`` if Transformers is not installed or too
-        old.
+        ``OSError`` if a name's files cannot be reached, ``ValueError`` for a ``device_map`` of several devices or a
+        ``tp_plan``, and ``ImportError`` without a recent Transformers.
         """
         module, superposition = load_base(path_or_name, store, **kwargs)
         return cls(module, superposition, capacity=capacity)

@@ -30,7 +30,7 @@ def run_each_kind(model: nn.Module, router: Router, numbers: int, rows: Sequence
             x = weight.new_zeros(count, weight.shape[1])
             for mix in (first, [names[row % len(names)] for row in range(count)]):
                 if isinstance(own, SuperposedLinear):
-                    own(x, adapter_names=mix)
+                    own.forward(x, adapter_names=mix)  # past hooks, which wait for other devices
                 else:
                     own(x, weight, router.of(mix).on(x.device))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -51,6 +52,7 @@ def register() -> None:
     LoRAResolverRegistry.register_resolver(METHOD, StoreResolver())
     load, resolve = OpenAIServingModels.load_lora_adapter, OpenAIServingModels.resolve_lora
     begin, process = InputProcessor.__init__, InputProcessor.process_inputs
+    by_content = BaseServing._get_active_default_mm_loras
 
     @wraps(load)
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
@@ -79,6 +81,11 @@ def register() -> None:
             await move_on(self)
         return result
 
+    @wraps(by_content)
+    def chosen_by_content(self: Any, request: Any) -> Any:
+        # A fine-tune called "text" is not who answers the base's chats, whose messages have parts of that type.
+        return None if self.model_config.quantization == METHOD else by_content(self, request)
+
     @wraps(begin)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         if vllm_config.model_config.quantization == METHOD:
@@ -101,4 +108,5 @@ def register() -> None:
 
     OpenAIServingModels.load_lora_adapter = load_lora_adapter
     OpenAIServingModels.resolve_lora = resolve_lora
+    BaseServing._get_active_default_mm_loras = chosen_by_content
     InputProcessor.__init__, InputProcessor.process_inputs = __init__, process_inputs

@@ -4,6 +4,7 @@ Each of them hands a parameter's part to one operator, which finds it by its nam
 hold the operator, and see nothing of what is behind it.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 
 from randes.checkpoints.huggingface import METHOD
+from randes.checkpoints.modules.weight_reads import reads_its_own
+from randes.serving.layers.per_row import calls_super
 from randes.vllm.served import Served
 
 PARTS, SERVED = "randes_parts", "randes_served"
@@ -159,11 +162,29 @@ class StorePositions(nn.Embedding):
         return answer(input.reshape(-1, 1).long(), str(part(self, "weight")), self.weight)
 
 
-REPLACED: dict[type, type] = {
-    RMSNorm: StoreRMSNorm, GemmaRMSNorm: StoreGemmaRMSNorm, LayerNorm: StoreLayerNorm,
-    nn.LayerNorm: StoreTorchLayerNorm, nn.Embedding: StorePositions,
+NORMS: dict[type, type] = {
+    RMSNorm: StoreRMSNorm, GemmaRMSNorm: StoreGemmaRMSNorm, LayerNorm: StoreLayerNorm, nn.LayerNorm: StoreTorchLayerNorm
 }  # fmt: skip
-"""Layers that no quantization method serves, and their classes once models differ in them."""
+"""Norms, which no quantization method serves, and their classes once models differ in them."""
+
+
+@cache
+def replaced(kind: type) -> type:
+    """The class of a layer once models differ in it; its own where a quantization method serves it."""
+    if issubclass(kind, nn.Embedding) and not issubclass(kind, StorePositions):  # its own forward, around the look-up
+        return type(f"Store{kind.__name__}", (kind, StorePositions), {"__module__": kind.__module__})
+    return NORMS.get(kind, kind)
+
+
+def give_up_weight(layer: nn.Module, parameter: str, name: str, served: Served) -> None:
+    """Have a layer ask for what models differ in. Its own parameter has a shape and no values: code that reads it past
+    the layer fails at the start, and does not find the base's."""
+    vars(layer).setdefault(PARTS, {})[parameter] = name
+    vars(layer)[SERVED] = served
+    empty = torch.empty_like(getattr(layer, parameter), device="meta")
+    setattr(layer, parameter, nn.Parameter(empty, requires_grad=False))
+    kind: Any = type(layer)
+    layer.__class__ = replaced(kind)
 
 
 def kind_of(layer: nn.Module) -> str:
@@ -174,4 +195,6 @@ def kind_of(layer: nn.Module) -> str:
         return "table"
     if type(layer) is RMSNorm and layer.variance_size_override is not None:
         return ""
-    return ("table" if type(layer) is nn.Embedding else "norm") if type(layer) in REPLACED else ""
+    if isinstance(layer, nn.Embedding) and calls_super(layer) and not reads_its_own(layer, "weight"):
+        return "table"
+    return "norm" if type(layer) in NORMS else ""

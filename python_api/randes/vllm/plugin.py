@@ -21,7 +21,7 @@ from randes.checkpoints.huggingface import METHOD
 from randes.errors import CheckpointError
 from randes.superposition.superposition import Superposition
 from randes.vllm.adapters import Adapters
-from randes.vllm.methods import PARTS, REPLACED, SERVED, StoreEmbeddingMethod, StoreLinearMethod, kind_of
+from randes.vllm.methods import SERVED, StoreEmbeddingMethod, StoreLinearMethod, give_up_weight, kind_of
 from randes.vllm.refusals import NotServedError, check
 from randes.vllm.served import Served
 
@@ -80,6 +80,10 @@ class StoreLoader(BaseModelLoader):
             max(scheduler.max_num_batched_tokens, *(config.compilation_config.cudagraph_capture_sizes or [0])),
             scheduler.max_num_seqs,
         )  # fmt: skip
+        if not isinstance(config.additional_config or {}, dict):
+            raise NotServedError("a store is not served with an additional_config that is no dictionary")
+        # What was compiled of a store is kept by what this says, and must not serve one whose models differ elsewhere.
+        config.additional_config = {**(config.additional_config or {}), METHOD: sorted(served.by_name)}
         ends = getattr(model_config.hf_config, "eos_token_id", None) or 0
         served.end = ends[0] if isinstance(ends, list) else ends
         attach(model, served, config.compilation_config.static_forward_context)
@@ -90,9 +94,7 @@ def attach(model: nn.Module, served: Served, by_name: dict[str, Any]) -> None:
     for name, owners in served.owners.items():
         by_name[f"{METHOD}:{name}"] = served
         for layer, parameter in owners:
-            vars(layer).setdefault(PARTS, {})[parameter] = name
-            vars(layer)[SERVED] = served
-            layer.__class__ = REPLACED.get(type(layer), type(layer))
+            give_up_weight(layer, parameter, name, served)
     vars(model)[SERVED] = served  # not a submodule: its weights are the model's
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,8 +3,8 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from randes_kernels import Packed, unpack
 
 PEAK_BITS = 3
 """The largest of what is near a normal distribution of size 1 lies about there: below 2³."""
-
-
-_CUTS: "WeakKeyDictionary[DeltaPool, WeakValueDictionary[Shard, DeltaPool]]" = WeakKeyDictionary()
 
 
 class DeltaPool(nn.Module):
@@ -122,20 +119,16 @@ class DeltaPool(nn.Module):
         return unpack(Packed(self.values[slots, rows], self.steps[slots, :, rows].mT, *self.packing))
 
     def cut(self, shard: Shard) -> "DeltaPool":
-        """The part of it that one device holds, in memory of its own; layers that share this one share that.
+        """The part of it that one device holds, in memory of its own.
 
         Raises ``ValueError`` where it is packed and cannot be cut there.
         """
-        cuts = _CUTS.setdefault(self, WeakValueDictionary())
-        if (known := cuts.get(shard)) is not None:
-            return known
         own, made = shard.of_delta(self.delta), copy.copy(self)  # the names of its slots are the same
         vars(made)["_buffers"], made.shard = dict(self._buffers), shard
         values, steps = (own.words, own.steps) if isinstance(own, Packed) else (own, None)
         made.values, made.steps = own_copy(values), None if steps is None else own_copy(steps)
         if isinstance(own, Packed):
             made.packing = own[2:]
-        cuts[shard] = made
         return made
 
     def of_columns(self, values: Tensor) -> Tensor:
@@ -161,6 +154,10 @@ class DeltaPool(nn.Module):
             raise ValueError(
                 f"the superposition of {self.tensor} must fit {dtype}, got infinity; serve it in another dtype"
             )
+
+
+Cuts: TypeAlias = MutableMapping[DeltaPool, dict[Shard, DeltaPool]]
+"""Of pools that several layers share the parts that they have come to share."""
 
 
 def group_rows(superposition: Superposition) -> dict[int, int]:

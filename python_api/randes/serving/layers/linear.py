@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from randes.checkpoints.modules.parameters import move
 from randes.errors import CheckpointError, WeightReadError
 from randes.serving.batch import Batch, Version
-from randes.serving.layers.delta_pool import DeltaPool
+from randes.serving.layers.delta_pool import Cuts, DeltaPool
 from randes.serving.layers.served_weights import ServedWeight
 from randes.serving.layers.shards import Shard, cut_buffers, own_copy, shallow_copy
 from randes.serving.layers.superposed import Superposed, check_is_base, first_versions, tensor_of
@@ -200,16 +200,20 @@ class SuperposedLinear(Superposed, nn.Linear):
         that cannot be cut so: a rotation or a dense matrix by columns, a permutation inside of a segment, a packed D
         inside of columns that share a step, and one that models add rows to.
         """
-        part = Shard.of((self.out_features, self.in_features), dim, rank, world)
+        shape = self.out_features, self.in_features
+        own = Shard.of(shape, dim, rank, world)
+        for other in range(world):  # none of the parts, where one cannot be
+            self.check_cut(Shard.of(shape, dim, other, world))
         made = shallow_copy(self)
-        made.cut(part)
+        made.cut(own)
         return made
 
     @torch.no_grad()
-    def cut(self, shard: Shard) -> None:
+    def cut(self, shard: Shard, cuts: Cuts | None = None) -> None:
         """Keep a rectangle of the weight alone, and what goes with it, in place: hooks and references stay. The bias is
-        that of the shard which has the first column. Raises as ``shard`` does, and nothing is changed then."""
-        self._cut_deltas(shard)
+        that of the shard which has the first column. cuts: what other layers are cut into that share a pool with this
+        one, and may go on sharing. Raises as ``shard`` does, and nothing is changed then."""
+        self._cut_deltas(shard, {} if cuts is None else cuts)
         self.out_features, self.in_features = len(shard.rows), len(shard.columns)
         parts: dict[str, Any] = {"base_weight": shard.of_tensor, "base_bias": shard.of_rows}
         cut_buffers(self, {"biases": shard.of_rows})

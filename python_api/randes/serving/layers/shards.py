@@ -41,9 +41,9 @@ class Shard:
         if dim not in (0, 1) or not 0 <= rank < world:
             raise ValueError(f"dim must be 0 or 1 and rank one of {world}, got dim = {dim} and rank = {rank}")
         size = -(-shape[dim] // world)
-        part = range(min(rank * size, shape[dim]), min((rank + 1) * size, shape[dim]))
-        if not part:
+        if (world - 1) * size >= shape[dim]:
             raise ValueError(f"world must leave each of its parts some of {shape[dim]}, got {world}")
+        part = range(rank * size, min((rank + 1) * size, shape[dim]))
         whole = range(shape[0]), range(shape[1])
         return cls(shape, part, whole[1]) if dim == 0 else cls(shape, whole[0], part)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from randes.checkpoints.lazy_tensors import headers
 from randes.errors import BaseMismatchError, CheckpointError
 from randes.serving.batch import Batch, Version
-from randes.serving.layers.delta_pool import DeltaPool, group_rows
+from randes.serving.layers.delta_pool import Cuts, DeltaPool, group_rows
 from randes.serving.layers.shards import Shard, cut_buffers
 from randes.serving.table_rows import put
 from randes.superposition.basis import shared_basis
@@ -195,10 +195,13 @@ class Superposed(nn.Module):
         except ValueError as error:
             raise ValueError(f"{self.matrix} cannot be cut as asked: {error}") from None
 
-    def _cut_deltas(self, shard: Shard) -> None:
+    def _cut_deltas(self, shard: Shard, cuts: Cuts) -> None:
         """Keep a part of the matrix. Raises ``ValueError`` where it cannot be cut there, and nothing is changed."""
         self.check_cut(shard)
-        self.transform, self.pool = shard.transform(self.transform), self.pool.cut(shard)
+        own = cuts.setdefault(self.pool, {})
+        if shard not in own:
+            own[shard] = self.pool.cut(shard)
+        self.transform, self.pool = shard.transform(self.transform), own[shard]
         parts = {"shared_basis": shard.of_columns, "directions": shard.of_columns, "corrections": shard.of_rows}
         cut_buffers(self, parts)
 
