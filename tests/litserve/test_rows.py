@@ -22,7 +22,7 @@ import randes
 from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.cli.serve import generates
-from randes.litserve.outputs import Outputs
+from randes.litserve.outputs import Outputs, PaddingError, by_row
 from randes.litserve.replies import Add, Remove, Store, to_asks, to_change, to_list
 from randes.litserve.rows import Ask, RefusedError, Rows
 from randes.litserve.tensors import array_of, json_of
@@ -329,6 +329,29 @@ def test_texts_are_not_padded_where_padding_changes_answers(classifiers: Path) -
         plain = without_mask(**tokens, adapter_names=["a"]).logits[0]
         assert torch.allclose(answered(outcome)["logits"], plain, atol=1e-5)
     assert not rows._pads
+
+
+def test_outputs_have_names_whatever_a_model_returns() -> None:
+    y, heads = torch.randn(3, 2), [torch.randn(2), torch.randn(4), torch.randn(1)]
+    assert by_row(y, 3).keys() == {"output"}
+    assert by_row((y, torch.zeros(()), heads), 3).keys() == {"0", "2"}
+    (first, *_) = Outputs().of_rows((y, heads), 3, lambda times: (y[:times], heads[:times]))
+    assert torch.equal(first["0"], y[0])
+    assert torch.equal(first["1"], heads[0])
+
+
+def test_chosen_labels_are_compared_as_they_are() -> None:
+    """An output of integers: one for each token, and one for the whole text."""
+    padded = [
+        {"tags": torch.tensor([1, 2, 0]), "label": torch.tensor(4)},
+        {"tags": torch.tensor([5, 6, 7]), "label": torch.tensor(3)},
+    ]
+    Outputs().without_padding(padded, [2, 3], lambda _: {"tags": torch.tensor([1, 2]), "label": torch.tensor(4)})
+    assert [answer["tags"].tolist() for answer in padded] == [[1, 2], [5, 6, 7]]
+    for alone in ({"label": torch.tensor(4)}, {"tags": torch.tensor([1, 3]), "label": torch.tensor(4)}):
+        again = [{"tags": torch.tensor([1, 2, 0]), "label": torch.tensor(4)}] * 2
+        with pytest.raises(PaddingError, match="tags"):
+            Outputs().without_padding(again, [2, 3], lambda _, alone=alone: alone)
 
 
 def test_a_model_without_rows_is_an_error() -> None:
