@@ -1,6 +1,7 @@
 """Running every kind of superposed layer once, so that no kernel is compiled while a request waits."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +31,8 @@ def run_each_kind(model: nn.Module, router: Router, numbers: int, rows: Sequence
             x = weight.new_zeros(count, weight.shape[1])
             for mix in (first, [names[row % len(names)] for row in range(count)]):
                 if isinstance(own, SuperposedLinear):
-                    own.forward(x, adapter_names=mix)  # past hooks, which wait for other devices
+                    run: Any = own if own.pool.shard is None else own.forward  # past hooks that wait for other devices
+                    run(x, adapter_names=mix)
                 else:
                     own(x, weight, router.of(mix).on(x.device))
 

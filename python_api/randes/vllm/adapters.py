@@ -1,8 +1,9 @@
 """Which fine-tunes vLLM's adapters are, as they come and go while others are answered."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,5 +119,5 @@ class Adapters:
         self.held.update({number: versions[name] for number, name in idle.items() if name in versions})
 
     @staticmethod
-    def _paths(manifest: dict) -> dict[str, str]:  # type: ignore[type-arg]
+    def _paths(manifest: Mapping[str, Any]) -> dict[str, str]:
         return {name: f"{PREFIX}{name}@{version_of(manifest, name)}" for name in manifest["models"]}

@@ -183,16 +183,22 @@ def give_up_weight(layer: nn.Module, parameter: str, name: str, served: Served) 
     vars(layer)[SERVED] = served
     empty = torch.empty_like(getattr(layer, parameter), device="meta")
     setattr(layer, parameter, nn.Parameter(empty, requires_grad=False))
+    if isinstance(layer, LinearBase):
+        layer.quant_method = StoreLinearMethod()
+    elif isinstance(layer, VocabParallelEmbedding):
+        layer.quant_method, layer.use_fused_embedding = StoreEmbeddingMethod(), False
     kind: Any = type(layer)
     layer.__class__ = replaced(kind)
 
 
 def kind_of(layer: nn.Module) -> str:
     """What ``Served`` takes a layer for."""
-    if isinstance(layer, LinearBase) and isinstance(layer.quant_method, StoreLinearMethod):
+    # Some of vLLM's models do not tell their layers of a quantization: those are plain here, too.
+    if isinstance(layer, LinearBase) and type(layer.quant_method) in (StoreLinearMethod, UnquantizedLinearMethod):
         return "" if layer.skip_bias_add else "linear"
-    if isinstance(layer, VocabParallelEmbedding) and isinstance(layer.quant_method, StoreEmbeddingMethod):
-        return "table"
+    if isinstance(layer, VocabParallelEmbedding):
+        plain = type(layer.quant_method) in (StoreEmbeddingMethod, UnquantizedEmbeddingMethod)
+        return "table" if plain else ""
     if type(layer) is RMSNorm and layer.variance_size_override is not None:
         return ""
     if isinstance(layer, nn.Embedding) and calls_super(layer) and not reads_its_own(layer, "weight"):
