@@ -13,7 +13,7 @@ WINGS = (
     {"checkpoints"},
     {"superposition"},
     {"serving", "inspect"},
-    {"transformers", "fusionbench", "parallel"},
+    {"transformers", "fusionbench", "litserve", "vllm", "parallel"},
     {"demo"},
     {"cli"},
 )

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from randes.cli.change import add, merge_adapter, pack, remove, retrieve
 from randes.cli.demo import demo
 from randes.cli.make import compress, plan, superpose_adapters
+from randes.cli.serve import serve
 from randes.cli.show import info, report, verify
 
 INTERRUPTED = 130
@@ -55,6 +56,6 @@ def options(
 
 
 for command in (
-    compress, superpose_adapters, merge_adapter, plan, add, remove, pack, retrieve, info, verify, report, demo,
+    compress, superpose_adapters, merge_adapter, plan, add, remove, pack, retrieve, info, verify, report, serve, demo,
 ):  # fmt: skip
     app.command()(command)

@@ -171,6 +171,15 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         found = self._of_base_rows(matrix, torch.where(input < self.num_embeddings, input, 0), ids)
         return torch.where((place < 0).view(input.shape)[..., None], found, own.view(found.shape))
 
+    @property
+    def matrix(self) -> SuperposedMatrix:
+        """The deltas of its table, to multiply with."""
+        return self._matrices("weight")[0]
+
+    def of_rows(self, input: Tensor, ids: Tensor) -> Tensor:
+        """The look-up for the models that ids (B,) name, whatever batch there is: (B, ...) integers → (B, ..., K)"""
+        return self._of_base_rows(self.matrix, input, ids)
+
     def _of_base_rows(self, matrix: SuperposedMatrix, input: Tensor, ids: Tensor | None) -> Tensor:
         base = F.embedding(input, base_of(self, "weight"))
         if ids is None:

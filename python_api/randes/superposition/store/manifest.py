@@ -15,13 +15,13 @@ from randes.checkpoints.names.conversion import RECORD
 from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.sources import Tensors
 from randes.config import Config
-from randes.errors import CheckpointError, StoreError
+from randes.errors import CheckpointError, StoreError, UnknownModelError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
 from randes.superposition.packed_tensors import Packing, flattened
 from randes.superposition.state import Group, State
 from randes.superposition.store.files import companion_name, tensors_name
-from randes_kernels import FORMAT_VERSION
+from randes_kernels import FORMAT_VERSION, model_key
 from randes_kernels.packing import HALF
 
 MANIFEST = "manifest.json"
@@ -203,6 +203,21 @@ def checksum_of(superposition: State) -> str:
     return checksum
 
 
+def version_of(manifest: Mapping[str, Any], name: str) -> str:
+    """What a model's answers depend on, in 16 letters: another one once any of it changes, its neighbours included.
+
+    Raises ``UnknownModelError`` for a model that the manifest has not.
+    """
+    models = manifest["models"]
+    if name not in models:
+        raise UnknownModelError(f"no model is called {name!r}; there are: {', '.join(sorted(models)) or 'no models'}")
+    letters = _letters_of(model_key(manifest["config"]["seed"], name))
+    own = {f"group-{models[name]['group']}", f"model-{letters}", f"unshared-{letters}", "base", "basis", "average"}
+    files = sorted(file for file in manifest["files"] if file.rsplit("-", 1)[0] in own)
+    content = {"files": files, "model": models[name]} | {key: manifest.get(key) for key in ("config", "packed")}
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def model_file(superposition: State, name: str) -> str:
     """What a model keeps of its own."""
     return f"model-{_letters(superposition, name)}"
@@ -215,7 +230,11 @@ def group_file(superposition: State, group: Group) -> str:
 
 def _letters(superposition: State, name: str) -> str:
     # A model's name may hold what a file's name may not; its key is as unique.
-    return f"{superposition.key(name) & (1 << 64) - 1:016x}"
+    return _letters_of(superposition.key(name))
+
+
+def _letters_of(key: int) -> str:
+    return f"{key & (1 << 64) - 1:016x}"
 
 
 def record_of(member: Member) -> dict[str, Any]:
