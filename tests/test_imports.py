@@ -13,7 +13,7 @@ WINGS = (
     {"checkpoints"},
     {"superposition"},
     {"serving", "inspect"},
-    {"transformers", "fusionbench", "vllm", "parallel"},
+    {"transformers", "fusionbench", "litserve", "vllm", "parallel"},
     {"demo"},
     {"cli"},
 )

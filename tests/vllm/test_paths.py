@@ -163,7 +163,7 @@ def test_the_command_is_printed_and_run(
     ran: list[Any] = []
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: SimpleNamespace(origin=name))
     monkeypatch.setattr(os, "execve", lambda *arguments: ran.append(arguments))
-    command.serve(store, port=8124)
+    command.serve(store, port=8124, engine=command.Engine.vllm)
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 " in capsys.readouterr().out
     ((program, arguments, environment),) = ran
     assert program == arguments[0]
@@ -176,7 +176,7 @@ def test_without_vllm_one_sentence_says_what_to_install(store: Path, monkeypatch
     from randes.cli import app
 
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    ran = CliRunner().invoke(app, ["serve", str(store)])
+    ran = CliRunner().invoke(app, ["serve", str(store), "--engine", "vllm"])
     assert ran.exit_code == 2
     assert "serving needs vLLM: pip install 'randes[vllm]'" in ran.stderr
     assert ran.stderr.count("\n") == 1

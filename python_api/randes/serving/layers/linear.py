@@ -30,11 +30,12 @@ def _as_wide(x: Tensor, weight: Tensor) -> Tensor:
 class SuperposedLinear(Superposed, nn.Linear):
     """A linear layer over a base weight (N, K) and the superposed deltas of J fine-tunes of it.
 
-    ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)`` with j the model of each row, and no Ŵ_j is ever
-    built: one pass over the base weight and one over the superposition, whatever models the rows belong to.
+    ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)``, where j is the model of each row. No Ŵ_j is ever
+    built: there is one pass over the base weight and one over the superposition, whatever models the rows belong to.
     The base's weight and bias are ``base_weight`` and ``base_bias``. Gradients flow to x and to both of them.
-    ``weight`` has their shape, dtype and device and no values, for it is another for each model: ``F.linear`` with it
-    is this layer's product, and other reads raise ``WeightReadError``. (Design, section 1; served_weights.py.)
+    ``weight`` has the base weight's shape, dtype and device but no values, because it differs between models.
+    ``F.linear`` with it is this layer's product; other reads raise ``WeightReadError``. (Design, section 1;
+    served_weights.py.)
     """
 
     moved: ClassVar[frozenset[str]] = frozenset(("weight", "bias"))
@@ -59,10 +60,10 @@ class SuperposedLinear(Superposed, nn.Linear):
         """A layer that takes over ``linear``'s parameters, for the models of ``superposition``.
 
         name: the layer's name in the base, so that its weight is ``f"{name}.weight"`` there.
-        router: tells the layer which models a batch belongs to; by default one of its own, and a call names them.
-        pool: the superpositions in the layer's dtype, where another layer holds them already.
-        Raises ``ValueError`` where the superposition has no such weight or one of another shape, and
-        ``BaseMismatchError`` where the layer's weight or bias is not the base's.
+        router: tells the layer which models a batch belongs to; by default its own, and calls name the models.
+        pool: the superpositions in the layer's dtype, if another layer holds them already.
+        Raises ``ValueError`` if the superposition has no such weight or one of another shape, and
+        ``BaseMismatchError`` if the layer's weight or bias is not the base's.
         """
         tensor = tensor_of(name, "weight")
         if tensor not in superposition.superposed:
