@@ -107,8 +107,8 @@ def _run_litserve(store: Path, host: str, port: int, *, module: str | None, room
 
 
 def generates(store: Path) -> bool:
-    """Whether a store's models generate text: what the class that its configuration names says, in whatever Transformers
-    is there. vLLM brings an older one than stores are opened with."""
+    """Whether a store's models generate text: what the class says that its configuration names, in whatever
+    Transformers is there. vLLM brings an older one than stores are opened with."""
     text = config_of(store)
     if text is None or importlib.util.find_spec("transformers") is None:
         return False
