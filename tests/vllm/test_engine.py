@@ -1,7 +1,6 @@
 """vLLM's engine answers a mixed batch as ``SuperposedModel.generate`` does, token by token."""
 
 import os
-import shutil
 from pathlib import Path
 
 import engine
@@ -49,18 +48,6 @@ def test_other_norms_and_positions_are_each_models_own(kind: str, tmp_path: Path
     store = tiny.store(tmp_path / "store", base, randes.Config(rank=0))
     (found,) = answers(store, [ROWS], tiny.STEPS)
     assert tokens(found) == tiny.generated(base, store, ROWS)
-
-
-@pytest.mark.nightly
-def test_what_was_compiled_of_a_store_is_not_used_for_another_in_its_place(tmp_path: Path) -> None:
-    """The second's models have norms of their own, which the first's have not."""
-    base, folder = tiny.llama(), tmp_path / "store"
-    for vectors in (0.0, 0.3):
-        shutil.rmtree(folder, ignore_errors=True)
-        store = tiny.store(folder, base, randes.Config(rank=0), vectors=vectors)
-        kept = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
-        (found,) = answers(store, [ROWS], tiny.STEPS, kept, enforce_eager=False)
-        assert tokens(found) == tiny.generated(base, store, ROWS)
 
 
 def test_what_was_cached_of_a_prompt_is_one_models(tmp_path: Path) -> None:

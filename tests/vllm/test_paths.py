@@ -192,3 +192,14 @@ def test_what_cannot_be_served_is_said_first(store: Path, tmp_path: Path) -> Non
     randes.Superposition.create(net(), randes.Config(rank=0)).save(tmp_path / "empty")
     with pytest.raises(ValueError, match="must have a fine-tune to be served: randes add"):
         command.vllm_command(tmp_path / "empty", "::1", 1, 0, ())
+
+
+def test_who_serves_a_store_does_not_depend_on_the_version_of_transformers(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's build for CPUs brings one that is older than what stores are opened with."""
+    monkeypatch.setattr("transformers.__version__", "5.19.0")
+    assert not command.generates(store)  # no configuration
+    for name, own in (("LlamaForCausalLM", True), ("ViTForImageClassification", False), ("Nobody", False)):
+        (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
+        assert command.generates(tmp_path) == own

@@ -102,6 +102,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made = Server(tmp_path_factory.mktemp("server"))
     yield made
+    made.http.close()
     made.process.send_signal(signal.SIGINT)
     made.process.wait(60)
 

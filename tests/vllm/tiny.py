@@ -37,22 +37,20 @@ def model(kind: str, **options: Any) -> nn.Module:
     return made.eval()
 
 
-def finetune(base: nn.Module, seed: int, size: float = 0.05, vectors: float = 0.3) -> nn.Module:
+def finetune(base: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
     """Every parameter moved, norms and biases by more."""
     generator = torch.Generator().manual_seed(seed)
     tuned = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in tuned.parameters():
-            scale = size if parameter.dim() > 1 else vectors
+            scale = size if parameter.dim() > 1 else 0.3
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return tuned
 
 
-def store(
-    folder: Path, base: nn.Module, config: randes.Config | None = None, bits: float | None = None, vectors: float = 0.3
-) -> Path:
+def store(folder: Path, base: nn.Module, config: randes.Config | None = None, bits: float | None = None) -> Path:
     """A store of fine-tunes of ``base``, packed where bits are given."""
-    tuned = {name: finetune(base, number, vectors=vectors) for number, name in enumerate(NAMES)}
+    tuned = {name: finetune(base, number) for number, name in enumerate(NAMES)}
     superposition = randes.compress(copy.deepcopy(base), tuned, config)
     (superposition if bits is None else superposition.pack(bits)).save(folder)
     return folder

@@ -82,7 +82,8 @@ class StoreLoader(BaseModelLoader):
         )  # fmt: skip
         if not isinstance(config.additional_config or {}, dict):
             raise NotServedError("a store is not served with an additional_config that is no dictionary")
-        # What was compiled of a store is kept by what this says, and must not serve one whose models differ elsewhere.
+        # Where vLLM keeps what it compiled, it looks it up by what this says, and not by the graph: another store in
+        # the same folder may have models that differ elsewhere.
         config.additional_config = {**(config.additional_config or {}), METHOD: sorted(served.by_name)}
         ends = getattr(model_config.hf_config, "eos_token_id", None) or 0
         served.end = ends[0] if isinstance(ends, list) else ends
