@@ -19,6 +19,7 @@ TESTS = (
     "tests/kernels/test_format.py", "tests/checkpoints/test_files.py", "tests/checkpoints/test_schema.py",
     "tests/checkpoints/test_on_disk.py", "tests/superposition/test_store_refusals.py",
     "tests/superposition/test_hostile_stores.py", "tests/superposition/test_members.py",
+    "tests/superposition/test_sharded_stores.py",
 )  # fmt: skip
 REPEATED = "twenty_fresh_processes or flipped_bit or before_the_manifest or of_one_byte or command_line"
 """Tests that do the same thing many times over: what they find needs that, but no branch does."""

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from randes.checkpoints.files import make_folder, write_whole
 from randes.checkpoints.huggingface import CONFIG, METHOD, configuration
 from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.remote.locations import Location
 from randes.checkpoints.safetensors import write_file
 from randes.config import is_embedding
 from randes.errors import CheckpointError
@@ -17,12 +17,12 @@ FILE = "model.safetensors"
 
 
 def write_checkpoint(
-    out: Path,
+    out: Location,
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, bytes],
     *,
     step: Callable[[int], None] = lambda _: None,
-) -> Path:
+) -> Location:
     """Write a model to the folder ``out``, or to the file where it ends in .safetensors; missing folders are made.
 
     beside: files that go with the model by name; only a folder has them. step: called with the bytes of each part.

@@ -13,40 +13,40 @@ from randes.checkpoints.files import make_folder, read_whole, write_whole
 from randes.checkpoints.huggingface import is_model_file
 from randes.checkpoints.lazy_tensors import Progress, silent, size
 from randes.checkpoints.on_disk import Overlay
+from randes.checkpoints.remote.locations import Location, Remote, location
 from randes.checkpoints.safetensors import write_file
 from randes.errors import StoreError
 from randes.superposition.state import State
+from randes.superposition.store.contents import by_stem, bytes_of, files_of, group_file
 from randes.superposition.store.files import OURS, Stored, open_tensors, state_of, stored_now
-from randes.superposition.store.manifest import (
-    MANIFEST,
-    contents_of,
-    group_file,
-    manifest_of,
-    model_files_in,
-    read_manifest,
-    text_of,
-)  # fmt: skip
+from randes.superposition.store.manifest import MANIFEST, manifest_of, model_files_in, read_manifest, text_of
 
 
-def save(superposition: State, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
+def save(
+    superposition: State, path: str | os.PathLike[str], *, shard_size: int | str | None = None,
+    progress: Progress = silent,
+) -> None:  # fmt: skip
     """Write the store at ``path``: a folder that is new, empty, or the store that this came from or went to last.
 
+    shard_size: bytes of tensors in a file, as a number or as "2GiB"; 0 for one file of each kind, however large. By
+        default as in the store that this came from or went to last, and 0 for the first one.
     progress: told of each stage and its bytes. Raises ``StoreError`` for any other folder, and for a store that was
-    changed since; ``OSError`` where the disk does not take it. The store is the old one then.
+    changed since; ``ValueError`` for a ``shard_size`` that is none; ``OSError`` where the disk does not take it. The
+    store is the old one then.
     """
-    folder = Path(path)
+    folder = location(path)
+    limit = superposition.shard_size if shard_size is None else bytes_of(shard_size)
     superposition.check_base()
-    contents = contents_of(superposition)
-    manifest = manifest_of(superposition, contents)
+    files = files_of(superposition, limit)
+    manifest = manifest_of(superposition, files, limit)
     check_destination(superposition, folder, manifest)
     make_folder(folder)
     with alone(folder):
         check_destination(superposition, folder, manifest)
         known = superposition.stored.files if isinstance(superposition.stored, Stored) else {}
-        files = zip(manifest["files"], sorted(contents), strict=True)
         changed = {
-            name: contents[stem]
-            for name, stem in files
+            name: file.tensors
+            for name, file in files.items()
             if (state := state_of(folder / name)) is None or known.get(folder / name) != state
         }
         beside = model_files_in(superposition, manifest["files"])
@@ -61,23 +61,23 @@ def save(superposition: State, path: str | os.PathLike[str], *, progress: Progre
             write_whole(folder / MANIFEST, [memoryview(text_of(manifest).encode())])
         except BaseException:
             if _is_written(folder, manifest):
-                superposition.stored = stored_now(folder, manifest)
+                superposition.stored, superposition.shard_size = stored_now(folder, manifest), limit
             else:
                 with suppress(OSError):
                     for file in new:  # a full disk is full enough, and no manifest names them
                         file.unlink(missing_ok=True)
             raise
-        superposition.stored = stored_now(folder, manifest)
+        superposition.stored, superposition.shard_size = stored_now(folder, manifest), limit
         # The store is the new one: what stays undone is done by the next save.
         with suppress(OSError, StoreError):
             _reopen(superposition, folder, manifest)
         with suppress(OSError):
             for file in folder.iterdir():
-                if OURS.fullmatch(file.name) and file.name not in manifest["files"]:
+                if OURS.fullmatch(file.name) and file.name not in {*manifest["files"], *beside}:
                     file.unlink()
 
 
-def _is_written(folder: Path, manifest: dict[str, Any]) -> bool:
+def _is_written(folder: Location, manifest: dict[str, Any]) -> bool:
     """Whether the store is the new one, although what came after its manifest failed; as far as can be known."""
     try:
         return bool(read_manifest(folder)["checksum"] == manifest["checksum"])
@@ -85,20 +85,19 @@ def _is_written(folder: Path, manifest: dict[str, Any]) -> bool:
         return (folder / MANIFEST).exists()
 
 
-def _reopen(superposition: State, folder: Path, manifest: dict[str, Any]) -> None:
+def _reopen(superposition: State, folder: Location, manifest: dict[str, Any]) -> None:
     """Read what came from a store from its new files, so that the old ones' space and what was held come free."""
     groups = {group_file(superposition, group): group for group in superposition.deltas}
-    for name, digests in manifest["files"].items():
-        stem = name.rsplit("-", 1)[0]
+    for stem, names in by_stem(manifest["files"]).items():
         if stem in groups:
             group = groups[stem]
             if isinstance(held := superposition.deltas.get(group), Overlay) and held.held:
-                superposition.deltas[group] = Overlay({}, open_tensors(folder, name, digests))
+                superposition.deltas[group] = Overlay({}, open_tensors(folder, names, manifest))
         elif stem == "average" and isinstance(superposition.averages, Overlay):
-            superposition.averages = Overlay({}, open_tensors(folder, name, digests))
+            superposition.averages = Overlay({}, open_tensors(folder, names, manifest))
 
 
-def check_destination(superposition: State, folder: Path, manifest: dict[str, Any] | None = None) -> None:
+def check_destination(superposition: State, folder: Location, manifest: dict[str, Any] | None = None) -> None:
     """Raise ``StoreError`` unless ``folder`` is new, empty, or the store that this came from or went to last.
 
     A store that somebody else has written to meanwhile holds models that would be lost. ``manifest``: what is to be
@@ -115,7 +114,7 @@ def check_destination(superposition: State, folder: Path, manifest: dict[str, An
         check_new(folder)
 
 
-def check_new(folder: Path) -> None:
+def check_new(folder: Location) -> None:
     """Raise ``StoreError`` unless ``folder`` can take a new store: it is not there, or empty but for what a save that
     was cut short has left."""
     if not folder.exists():
@@ -140,11 +139,15 @@ _HELD = _Held()
 
 
 @contextmanager
-def alone(folder: Path, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def alone(folder: Location, *, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Keep other processes and threads from saving to ``folder`` meanwhile; within it this one may.
 
+    Elsewhere than here nobody can be kept from it: of a store in object storage one process is the writer.
     waiting: called where another one does, before it is waited for. Raises ``StoreError`` where there is no folder.
     """
+    if isinstance(folder, Remote):
+        yield
+        return
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError) as error:
