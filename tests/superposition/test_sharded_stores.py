@@ -18,8 +18,8 @@ from randes import StoreError
 from randes.checkpoints.safetensors import write_file
 from randes.checkpoints.sources import combined_digest
 from randes.cli import app
-from randes.superposition.store.contents import by_stem, bytes_of, files_of, parts_of
-from randes.superposition.store.files import INDEX_OF_BASE
+from randes.superposition.store.contents import bytes_of, files_of, parts_of
+from randes.superposition.store.files import INDEX_OF_BASE, by_stem
 from randes.superposition.store.manifest import MANIFEST, checksum_of
 
 SIZE = 8000
@@ -180,10 +180,16 @@ def hold_one_twice(manifest: dict[str, Any]) -> None:
     manifest["files"][name], manifest["sizes"][name] = {tensor: digest}, 1
 
 
+def hold_nothing(manifest: dict[str, Any]) -> None:
+    name = f"group-7-{combined_digest({})}.safetensors"
+    manifest["files"][name], manifest["sizes"][name] = {}, 100
+
+
 LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a shard less": (drop_one, "must have a superposition in group 0 of"),
     "another size": (tell_another_size, r"must have \d+ bytes, got \d+"),
     "a tensor twice": (hold_one_twice, "the tensors of base must be each in one file"),
+    "a file of nothing": (hold_nothing, "must be a file of some tensors"),
     "no sizes": (lambda found: found.pop("sizes"), "sizes must be those of all files"),
     "a size of nothing": (lambda found: found["sizes"].update({f"base-{'0' * 32}.safetensors": 1}), "sizes must be"),
     "a size that is none": (

@@ -4,21 +4,33 @@ import errno
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import total_ordering
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from randes.errors import CheckpointError
 
 URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>.*)", re.DOTALL)
 COLLAPSED = re.compile(r"(s3|s3a|gs|gcs|hf|az|abfs|abfss|memory|http|https|file):/(?!/).*", re.DOTALL)
 """What ``pathlib.Path`` makes of an address."""
-EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
-"""What reads an address, by its protocol."""
+LIBRARIES = {
+    "s3": "'randes[remote]'",
+    "s3a": "'randes[remote]'",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+}
+"""What reads an address, by its protocol, as pip calls it."""
+
+WAITING = 16
+"""Threads that ask a server at once."""
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 @total_ordering
@@ -41,10 +53,8 @@ class Remote(os.PathLike[str]):
             # A listing that is remembered would not show what another process has written.
             system, path = core.url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
-            needed = EXTRAS.get(protocol, "a library of fsspec's for it")
-            raise CheckpointError(
-                f"{url} needs {needed}: pip install 'randes[remote]' has those for s3://, gs:// and hf://; {error}"
-            ) from error
+            how = f"pip install {LIBRARIES[protocol]}" if protocol in LIBRARIES else "install it"
+            raise CheckpointError(f"{url} needs a library that reads such addresses: {how} ({error})") from error
         except Exception as error:  # whatever a library has against an address
             raise CheckpointError(f"{url} is no address that fsspec reads: {error}") from error
         return cls(system, str(path), protocol)
@@ -108,7 +118,7 @@ class Remote(os.PathLike[str]):
                 self._system.invalidate_cache(self._path)
                 found: dict[str, Any] = self._system.info(self._path)
                 return found
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return None
 
     def state(self) -> tuple[int, int] | None:
@@ -168,8 +178,8 @@ class Remote(os.PathLike[str]):
     def _said(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError):
-            raise
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(f"{self} could not be {what}: {error.strerror or error}") from error
         except OSError as error:
             raise OSError(f"{self} could not be {what}: {error.strerror or error}") from error
         except Exception as error:  # of the library that reads such addresses
@@ -191,6 +201,18 @@ def location(where: str | os.PathLike[str]) -> Location:
     if (found := URL.fullmatch(text)) is None:
         return Path(where)
     return Path(found["path"]) if found["protocol"] in ("file", "local") else Remote.of(text)
+
+
+def each(where: Location, function: Callable[[A], B], values: Iterable[A]) -> list[B]:
+    """``function`` of each value, one after the other; of many at once where it waits for a server."""
+    if not isinstance(where, Remote):
+        return list(map(function, values))
+    with ThreadPoolExecutor(WAITING) as threads:
+        try:
+            return list(threads.map(function, values))
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def is_remote(where: object) -> bool:

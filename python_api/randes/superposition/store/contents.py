@@ -66,14 +66,6 @@ def files_of(superposition: State, shard_size: int) -> dict[str, StoreFile]:
     return files
 
 
-def by_stem(files: Iterable[str]) -> dict[str, list[str]]:
-    """The names of a store's files of tensors by what they hold: the part of their names before a digest."""
-    found: dict[str, list[str]] = {}
-    for name in files:
-        found.setdefault(name.rsplit("-", 1)[0], []).append(name)
-    return found
-
-
 def parts_of(superposition: State, shard_size: int) -> dict[str, int]:
     """Of each tensor, under all names that it has in files but for what follows them, the number of its part.
 

@@ -5,14 +5,15 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from randes.checkpoints import schema
 from randes.checkpoints.huggingface import is_model_file
 from randes.checkpoints.on_disk import StoredTensors, open_file
 from randes.checkpoints.paths.folder import INDEX
-from randes.checkpoints.remote.locations import Location, Remote
-from randes.checkpoints.safetensors import File, in_order
+from randes.checkpoints.remote.locations import Location, Remote, each
+from randes.checkpoints.safetensors import in_order
 from randes.errors import CheckpointError, StoreError
 
 STEM = r"(base|basis|group-(0|[1-9][0-9]{0,8})|unshared-[0-9a-f]{16}|model-[0-9a-f]{16}|average)"
@@ -43,25 +44,38 @@ def is_companion(name: str) -> bool:
     return is_model_file(name) or INDEX_OF_BASE.fullmatch(name) is not None
 
 
-def open_tensors(folder: Location, names: Iterable[str], manifest: dict[str, Any]) -> StoredTensors:
-    """The tensors of some files together, in the order that one file would have them in, to be held to the digests
+def open_tensors(folder: Location, names: Iterable[str], manifest: dict[str, Any]) -> dict[str, StoredTensors]:
+    """The tensors of each kind of some files, in the order that one file would have them in, to be held to the digests
     that a manifest has of them. Raises ``StoreError`` for others than it says."""
-    where: dict[str, tuple[File, str]] = {}
-    known: dict[str, str] = {}
-    for name in names:
-        digests, size = manifest["files"][name], manifest.get("sizes", {}).get(name)
-        try:
-            tensors = open_file(folder / name, links=False)
-        except (CheckpointError, OSError) as error:
-            raise StoreError(f"{folder} is not whole: {error}") from error
-        if tensors.keys() != digests.keys():
-            raise StoreError(f"{folder / name} must hold {sorted(digests)}, got {sorted(tensors)}")
-        where |= tensors.where
-        known |= digests
-        if size is not None and (found := tensors.files[0].nbytes) != size:
-            raise StoreError(f"{folder / name} must have {size} bytes, got {found}")
-    ordered = in_order({name: file.headers[own] for name, (file, own) in where.items()})
-    return StoredTensors({name: where[name] for name in ordered}, known, _altered)
+    opened = dict(zip(names, each(folder, partial(_opened, folder, manifest), names), strict=True))
+    found = {}
+    for stem, several in by_stem(opened).items():
+        where = {name: place for file in several for name, place in opened[file].where.items()}
+        known = {name: digest for file in several for name, digest in manifest["files"][file].items()}
+        ordered = in_order({name: file.headers[own] for name, (file, own) in where.items()})
+        found[stem] = StoredTensors({name: where[name] for name in ordered}, known, _altered)
+    return found
+
+
+def _opened(folder: Location, manifest: dict[str, Any], name: str) -> StoredTensors:
+    digests, size = manifest["files"][name], manifest.get("sizes", {}).get(name)
+    try:
+        tensors = open_file(folder / name, links=False)
+    except (CheckpointError, OSError) as error:
+        raise StoreError(f"{folder} is not whole: {error}") from error
+    if tensors.keys() != digests.keys():
+        raise StoreError(f"{folder / name} must hold {sorted(digests)}, got {sorted(tensors)}")
+    if size is not None and (found := next(iter(tensors.where.values()))[0].nbytes) != size:
+        raise StoreError(f"{folder / name} must have {size} bytes, got {found}")
+    return tensors
+
+
+def by_stem(files: Iterable[str]) -> dict[str, list[str]]:
+    """The names of a store's files of tensors by what they hold: the part of their names before a digest."""
+    found: dict[str, list[str]] = {}
+    for name in files:
+        found.setdefault(name.rsplit("-", 1)[0], []).append(name)
+    return found
 
 
 def _altered(path: Location, tensor: str) -> StoreError:
@@ -78,9 +92,8 @@ class Stored:
 
 
 def stored_now(folder: Location, manifest: dict[str, Any]) -> Stored:
-    return Stored(
-        folder.resolve(), manifest["checksum"], {folder / name: state_of(folder / name) for name in manifest["files"]}
-    )
+    paths = [folder / name for name in manifest["files"]]
+    return Stored(folder.resolve(), manifest["checksum"], dict(zip(paths, each(folder, state_of, paths), strict=True)))
 
 
 def state_of(file: Location) -> tuple[int, int] | None:

@@ -19,8 +19,8 @@ from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
 from randes.superposition.packed_tensors import Packing
 from randes.superposition.state import State
-from randes.superposition.store.contents import StoreFile, by_stem, files_of
-from randes.superposition.store.files import companion_name, tensors_name
+from randes.superposition.store.contents import StoreFile, files_of
+from randes.superposition.store.files import by_stem, companion_name, tensors_name
 from randes_kernels import FORMAT_VERSION
 from randes_kernels.packing import HALF
 
@@ -101,6 +101,8 @@ def read_manifest(folder: Location) -> dict[str, Any]:
         stems = by_stem(manifest["files"])
         schema.must("base" in stems, "files", "some with a base", sorted(manifest["files"]))
         sharded = manifest["version"] == SHARDED
+        for name, held in manifest["files"].items():
+            schema.must(bool(held) or not sharded, name, "a file of some tensors", held)
         for kind, names in stems.items():
             schema.must(sharded or len(names) == 1, f"the files of {kind}", "one", names)
             tensors = [tensor for name in names for tensor in manifest["files"][name]]

@@ -18,7 +18,7 @@ from randes.superposition.members import Member
 from randes.superposition.packed_tensors import PackedTensors, Packing, SuperposedDelta
 from randes.superposition.state import Group, State
 from randes.superposition.store.check import check_whole
-from randes.superposition.store.contents import by_stem, group_file, model_file
+from randes.superposition.store.contents import group_file, model_file
 from randes.superposition.store.files import INDEX_OF_BASE, is_companion, open_tensors, state_of, stored_now
 from randes.superposition.store.manifest import MANIFEST, described, digest_of, read_manifest
 
@@ -57,8 +57,7 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
 def _load(kind: type[S], folder: Location, manifest: dict[str, Any], *, check: bool, progress: Progress) -> S:
     found = described(folder, manifest)
     stored = stored_now(folder, manifest)  # before they are read: what is written to since is not what was read
-    stems = by_stem(manifest["files"])
-    contents = {stem: open_tensors(folder, names, manifest) for stem, names in stems.items()}
+    contents = open_tensors(folder, manifest["files"], manifest)
     beside = _companions(folder, manifest)
     if check:
         step = progress("checking", sum(map(size, contents.values())))
@@ -77,7 +76,7 @@ def _load(kind: type[S], folder: Location, manifest: dict[str, Any], *, check: b
 def _companions(folder: Location, manifest: dict[str, Any]) -> dict[str, bytes]:
     """What the manifest names beside the tensors, held to its digests; of a store from before it did, what is there."""
     known: dict[str, str] | None = manifest.get("companions")
-    files = {file.name for file in folder.iterdir() if state_of(file) is not None and is_companion(file.name)}
+    files = {file.name for file in folder.iterdir() if is_companion(file.name) and state_of(file) is not None}
     old = {name for name in files if is_model_file(name)} if CONFIG in files else set()
     names = old if known is None else known.keys()
     for name in names - files:

@@ -17,8 +17,8 @@ from randes.checkpoints.remote.locations import Location, Remote, location
 from randes.checkpoints.safetensors import write_file
 from randes.errors import StoreError
 from randes.superposition.state import State
-from randes.superposition.store.contents import by_stem, bytes_of, files_of, group_file
-from randes.superposition.store.files import OURS, Stored, open_tensors, state_of, stored_now
+from randes.superposition.store.contents import bytes_of, files_of, group_file
+from randes.superposition.store.files import OURS, Stored, by_stem, open_tensors, state_of, stored_now
 from randes.superposition.store.manifest import MANIFEST, manifest_of, model_files_in, read_manifest, text_of
 
 
@@ -92,9 +92,9 @@ def _reopen(superposition: State, folder: Location, manifest: dict[str, Any]) ->
         if stem in groups:
             group = groups[stem]
             if isinstance(held := superposition.deltas.get(group), Overlay) and held.held:
-                superposition.deltas[group] = Overlay({}, open_tensors(folder, names, manifest))
+                superposition.deltas[group] = Overlay({}, open_tensors(folder, names, manifest)[stem])
         elif stem == "average" and isinstance(superposition.averages, Overlay):
-            superposition.averages = Overlay({}, open_tensors(folder, names, manifest))
+            superposition.averages = Overlay({}, open_tensors(folder, names, manifest)[stem])
 
 
 def check_destination(superposition: State, folder: Location, manifest: dict[str, Any] | None = None) -> None:
