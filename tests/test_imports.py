@@ -13,7 +13,7 @@ WINGS = (
     {"checkpoints"},
     {"superposition"},
     {"serving", "inspect"},
-    {"transformers", "fusionbench"},
+    {"transformers", "fusionbench", "cluster"},
     {"demo"},
     {"cli"},
 )

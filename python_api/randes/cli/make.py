@@ -26,6 +26,8 @@ from randes.cli.terminal import (
     sized,
     table,
 )
+from randes.cluster import compress as by_cluster
+from randes.cluster import on_ray
 from randes.config import Config
 from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
@@ -36,6 +38,7 @@ from randes.superposition.lora_factors import superpose_adapters as make_of_adap
 from randes.superposition.store.contents import bytes_of
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.store.write import check_new
+from randes.superposition.superposition import Superposition
 
 BYTES = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
@@ -122,6 +125,14 @@ def compress(
         typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
     ] = None,
     shard_size: ShardSize = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Have a Ray cluster make the store, a task a part of its files (of 2GiB unless --shard-size is given):"
+            " its address, auto for the one that this machine is in, or local for this machine's cores.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
@@ -148,7 +159,15 @@ def compress(
         wanted = _wanted(context, budget, memory, quality, master)
         if wanted is not None and chosen.lora:
             raise ValueError("--budget, --memory and --quality are for fine-tunes, got a configuration of adapters")
-        if chosen.lora:
+        if ray is not None:
+            if wanted is not None or chosen.lora:
+                raise ValueError("--ray must be left out with --budget, --memory, --quality and adapters' factors")
+            by_cluster(
+                base, models, chosen.config, out=out, shard_size=shard_size or "2GiB", alpha=chosen.alpha,
+                run=on_ray(ray), progress=begin,
+            )  # fmt: skip
+            superposition = Superposition.load(out, check=False)
+        elif chosen.lora:
             if alpha != 1.0:
                 raise ValueError(f"alpha must be left out for adapters: merge-adapter --scaling takes it; got {alpha}")
             superposition = make_of_adapters(base, models, chosen.config, progress=begin)
@@ -166,7 +185,8 @@ def compress(
                 superposition.save(master, **files, progress=begin)
             superposition = packed(superposition, begin, **choice.packing)
             note(f"chosen: {choice}") if as_json else say(f"chosen: {choice}")
-        superposition.save(out, **files, progress=begin)
+        if ray is None:
+            superposition.save(out, **files, progress=begin)
     print_sizes(superposition, as_json, store=str(out))
 
 

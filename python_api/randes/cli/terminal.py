@@ -78,7 +78,7 @@ def errors() -> Iterator[None]:
         warnings.showwarning = _show_warning
         try:
             yield
-        except (RandesError, ValueError, OSError) as error:
+        except (RandesError, ValueError, OSError, ImportError) as error:
             Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 

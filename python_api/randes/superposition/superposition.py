@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.huggingface import model_files
+from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import LazyTensors, Progress, digests, headers, silent, size
 from randes.checkpoints.matrices import matrices_of
 from randes.checkpoints.names.pieces import Rearranged
@@ -55,7 +56,17 @@ class Superposition(State):
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
-        tensors, layout, superposed, config, to_files, _ = matrices_of(base, config)
+        found = matrices_of(base, config)
+        superposition = cls.over(found.tensors, found.layout, found.superposed, found.config, progress=progress)
+        superposition.model_files, superposition.to_files = model_files(base), found.to_files
+        return superposition
+
+    @classmethod
+    def over(
+        cls, tensors: Tensors, layout: Layout, superposed: Sequence[str], config: Config, *,
+        progress: Progress = silent,
+    ) -> "Superposition":  # fmt: skip
+        """For ``create``: over a base's tensors, or some of them, as they are superposed or kept."""
         sources.check_values(tensors, "the base")
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=sources.check_finite, step=step)
@@ -64,9 +75,7 @@ class Superposition(State):
         if config.origin == "zero":
             zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
             tensors, found = replaced(tensors, zeros), found | digests(zeros)
-        superposition = cls(config, tensors, superposed, found, layout=layout)
-        superposition.model_files, superposition.to_files = model_files(base), to_files
-        return superposition
+        return cls(config, tensors, superposed, found, layout=layout)
 
     # ---------------------------------------------------------------- models
 

@@ -7,14 +7,12 @@ itself.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from randes.checkpoints import sources
 from randes.checkpoints.layout import ADDED, COORDINATES, DIRECTIONS, RESERVED, STEPS
-from randes.checkpoints.lazy_tensors import LazyTensors, chunks, headers
+from randes.checkpoints.lazy_tensors import Some, headers
 from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
 from randes.checkpoints.safetensors import file_size
 from randes.checkpoints.sources import Tensors
@@ -59,7 +57,7 @@ def files_of(superposition: State, shard_size: int) -> dict[str, StoreFile]:
         # The base's have just been checked against its bytes.
         digests = superposition.base_digests if tensors is superposition.base else known_digests(tensors)
         for names in _cut(tensors, parts, shard_size) if shard_size else [list(headers(tensors))]:
-            some = tensors if len(names) == len(headers(tensors)) else _Some(tensors, names)
+            some = tensors if len(names) == len(headers(tensors)) else Some(tensors, names)
             own = {name: digests[name] for name in sorted(names)}
             found = StoreFile(some, own, file_size(some))
             files[f"{stem}-{sources.combined_digest(own)}.safetensors"] = found
@@ -108,7 +106,7 @@ def _cut(tensors: Tensors, parts: Mapping[str, int], shard_size: int) -> Iterato
     """The names of each file."""
     by_part: dict[int, list[str]] = {}
     for name in sorted(headers(tensors)):
-        by_part.setdefault(parts[_plain(name)], []).append(name)
+        by_part.setdefault(parts[plain_name(name)], []).append(name)
     for _, names in sorted(by_part.items()):
         taken, some = 0, list[str]()
         for name in names:
@@ -121,22 +119,11 @@ def _cut(tensors: Tensors, parts: Mapping[str, int], shard_size: int) -> Iterato
         yield some
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A tensor's name, without what says which of its values these are."""
     while name.endswith(RESERVED):
         name = name[: name.rindex("@")]
     return name
-
-
-class _Some(LazyTensors):
-    """Some of the tensors."""
-
-    def __init__(self, whole: Tensors, names: Iterable[str]) -> None:
-        super().__init__({name: headers(whole)[name] for name in names})
-        self._whole = whole
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        return chunks(self._whole, name)
 
 
 def contents_of(superposition: State) -> dict[str, Tensors]:

@@ -3,9 +3,10 @@
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from randes.checkpoints import sources
@@ -17,7 +18,7 @@ from randes.checkpoints.remote.locations import Location, Remote, location
 from randes.checkpoints.safetensors import write_file
 from randes.errors import StoreError
 from randes.superposition.state import State
-from randes.superposition.store.contents import bytes_of, files_of, group_file
+from randes.superposition.store.contents import StoreFile, bytes_of, files_of, group_file
 from randes.superposition.store.files import OURS, Stored, by_stem, open_tensors, state_of, stored_now
 from randes.superposition.store.manifest import MANIFEST, manifest_of, model_files_in, read_manifest, text_of
 
@@ -38,6 +39,17 @@ def save(
     limit = superposition.shard_size if shard_size is None else bytes_of(shard_size)
     superposition.check_base()
     files = files_of(superposition, limit)
+    write(superposition, folder, files, limit, progress=progress)
+
+
+def write(
+    superposition: State, folder: Location, files: Mapping[str, StoreFile], limit: int, *,
+    there: Mapping[Location, tuple[int, int] | None] = MappingProxyType({}), progress: Progress = silent,
+) -> None:  # fmt: skip
+    """Write a store of these ``files``, as ``save`` does. there: those that are written already, as they were then.
+
+    Raises ``StoreError`` where one of those is another by now.
+    """
     manifest = manifest_of(superposition, files, limit)
     check_destination(superposition, folder, manifest)
     make_folder(folder)
@@ -47,8 +59,12 @@ def save(
         changed = {
             name: file.tensors
             for name, file in files.items()
-            if (state := state_of(folder / name)) is None or known.get(folder / name) != state
+            if folder / name not in there
+            and ((state := state_of(folder / name)) is None or known.get(folder / name) != state)
         }
+        touched = [name for name in files if folder / name in there and state_of(folder / name) != there[folder / name]]
+        for found in open_tensors(folder, touched, manifest).values():
+            found.check()
         beside = model_files_in(superposition, manifest["files"])
         new = [folder / name for name in (*changed, *beside) if state_of(folder / name) is None]
         step = progress("writing", sum(map(size, changed.values())))
