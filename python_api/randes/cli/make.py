@@ -1,7 +1,7 @@
-"""Commands that make a store, and the one that tells beforehand what it will take."""
+"""Commands that make a store."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,29 +11,22 @@ from randes import fusionbench
 from randes.checkpoints.remote.locations import location
 from randes.cli.terminal import (
     Json,
-    Rank,
     ShardSize,
-    console,
     errors,
     named,
     note,
     packed,
-    print_json,
     print_sizes,
     progress,
     rank_of,
     say,
-    sized,
-    table,
 )
 from randes.cluster import compress as by_cluster
 from randes.cluster import on_ray
 from randes.config import Config
 from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
-from randes.inspect.plan import plan as plan_of
 from randes.serving.servable import compress as make
-from randes.superposition.basis.shared_basis import MOST
 from randes.superposition.lora_factors import superpose_adapters as make_of_adapters
 from randes.superposition.store.contents import bytes_of
 from randes.superposition.store.manifest import MANIFEST
@@ -258,46 +251,3 @@ def superpose_adapters(
         superposition = make_of_adapters(base, named(adapter), config, progress=begin)
         superposition.save(out, **files, progress=begin)
     print_sizes(superposition, as_json, store=str(out))
-
-
-def plan(
-    base: Annotated[str, typer.Option(help="The base model's checkpoint; its shapes are read, not its values.")],
-    models: Annotated[int, typer.Option(help="How many fine-tunes there will be.")],
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="What servers have, in 10⁹ bytes.")] = None,
-    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
-    others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
-    centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
-    rank: Rank = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Show what a store will take and cost at each number of bits, before anything is compressed."""
-    with errors():
-        if memory is not None and not memory > 0:
-            raise ValueError(f"--memory must be above 0, got {memory}")
-        config = Config(group_size=group_size, others=others, centre=centre, rank=rank_of(rank))  # type: ignore[arg-type]
-        rows = plan_of(base, models, config)
-    if as_json:
-        print_json([asdict(row) for row in rows])
-        return
-    shown = table(
-        "bits", "store", "in models", "in memory", "decode, one group", "decode, all groups", "interference", "fits"
-    )
-    for row in rows:
-        fits = "" if memory is None else "yes" if row.serving <= memory * 1e9 else "no"
-        costs = f"{row.decode:.2f}x", f"{row.decode_all:.2f}x", f"{row.interference:.2f}"
-        store = sized(row.store), f"{row.times:.2f}x"
-        shown.add_row(str(row.bits), *store, sized(row.serving), *costs, fits)
-    console.print(shown)
-    console.print(
-        f"As separate models {sized(rows[0].separate)}. Of store and memory at most"
-        f" {sized(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
-    )
-    if config.rank == "auto":
-        console.print(
-            f"rank auto: the models decide how many directions each matrix keeps, {MOST} at most; this counts all of"
-            " those. With --rank 0 there are none."
-        )
-    console.print(
-        "decode: weight bytes that a step reads, in units of one plain model's. interference: noise in a retrieved"
-        " delta's weights, in units of the delta; it is not the accuracy: evaluate the models for that."
-    )

@@ -9,5 +9,6 @@ The store is that of ``randes.compress`` and ``save(out, shard_size=...)``, to t
 
 from randes.cluster.compress import Runner, compress, in_this_process
 from randes.cluster.on_ray import on_ray
+from randes.cluster.plan import Rates, Run, measured, plan_run
 
-__all__ = ["Runner", "compress", "in_this_process", "on_ray"]
+__all__ = ["Rates", "Run", "Runner", "compress", "in_this_process", "measured", "on_ray", "plan_run"]
