@@ -85,3 +85,15 @@ def test_an_address_is_a_path_in_what_is_used_of_one() -> None:
         one.unlink()
     with pytest.raises(FileNotFoundError):
         one.read_bytes()
+
+
+def test_a_full_disk_for_what_is_fetched_is_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    randes.Superposition.create(net()).save(f"{address}/store")
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    sup = randes.Superposition.load(f"{address}/store", check=False)
+    monkeypatch.setattr("randes.checkpoints.remote.tensors.os.write", full)
+    with pytest.raises(OSError, match="what is fetched could not be held: No space left on device"):
+        sup.retrieve("__base__")

@@ -150,9 +150,9 @@ def measured(
     cores: that are at work at once while one's rate is measured: cores of a machine share its memory.
     Raises ``ValueError`` where there is no file to measure, and what reading and writing raise.
     """
-    known = dict(known or {})
+    known, config = dict(known or {}), (config or Config()).resolved(together=True)
     ways: dict[str, Callable[[], float]] = {
-        "core": lambda: _core(config or Config(), cores), "read": lambda: _reading(base), "write": _writing,
+        "core": lambda: _core(config, cores), "read": lambda: _reading(base), "write": _writing,
     }  # fmt: skip
     return Rates(**{name: known[name] if name in known else way() for name, way in ways.items()},
                  storage=known.get("storage", 0.0))  # fmt: skip

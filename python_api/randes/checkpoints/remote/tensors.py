@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from hashlib import blake2b
 from itertools import count
-from tempfile import mkstemp
+from tempfile import gettempdir, mkstemp
 from threading import Lock
 from weakref import finalize
 
@@ -39,8 +39,11 @@ class Spool:
     def write(self, data: bytes) -> None:
         """Add to its end."""
         memory = memoryview(data)
-        while len(memory):
-            memory = memory[os.write(self.handle, memory) :]
+        try:
+            while len(memory):
+                memory = memory[os.write(self.handle, memory) :]
+        except OSError as error:
+            raise OSError(error.errno, f"what is fetched could not be held: {error.strerror}", gettempdir()) from error
 
 
 class Fetched:
