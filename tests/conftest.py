@@ -40,13 +40,14 @@ def runs_kernels(module: object) -> bool:
 
 
 def count_few(items: list[pytest.Item]) -> None:
-    """Of the cases of a test that may run kernels only the first is counted with ``--cov``: counting makes Triton's
-    interpreter half as fast, and the other cases take other branches of kernels alone, which are not counted."""
+    """Of the cases of a test that may run kernels only the first is counted with ``--cov``, and none of hypothesis':
+    counting makes Triton's interpreter half as fast, and the other cases take other branches of kernels alone, which
+    are not counted."""
     kernels = {module: runs_kernels(module) for module in {i.module for i in items if isinstance(i, pytest.Function)}}
     before = set()
     for item in items:
         if isinstance(item, pytest.Function) and kernels[item.module]:
-            if item.function in before:
+            if item.function in before or getattr(item.function, "is_hypothesis_test", False):
                 item.add_marker("no_cover")
             before.add(item.function)
 

@@ -276,6 +276,23 @@ def test_a_retrieved_model_opens_as_one(tmp_path: Path) -> None:
     assert [file.name for file in one.parent.iterdir()] == ["m.safetensors"]
 
 
+@pytest.mark.parametrize("labels", [None, 3])
+def test_a_retrieved_head_for_other_classes_opens_as_a_model(tmp_path: Path, labels: int | None) -> None:
+    """labels: of the base; Transformers leaves two of them out of a file."""
+    hf = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 64, "max_position_embeddings": 16}  # fmt: skip
+    given = {} if labels is None else {"num_labels": labels}
+    hf.BertForSequenceClassification(hf.BertConfig(**sizes, **given)).save_pretrained(tmp_path / "base")
+    tuned = finetune(hf.BertForSequenceClassification(hf.BertConfig(**sizes, num_labels=7)), 1)
+    tuned.save_pretrained(tmp_path / "ft")
+    run("compress", "--base", tmp_path / "base", "--model", f"m={tmp_path / 'ft'}", "--out", tmp_path / "store")
+    run("retrieve", tmp_path / "store", "m", "--out", tmp_path / "out")
+    model = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.classifier.weight, tuned.classifier.weight)
+    assert (model.num_labels, model.config.vocab_size) == (7, 50)
+
+
 PROGRAM = "import sys; sys.argv[0] = 'randes'; {before}; from randes.cli import app; app()"
 
 

@@ -1,6 +1,7 @@
 """From what a user calls a checkpoint to its files: folders as they are published, other formats, names of the hub."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,37 @@ def test_the_command_line_takes_names_of_the_hub(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", command, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert randes.Superposition.load(tmp_path / "store").names == ["a"]
+
+
+READ_ALL = """
+import resource, signal, sys
+from randes import CheckpointError
+from randes.checkpoints import sources
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+signal.alarm(60)
+for folder in sys.argv[1:]:
+    try:
+        print(*sources.read(folder))
+    except CheckpointError as error:
+        print("refused")
+"""
+
+
+def test_what_lies_in_the_place_of_a_folders_text_is_not_read(tmp_path: Path) -> None:
+    """In a process that ends where it waits or takes all memory."""
+    folders = []
+    for name in ("config.json", "quantize_config.json", "manifest.json", "model.safetensors.index.json"):
+        for how in ("pipe", "without end", "a terabyte"):
+            folders.append(folder := tmp_path / f"{how} as {name}")
+            folder.mkdir()
+            save_file({"weight": torch.zeros(40, 40)}, folder / "model.safetensors")
+            if how == "pipe":
+                os.mkfifo(folder / name)
+            elif how == "without end":
+                (folder / name).symlink_to("/dev/zero")
+            else:
+                with (folder / name).open("wb") as opened:
+                    opened.truncate(1 << 40)
+    run = subprocess.run([sys.executable, "-c", READ_ALL, *folders], capture_output=True, text=True)
+    # What is only perhaps a store, or in few bits, is passed over where weights are there.
+    assert run.stdout.split() == ["weight"] * 9 + ["refused"] * 3, run.stderr

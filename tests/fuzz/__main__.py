@@ -24,6 +24,8 @@ from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 from mutations import damage  # noqa: E402
 from operations import Store  # noqa: E402
 from readers import beside_a_writer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress  # noqa: E402
 from rows import NAMES, keep, read, table  # noqa: E402
 from soak import soak  # noqa: E402
 
@@ -35,6 +37,22 @@ def operations(examples: int) -> Found:
     how = settings(max_examples=examples, stateful_step_count=20, deadline=None, database=None)
     run_state_machine_as_test(Store, settings=how)
     return Counter({"sequences": examples}), []
+
+
+def damages(at: Path, first: int, count: int) -> Found:
+    """Damages of the seeds ``first`` and on; what must not be is shown as it comes."""
+    corpus, done, wrong = Corpus.made(at), Counter[str](), list[str]()
+    with Progress(console=Console(stderr=True)) as bars:
+        task = bars.add_task("damages", total=count)
+        for start in range(first, first + count, 500):
+            some = min(500, first + count - start)
+            ends, found = damage(corpus, start, some)
+            done += ends
+            wrong += found
+            for line in found:
+                bars.console.print(line, markup=False)
+            bars.advance(task, some)
+    return done, wrong
 
 
 def part(what: str, command: str, run: Callable[[], Found], out: Path | None) -> int:
@@ -69,7 +87,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
         runs: dict[str, Callable[[], Found]] = {
-            "mutations": lambda: damage(Corpus.made(at / "corpus"), given.first, given.mutations),
+            "mutations": lambda: damages(at / "corpus", given.first, given.mutations),
             "every": lambda: injected(at / "failures", given.every),
             "loads": lambda: beside_a_writer(at / "store", given.loads),
             "operations": lambda: operations(given.operations),

@@ -37,6 +37,8 @@ from randes.superposition.store.manifest import MANIFEST, _checksum, text_of
 
 SLOW = 5.0
 """Seconds after which a use counts as hanging."""
+MUCH = 512 << 20
+"""Bytes of memory that a use of a few kilobytes must not take."""
 
 
 # ---------------------------------------------------------------- what is damaged
@@ -263,11 +265,18 @@ def soon() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _peak() -> int:
+    """The most memory that this process has had, in bytes (proc(5), VmHWM)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
 def damage(corpus: Corpus, first: int, count: int) -> tuple[Counter[str], list[str]]:
     """Damages of the seeds ``first`` and on. How many there were of each kind and end, and what must not be."""
     kinds, weights = [*KINDS], [weight for _, weight in KINDS.values()]
     ends: Counter[str] = Counter()
     wrong = []
+    highest = _peak()
     for seed in range(first, first + count):
         chance = Random(seed)
         kind = chance.choices(kinds, weights)[0]
@@ -291,6 +300,12 @@ def damage(corpus: Corpus, first: int, count: int) -> tuple[Counter[str], list[s
         if time.monotonic() - began > SLOW and end != "HUNG":
             end = "HUNG"
             wrong.append(f"seed {seed}, {kind}: {time.monotonic() - began:.1f} s")
+        if (peak := _peak()) > highest + MUCH:
+            end = "LARGE"
+            wrong.append(f"seed {seed}, {kind}: {(peak - highest) >> 20} MiB of memory")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is what is used now
+            peak = _peak()
+        highest = max(highest, peak)
         ends[f"{kind}: {end}"] += 1
     os.makedirs(corpus.scratch, exist_ok=True)
     return ends, wrong

@@ -103,7 +103,7 @@ def test_permuted_layers_equal_the_specification(layer: tuple[LinearCase, bool])
 SMALL = Tile(16, 32, 32, warps=4, stages=2)
 
 
-@settings(interpreted, max_examples=60)
+@settings(interpreted, max_examples=30)
 @given(layers(UNPERMUTED, 40, 90), st.booleans(), st.booleans())
 def test_the_weight_side_equals_the_specification(
     layer: tuple[LinearCase, bool], grouped: bool, described: bool

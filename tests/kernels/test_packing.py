@@ -223,7 +223,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
 
 
 @settings(
-    derandomize=True, deadline=None, max_examples=40, phases=[Phase.explicit, Phase.generate],
+    derandomize=True, deadline=None, max_examples=25, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 @given(st.data())

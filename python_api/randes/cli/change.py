@@ -25,6 +25,7 @@ from randes.cli.terminal import (
     say,
 )
 from randes.superposition.lora_factors import merge_adapter as merged
+from randes.superposition.members import BASE_NAME
 from randes.superposition.store.contents import bytes_of
 from randes.superposition.store.write import alone, check_new
 from randes.superposition.superposition import Superposition
@@ -112,9 +113,9 @@ def retrieve(
     with errors(), progress(name) as begin:
         superposition = Superposition.load(store, check=False)
         tensors = superposition.retrieved(name, as_files=True, progress=begin)
-        file = write_checkpoint(
-            location(out), tensors, superposition.model_files, step=begin("retrieving", size(tensors))
-        )
+        base = superposition.retrieved(BASE_NAME, as_files=True) if superposition.has_base else None
+        beside, step = superposition.model_files, begin("retrieving", size(tensors))
+        file = write_checkpoint(location(out), tensors, beside, base=base, step=step)
     _print_written(file, name, len(tensors), as_json)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import CONFIG, METHOD
 from randes.checkpoints.remote.locations import Location
 from randes.checkpoints.schema import parsed
@@ -101,7 +102,7 @@ def _gguf(path: Location, folder: Location, name: str) -> str:
 
 def _is_store(folder: Location) -> bool:
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(read_whole(folder / "manifest.json"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == METHOD
@@ -111,8 +112,8 @@ def _method(folder: Location) -> str | None:
     """The method that a folder's configuration names for its weights in few bits."""
     for file, keys in ((CONFIG, ("quantization_config", "compression_config")), ("quantize_config.json", ("",))):
         try:
-            values = parsed((folder / file).read_bytes(), file)
-        except (OSError, ValueError):
+            values = parsed(read_whole(folder / file), file)
+        except (OSError, ValueError):  # it is refused, or missed, where it is needed
             continue
         for key in keys:
             found = values if key == "" else values.get(key) if isinstance(values, dict) else None

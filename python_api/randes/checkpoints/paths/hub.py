@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from randes.checkpoints.files import read_whole
 from randes.checkpoints.paths.folder import INDEX
 from randes.checkpoints.remote.locations import is_remote, location
 from randes.errors import CheckpointError
@@ -64,7 +65,7 @@ def local(source: Any) -> Any:
 def _is_whole(folder: Path) -> bool:
     """Whether all weights are there: a cache may hold a configuration alone, or some of the shards."""
     for index in folder.glob(f"*{INDEX}"):
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
+        named = set(json.loads(read_whole(index))["weight_map"].values())
         if not all((folder / name).is_file() for name in named):
             return False
     return any(folder.glob("*.safetensors"))
