@@ -13,11 +13,14 @@ from typer.testing import CliRunner
 
 import randes
 from randes import cluster
+from randes.checkpoints.lazy_tensors import size as size_of
 from randes.checkpoints.lora import ADAPTER_CONFIG, WEIGHTS
 from randes.checkpoints.safetensors import write_file
 from randes.cli import app
 from randes.cluster.parts import Job, Part, made
+from randes.config import LARGE_TABLE
 from randes.errors import CheckpointError, RandesError, StoreError
+from randes.superposition.store.contents import files_of
 
 SIZE = 8000
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -215,3 +218,33 @@ def test_without_ray_the_error_says_what_to_install(
     for more in (["--budget", "2x"], ["--shard-size", "0"]):
         assert CliRunner().invoke(app, [*command, "--ray", "local", *more]).exit_code == 2
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+def test_each_models_own_delta_of_a_table_is_written_before_the_next_ones_is_made(
+    tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is the only one of its part: many of them would fill the memory."""
+    base = net()
+    for number in range(tables):
+        setattr(base, f"embed_{number}", torch.nn.Embedding(LARGE_TABLE // 32 + 1, 32))
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("base", "m0", "m1", "m2")}
+    for number, path in enumerate(paths.values()):
+        write_file(Path(path), (finetune(base, number) if number else base).state_dict())
+    held: list[int] = []
+
+    def seen(sup: randes.Superposition, size: int) -> Any:
+        own = [deltas for group, deltas in sup.deltas.items() if isinstance(group, str)]
+        held.extend(size_of(getattr(deltas, "held", deltas)) for deltas in own)
+        return files_of(sup, size)
+
+    monkeypatch.setattr("randes.cluster.parts.files_of", seen)
+    models = {name: path for name, path in paths.items() if name != "base"}
+    for size, out in ((SIZE, "small"), (10_000_000, "one part")):
+        held.clear()
+        cluster.compress(paths["base"], models, out=tmp_path / out, shard_size=size, run=backwards)
+        alone = tables == 1 or size == SIZE
+        assert len(held) == 2 * 3 * (tables if size == SIZE else 1)
+        assert (sum(held) == 0) is alone
+        assert content(tmp_path / out) == at_once(paths["base"], models, tmp_path / f"{out} at once", size)
+    assert [name for name in content(tmp_path / "small") if name.startswith("unshared-")]

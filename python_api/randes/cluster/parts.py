@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 
 from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.layout import Layout
-from randes.checkpoints.lazy_tensors import Some, headers
+from randes.checkpoints.lazy_tensors import LazyTensors, Some, digests, headers
 from randes.checkpoints.matrices import Matrices, matrices_of
 from randes.checkpoints.names.conversion import renamed
+from randes.checkpoints.on_disk import open_file
 from randes.checkpoints.remote.locations import location
-from randes.checkpoints.safetensors import write_file
-from randes.checkpoints.sources import Tensors
+from randes.checkpoints.safetensors import file_size, write_file
+from randes.checkpoints.sources import Tensors, combined_digest
 from randes.config import Config
 from randes.superposition.compress import read_all, together
-from randes.superposition.store.contents import files_of, parts_of, plain_name
-from randes.superposition.store.files import state_of
+from randes.superposition.state import State
+from randes.superposition.store.contents import files_of, group_file, parts_of, plain_name
+from randes.superposition.store.files import altered, state_of
 from randes.superposition.store.manifest import record_of
 from randes.superposition.superposition import Superposition
 
@@ -110,9 +112,22 @@ def made(job: Job, number: int) -> Part:
         name: Some(held, [own for own in headers(held) if plain_name(own) in names])
         for name, held in plan.models.items()
     }
-    whole = together(first, models, plan.config, alpha=job.alpha)
-    out, written = location(job.out), {}
+    out, written = location(job.out), dict[str, Written]()
+
+    def put_away(sup: State, name: str, tensor: str) -> LazyTensors:
+        """Write a model's own delta of a table, which is a file, before the next model's is made."""
+        held = {tensor: sup.deltas[name][tensor]}
+        known = digests(held)
+        file = f"{group_file(sup, name)}-{combined_digest(known)}.safetensors"
+        write_file(out / file, held)
+        written[file] = Written(known, file_size(held), state_of(out / file))
+        return open_file(out / file, links=False).held_to(known, altered)
+
+    alone = len(first.unshared) == 1
+    whole = together(first, models, plan.config, alpha=job.alpha, put_away=put_away if alone else None)
     for name, file in files_of(whole, job.shard_size).items():
+        if name in written:
+            continue
         write_file(out / name, file.tensors)
         written[name] = Written(file.digests, file.nbytes, state_of(out / name))
     records = {name: record_of(member) for name, member in whole.members.items()}

@@ -33,7 +33,7 @@ from randes.checkpoints.tensor_views import source_of
 from randes.cluster.compress import compress
 from randes.config import Config
 from randes.errors import RandesError
-from randes.inspect.plan import store_bytes
+from randes.inspect.plan import INTEGERS, store_bytes
 from randes.inspect.shapes import Shaped, with_shapes
 from randes.superposition.basis.shared_basis import PASSES
 from randes.superposition.store.contents import bytes_of, parts_of
@@ -114,12 +114,15 @@ def plan_run(
     for name, value in headers(found.tensors).items():
         parts[numbers[name]][name] = value
     passes, checkpoints = config.centre + (PASSES if config.rank else 0), models + 1
-    loads, reads, writes = [], [], []
+    loads, reads, writes, held = [], [], [], []
     for tensors in parts:
         shared = sum(value.nbytes for name, value in tensors.items() if name in shared_names)
         loads.append(checkpoints * size(tensors))
         reads.append(size(tensors) + checkpoints * (size(tensors) + passes * shared))
         writes.append(store_bytes(tensors, {*found.superposed}, models, config))
+        tables = [value for name, value in tensors.items() if name in sup.unshared]
+        # One table is written model by model.
+        held.append(writes[-1] - (models - 1) * INTEGERS * tables[0].numel() if len(tables) == 1 else writes[-1])
     rows = []
     for count in workers:
         from_storage = min(rates.read, rates.storage / min(count, len(parts)) if rates.storage else rates.read)
@@ -127,7 +130,7 @@ def plan_run(
             max(loaded / rates.core, read / from_storage) + written / rates.write
             for loaded, read, written in zip(loads, reads, writes, strict=True)
         ]
-        rows.append(Run(count, len(parts), _last(seconds, count), sum(reads), sum(writes), max(writes)))
+        rows.append(Run(count, len(parts), _last(seconds, count), sum(reads), sum(writes), max(held)))
     return rows
 
 

@@ -105,9 +105,10 @@ def read_all(sup: State, models: Mapping[str, Checkpoint], config: Config) -> tu
 def together(
     superposition: Superposition, sources: Mapping[str, Tensors], config: Config, *, alpha: float = 1.0,
     calibration: Mapping[str, Tensor] | None = None, progress: Progress = silent,
+    put_away: update.PutAway | None = None,
 ) -> Superposition:  # fmt: skip
     """The models' superposition. superposition: an empty one over their base, or over some tensors of it, which are
-    then those that ``sources`` has of each. config: of all of it."""
+    then those that ``sources`` has of each. config: of all of it. put_away: as for ``add_models``."""
     rank = config.rank or 0
     original, superposed = superposition.base, superposition.superposed
     shared = tuple(name for name in superposed if name not in superposition.unshared)
@@ -138,7 +139,7 @@ def together(
     for number, (name, tensors) in enumerate(sources.items()):
         joining.append(NewModel(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
     step = progress("superposing", size(original) * len(joining))
-    update.add_models(superposition, joining, step)
+    update.add_models(superposition, joining, step, put_away)
     return superposition
 
 

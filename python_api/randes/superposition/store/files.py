@@ -53,7 +53,7 @@ def open_tensors(folder: Location, names: Iterable[str], manifest: dict[str, Any
         where = {name: place for file in several for name, place in opened[file].where.items()}
         known = {name: digest for file in several for name, digest in manifest["files"][file].items()}
         ordered = in_order({name: file.headers[own] for name, (file, own) in where.items()})
-        found[stem] = StoredTensors({name: where[name] for name in ordered}, known, _altered)
+        found[stem] = StoredTensors({name: where[name] for name in ordered}, known, altered)
     return found
 
 
@@ -78,7 +78,7 @@ def by_stem(files: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def _altered(path: Location, tensor: str) -> StoreError:
+def altered(path: Location, tensor: str) -> StoreError:
     return StoreError(f"{path} was altered: the checksum of {tensor} does not match the manifest")
 
 
