@@ -279,6 +279,14 @@ def test_what_was_found_right_stays_so_or_is_refused(store: str) -> None:
         sup.retrieve("m0")
 
 
+def test_what_was_removed_before_it_was_fetched_is_refused(store: str) -> None:
+    sup = randes.Superposition.load(store, check=False)
+    for one in at(store).iterdir():
+        one.unlink()
+    with pytest.raises(StoreError, match="was altered"):
+        sup.retrieve("m0")
+
+
 def test_what_there_is_no_room_for_is_fetched_again(
     store: str, reads: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from models import net
 from remote_cases import *  # noqa: F403
 
 import randes
+from randes.checkpoints.on_disk import open_file
 from randes.checkpoints.remote.locations import Remote, is_remote, location
+from randes.checkpoints.safetensors import write_file
 from randes.errors import CheckpointError
 
 _NUMBERS = count()
@@ -97,3 +100,19 @@ def test_a_full_disk_for_what_is_fetched_is_said(address: str, monkeypatch: pyte
     monkeypatch.setattr("randes.checkpoints.remote.tensors.os.write", full)
     with pytest.raises(OSError, match="what is fetched could not be held: No space left on device"):
         sup.retrieve("__base__")
+
+
+def test_what_is_held_and_cannot_be_read_again_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    randes.Superposition.create(net()).save(f"{address}/store")
+    sup = randes.Superposition.load(f"{address}/store")
+    monkeypatch.setattr("randes.checkpoints.remote.tensors.os.preadv", lambda *_: 0)
+    with pytest.raises(randes.StoreError, match="was altered"):
+        sup.retrieve("__base__")
+
+
+def test_an_empty_tensor_is_nothing_to_fetch(address: str) -> None:
+    place = location(f"{address}/empty.safetensors")
+    write_file(place, {"empty": torch.empty(0, 4), "scalar": torch.tensor(3.0)})
+    found = open_file(place)
+    assert found["empty"].shape == (0, 4)
+    assert found["scalar"] == 3

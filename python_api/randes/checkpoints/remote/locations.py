@@ -134,9 +134,8 @@ class Remote(os.PathLike[str]):
         with self._said("listed"):
             self._system.invalidate_cache(self._path)
             found = self._system.ls(self._path, detail=False)
-        for name in sorted({str(path).rstrip("/").rpartition("/")[2] for path in found}):
-            if name and self / name != self:
-                yield self / name
+        inside = {str(path).strip("/") for path in found} - {self._path.strip("/")}  # a folder may list itself
+        yield from (self / path.rpartition("/")[2] for path in sorted(inside))
 
     def glob(self, pattern: str) -> Iterator["Remote"]:
         """What in it has such a name."""
