@@ -138,6 +138,9 @@ def test_the_command_line_plans_a_run(base: str) -> None:
     assert found["runs"][0]["cost"] == round(one.core_seconds, 2)
     for wrong in (["--price", "-1"], ["--core", "0"], ["--workers", "0"]):
         assert CliRunner().invoke(app, [*command, *rates, *wrong]).exit_code == 2
+    alone = CliRunner().invoke(app, ["plan", "--base", base, "--models", "4", "--price", "1"])
+    assert alone.exit_code == 2
+    assert "--price goes with --workers" in alone.output
 
 
 def test_times_are_shown_in_words() -> None:

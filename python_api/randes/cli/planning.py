@@ -50,8 +50,10 @@ def plan(
         if memory is not None and not memory > 0:
             raise ValueError(f"--memory must be above 0, got {memory}")
         config = Config(group_size=group_size, others=others, centre=centre, rank=rank_of(rank))  # type: ignore[arg-type]
+        given = {"core": core, "read": read, "write": write, "storage": storage}
+        if not workers and (alone := [name for name, value in {**given, "price": price}.items() if value is not None]):
+            raise ValueError(f"--{alone[0]} goes with --workers, which says how many cores are to make the store")
         if workers:
-            given = {"core": core, "read": read, "write": write, "storage": storage}
             known = {name: MEGABYTE * value for name, value in given.items() if value is not None}
             if price is not None and not price >= 0:
                 raise ValueError(f"--price must be at least 0, got {price}")
