@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor
 
-from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Transform
+from randes_kernels.format import SIGNS_PER_BLOCK, Matrix, Transform, segments_before
 from randes_kernels.lowrank import Basis
 from randes_kernels.packing import BITS, Packed
 
 DENSE = int(Matrix.DENSE)  # the last of them; the compiler of torch 2.11 does not trace enumerations
+DIAGONAL = int(Matrix.DIAGONAL)
+MOST_INDICES = 1 << 30
+"""Rows or columns before a shard: kernels count in 32 bits."""
 
 
 def check_transform(k: int, transform: Transform) -> None:
@@ -22,6 +25,18 @@ def check_transform(k: int, transform: Transform) -> None:
         raise ValueError(f"transform must have a matrix of 0 to {DENSE}, got {transform.matrix}")
     if transform.matrix and (transform.column_signs or transform.granule):
         raise ValueError(f"transform must have no column signs and no permutation beside a matrix, got {transform}")
+    if transform.first_row or transform.first_column:
+        check_origin(k, transform)
+
+
+def check_origin(k: int, transform: Transform) -> None:
+    """Raise ``ValueError`` for a shard's origin that a transform of k columns cannot have."""
+    origin = transform.first_row, transform.first_column
+    if not all(0 <= first < MOST_INDICES for first in origin):
+        raise ValueError(f"transform must have an origin of rows and columns from 0 to 2^30, got {origin}")
+    if transform.first_column and transform.matrix and transform.matrix != DIAGONAL:
+        raise ValueError(f"transform must not begin at a later column with a matrix that mixes them, got {transform}")
+    segments_before(transform, k)
 
 
 def check_inverses(inverses: Tensor | None, transform: Transform, keys: Tensor, weight: Tensor) -> None:

@@ -103,8 +103,10 @@ def _weight_side(
     flip_in, flip_out = transform.column_signs, transform.row_signs
     if transposed:
         in_stream, out_stream, flip_in, flip_out = out_stream, in_stream, flip_out, flip_in
-    in_signs = _signs(key, tensor, in_stream, k).to(x.dtype) if flip_in else None
-    out_signs = _signs(key, tensor, out_stream, n) if flip_out else torch.ones(n, dtype=torch.int8, device="cpu")
+    in_signs = _signs(key, tensor, in_stream, k, _first(transform, in_stream)).to(x.dtype) if flip_in else None
+    out_signs = torch.ones(n, dtype=torch.int8, device="cpu")
+    if flip_out:
+        out_signs = _signs(key, tensor, out_stream, n, _first(transform, out_stream))
     out_signs = out_signs.to(torch.float32 if x.dtype == torch.float16 else x.dtype)
     order = _column_permutation(key, tensor, n if transposed else k, transform) if transform.granule else None
     height = max(32, cpu_delta.SLICE_BYTES // (k * x.itemsize))
@@ -194,7 +196,8 @@ class _Turn(NamedTuple):
     def mixed(self, rows: Tensor, *, back: bool) -> Tensor:
         """Rows (B, R, K) as ``mixing`` turns them."""
         if self.inverses is None:
-            return mixing.turned_rows(rows, self.keys, self.tensor, self.transform.matrix, back=back)
+            first = self.transform.first_column
+            return mixing.turned_rows(rows, self.keys, self.tensor, self.transform.matrix, back=back, first=first)
         inverses, numbers = self.inverses
         return mixing.dense_rows(rows.flatten(0, 1), numbers, inverses, back=back).view(rows.shape)
 
@@ -203,7 +206,7 @@ class _Turn(NamedTuple):
         flips = self.transform.row_signs if self.transposed else self.transform.column_signs
         if flips:
             stream = Stream.ROW_SIGNS if self.transposed else Stream.COLUMN_SIGNS
-            rows = rows * _sign_table(self.keys, self.tensor, stream, rows.shape[2], self.dtype)
+            rows = rows * self.signs(stream, rows.shape[2], self.dtype)
         if self.transform.matrix != Matrix.SIGNS and not self.transposed:
             return self.mixed(rows, back=False)
         if self.transform.granule and not self.transposed:
@@ -218,7 +221,12 @@ class _Turn(NamedTuple):
         if not flips:
             return order, torch.tensor(gains, dtype=exact, device="cpu")[:, None, None]
         stream = Stream.COLUMN_SIGNS if self.transposed else Stream.ROW_SIGNS
-        return order, _sign_table(self.keys, self.tensor, stream, width, exact, gains)
+        return order, self.signs(stream, width, exact, gains)
+
+    def signs(self, stream: Stream, width: int, dtype: torch.dtype, gains: tuple[float, ...] = ()) -> Tensor:
+        """(B, 1, width), times ``gains``. A small batch's are kept: it comes again at each token."""
+        make = _kept_table if len(self.keys) * width <= KEPT_ELEMENTS else _kept_table.__wrapped__
+        return make(self.keys, self.tensor, stream, width, _first(self.transform, stream), dtype, gains)
 
     def order(self, width: int, *, inverse: bool) -> Tensor:
         """Of the columns, (B, 1, width)."""
@@ -226,17 +234,15 @@ class _Turn(NamedTuple):
         return torch.stack(order)[:, None]
 
 
-def _sign_table(
-    keys: tuple[int, ...], tensor: int, stream: Stream, width: int, dtype: torch.dtype, gains: tuple[float, ...] = ()
-) -> Tensor:
-    """Signs (B, 1, width) of B models, times their gains. A small batch's are kept: it comes again at each token."""
-    make = _kept_table if len(keys) * width <= KEPT_ELEMENTS else _kept_table.__wrapped__
-    return make(keys, tensor, stream, width, dtype, gains)
+def _first(transform: Transform, stream: Stream) -> int:
+    """Where a shard's signs begin in their stream."""
+    return transform.first_row if stream == Stream.ROW_SIGNS else transform.first_column
 
 
 @lru_cache(maxsize=512)
 def _kept_table(
-    keys: tuple[int, ...], tensor: int, stream: Stream, width: int, dtype: torch.dtype, gains: tuple[float, ...]
-) -> Tensor:
-    table = torch.stack([_signs(key, tensor, stream, width) for key in keys])[:, None].to(dtype)
+    keys: tuple[int, ...], tensor: int, stream: Stream, width: int, first: int, dtype: torch.dtype,
+    gains: tuple[float, ...],
+) -> Tensor:  # fmt: skip
+    table = torch.stack([_signs(key, tensor, stream, width, first) for key in keys])[:, None].to(dtype)
     return table * torch.tensor(gains, dtype=dtype, device="cpu")[:, None, None] if gains else table

@@ -66,6 +66,8 @@ class Transform(NamedTuple):
     tensor-parallel shard can regenerate its own part.
     ``matrix``: a ``Matrix``'s number, which torch.compile traces where older ones trace no enumeration; with any but
     signs there are no column signs and no permutation.
+    ``first_row``, ``first_column``: the origin of a shard, where what is turned is a rectangle of a larger matrix: its
+    first row and column there, any numbers. ``segments`` are those of its own columns then; ``shard_of`` makes both.
     """
 
     row_signs: bool = True
@@ -73,6 +75,8 @@ class Transform(NamedTuple):
     granule: int = 0
     segments: int = 1
     matrix: int = 0
+    first_row: int = 0
+    first_column: int = 0
 
 
 def model_key(seed: int, name: str) -> int:
@@ -120,25 +124,26 @@ def philox(counter: tuple[Tensor, int, int, int], key: tuple[int, int]) -> Tenso
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def random_words(key: int, tensor: int, stream: Stream, count: int) -> Tensor:
-    """The first ``count`` 32-bit words of a stream, as ``(count,)`` int64: four words a block."""
-    blocks = torch.arange(-(-count // 4), dtype=torch.int64, device="cpu")
-    return philox((blocks, int(stream), *words(tensor)), words(key)).flatten()[:count]
+def random_words(key: int, tensor: int, stream: Stream, count: int, first: int = 0) -> Tensor:
+    """``count`` 32-bit words of a stream from the ``first`` on, as ``(count,)`` int64: four words a block."""
+    blocks = torch.arange(first // 4, -(-(first + count) // 4), dtype=torch.int64, device="cpu")
+    return philox((blocks, int(stream), *words(tensor)), words(key)).flatten()[first % 4 : first % 4 + count]
 
 
-def sign_bits(key: int, tensor: int, stream: Stream, count: int) -> Tensor:
-    """The first ``count`` sign bits of a stream, as ``(count,)`` bool; True means −1.
+def sign_bits(key: int, tensor: int, stream: Stream, count: int, first: int = 0) -> Tensor:
+    """``count`` sign bits of a stream from the ``first`` on, as ``(count,)`` bool; True means −1.
 
     Element i is bit ``i % 32`` of word ``(i // 32) % 4`` of block ``i // 128``.
     """
-    stream_words = random_words(key, tensor, stream, -(-count // 32))
+    word = first // 32
+    stream_words = random_words(key, tensor, stream, -(-(first + count) // 32) - word, word)
     bits = (stream_words[:, None] >> torch.arange(32, device="cpu")) & 1
-    return bits.flatten()[:count].bool()
+    return bits.flatten()[first % 32 : first % 32 + count].bool()
 
 
-def signs(key: int, tensor: int, stream: Stream, count: int) -> Tensor:
-    """The first ``count`` signs of a stream, as ``(count,)`` int8 of ±1."""
-    return 1 - 2 * sign_bits(key, tensor, stream, count).to(torch.int8)
+def signs(key: int, tensor: int, stream: Stream, count: int, first: int = 0) -> Tensor:
+    """``count`` signs of a stream from the ``first`` on, as ``(count,)`` int8 of ±1."""
+    return 1 - 2 * sign_bits(key, tensor, stream, count, first).to(torch.int8)
 
 
 def half_bits(n: int) -> int:
@@ -169,8 +174,8 @@ def column_permutation(key: int, tensor: int, k: int, transform: Transform, *, i
     """Where each of ``k`` columns goes (``inverse``: comes from), as ``(k,)`` int64.
 
     Each of the transform's segments permutes its own whole granules; the columns after the last whole
-    granule of a segment stay where they are.
-    Raises ``ValueError`` where ``k`` is not a multiple of ``segments``.
+    granule of a segment stay where they are. Of a shard, columns are counted from its own first.
+    Raises ``ValueError`` where ``k`` is not a multiple of ``segments``, or a shard begins inside of one.
     """
     if k % transform.segments:
         raise ValueError(f"the number of columns must be a multiple of segments = {transform.segments}, got {k}")
@@ -178,16 +183,59 @@ def column_permutation(key: int, tensor: int, k: int, transform: Transform, *, i
     width, granule = k // transform.segments, transform.granule
     if granule == 0 or granule > width:
         return columns
+    before = segments_before(transform, k)
     moved = width // granule * granule
     for segment in range(transform.segments):
         image = permutation(
-            key, tensor, width // granule, stream=Stream.COLUMN_PERMUTATION, span=segment, inverse=inverse
+            key, tensor, width // granule, stream=Stream.COLUMN_PERMUTATION, span=before + segment, inverse=inverse
         )
         start = segment * width
         columns[start : start + moved] = (
             start + (image[:, None] * granule + torch.arange(granule, device="cpu")).flatten()
         )
     return columns
+
+
+def segments_before(transform: Transform, k: int) -> int:
+    """How many segments of the whole matrix lie before a shard of ``k`` columns. Raises ``ValueError`` for a part of
+    one."""
+    width = k // transform.segments
+    if 0 < transform.granule <= width and transform.first_column % width:
+        raise ValueError(
+            f"a shard of permuted columns must begin where a segment of {width} does, got column"
+            f" {transform.first_column}"
+        )
+    return transform.first_column // width if width else 0
+
+
+def shard_of(transform: Transform, shape: tuple[int, int], rows: range, columns: range) -> Transform:
+    """The transform of a rectangle of a matrix (N, K) that ``transform`` turns whole, or is itself a shard of.
+
+    rows, columns: of the matrix, in steps of 1.
+    Raises ``ValueError`` for what lies outside, and for columns that cannot be cut: a rotation and a dense matrix mix
+    all of them, and a permutation those of each segment.
+    """
+    n, k = shape
+    for name, part, size in (("rows", rows, n), ("columns", columns, k)):
+        if part.step != 1 or not 0 <= part.start <= part.stop <= size:
+            raise ValueError(f"{name} of a shard must be a range of those of the matrix, {shape}, got {part}")
+    origin = transform.first_row + rows.start, transform.first_column + columns.start
+    cut = len(columns) != k
+    if cut and transform.matrix in (Matrix.ROTATION, Matrix.DENSE):
+        kind = Matrix(transform.matrix).name.lower()
+        raise ValueError(f"the {k} columns of a matrix with a {kind} cannot be cut, which mixes all of them; cut rows")
+    granule, segments = transform.granule, transform.segments
+    if cut and 0 < granule <= k // segments:
+        width = k // segments
+        if columns.start % width or columns.stop % width or not columns:
+            raise ValueError(
+                f"{k} columns that are permuted in {segments} segments can be cut at multiples of {width} alone, got"
+                f" {columns.start} to {columns.stop}: create the superposition with segments that the shards divide"
+            )
+        segments = len(columns) // width
+    elif cut:
+        granule, segments = 0, 1  # nothing moves
+    return transform._replace(granule=granule, segments=segments, first_row=origin[0], first_column=origin[1])
 
 
 def _digest(data: bytes) -> int:

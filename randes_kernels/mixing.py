@@ -73,10 +73,13 @@ class Rotation(NamedTuple):
 
 
 class Mixer:
-    """One model's R for one tensor of ``k`` columns, which ``key`` and ``tensor`` make."""
+    """One model's R for one tensor of ``k`` columns, which ``key`` and ``tensor`` make. first: of a shard with a
+    diagonal, its first column."""
 
-    def __init__(self, key: int, tensor: int, k: int, matrix: int, device: torch.device | str = "cpu") -> None:
-        self._made_of = key, tensor, k
+    def __init__(
+        self, key: int, tensor: int, k: int, matrix: int, device: torch.device | str = "cpu", first: int = 0
+    ) -> None:
+        self._made_of, self._first = (key, tensor, k), first
         self.matrix, self._device = Matrix(matrix), device
 
     @cached_property
@@ -85,8 +88,9 @@ class Mixer:
 
     @cached_property
     def _values(self) -> Tensor:
-        make = diagonal if self.matrix == Matrix.DIAGONAL else dense
-        return make(*self._made_of).to(self._device)
+        if self.matrix == Matrix.DIAGONAL:
+            return diagonal(*self._made_of, self._first).to(self._device)
+        return dense(*self._made_of).to(self._device)
 
     @cached_property
     def _inverse(self) -> Tensor:
@@ -128,9 +132,9 @@ def padded_columns(k: int) -> int:
     return -(-k // SIGNS_PER_BLOCK) * SIGNS_PER_BLOCK
 
 
-def diagonal(key: int, tensor: int, k: int) -> Tensor:
-    """``g`` (K,) fp64, of which none is zero."""
-    return _normal(key, tensor, Stream.DIAGONAL, k)
+def diagonal(key: int, tensor: int, k: int, first: int = 0) -> Tensor:
+    """``g`` (K,) fp64, of which none is zero, from the ``first`` column on."""
+    return _normal(key, tensor, Stream.DIAGONAL, k, first)
 
 
 def dense(key: int, tensor: int, k: int) -> Tensor:
@@ -170,15 +174,18 @@ def inverses_of(keys: list[int], tensor: int, k: int) -> tuple[Tensor, list[floa
     return inverses, units
 
 
-def turned_rows(rows: Tensor, keys: tuple[int, ...], tensor: int, matrix: int, *, back: bool = False) -> Tensor:
+def turned_rows(
+    rows: Tensor, keys: tuple[int, ...], tensor: int, matrix: int, *, back: bool = False, first: int = 0
+) -> Tensor:
     """Activations (B, n, K) of B models, in ``unit``: times R⁻ᵀ; ``back``: what D's columns have given, times R⁻¹.
 
-    Of a rotation or a diagonal; ``dense_rows`` are those of a dense matrix.
+    Of a rotation or a diagonal, which may be a shard's from column ``first`` on; ``dense_rows`` are those of a dense
+    matrix.
     """
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
     k = rows.shape[-1]
     if matrix == Matrix.DIAGONAL:
-        exact = exact * torch.stack([_kept_reciprocals(key, tensor, k) for key in keys])[:, None].to(exact)
+        exact = exact * torch.stack([_kept_reciprocals(key, tensor, k, first) for key in keys])[:, None].to(exact)
     else:
         own = stacked(keys, tensor, k)
         exact = own.back(exact) if back else own.turn(exact)
@@ -191,13 +198,13 @@ def stacked(keys: tuple[int, ...], tensor: int, k: int) -> Rotation:
     return Rotation(*(torch.stack(parts) for parts in zip(*made, strict=True)))
 
 
-def tables_back(keys: list[int], tensor: int, k: int, matrix: int) -> Tensor:
+def tables_back(keys: list[int], tensor: int, k: int, matrix: int, first: int = 0) -> Tensor:
     """Of J models what ``back_by_tables`` reads: (J, 2, ROUNDS, K) int64 of a rotation, (J, K) fp32 of a diagonal."""
     if matrix == Matrix.ROTATION:
         own = stacked(tuple(keys), tensor, k)
         return torch.stack((own.signs.long(), own.target), 1)
     if matrix == Matrix.DIAGONAL:
-        return torch.stack([1 / diagonal(key, tensor, k) for key in keys]).float()
+        return torch.stack([1 / diagonal(key, tensor, k, first) for key in keys]).float()
     return torch.empty(len(keys), 0, device="cpu")
 
 
@@ -256,11 +263,11 @@ def _taken(rows: Tensor, order: Tensor) -> Tensor:
     return rows.gather(-1, order[:, None].expand(rows.shape))
 
 
-def _normal(key: int, tensor: int, stream: Stream, count: int) -> Tensor:
+def _normal(key: int, tensor: int, stream: Stream, count: int, first: int = 0) -> Tensor:
     """Number i is chosen by byte ``i % 4`` of word ``i // 4`` of the stream, the lowest first."""
-    words = random_words(key, tensor, stream, -(-count // 4))
+    words = random_words(key, tensor, stream, -(-(first + count) // 4) - first // 4, first // 4)
     chosen = (words[:, None] >> torch.tensor([0, 8, 16, 24], device="cpu")) & 255
-    return _numbers()[chosen.flatten()[:count]]
+    return _numbers()[chosen.flatten()[first % 4 : first % 4 + count]]
 
 
 @lru_cache
@@ -275,5 +282,5 @@ _kept_rotation = lru_cache(maxsize=2**12)(rotation)
 
 
 @lru_cache(maxsize=2**13)
-def _kept_reciprocals(key: int, tensor: int, k: int) -> Tensor:
-    return RECIPROCAL_UNIT / diagonal(key, tensor, k)
+def _kept_reciprocals(key: int, tensor: int, k: int, first: int) -> Tensor:
+    return RECIPROCAL_UNIT / diagonal(key, tensor, k, first)

@@ -57,6 +57,7 @@ def superposed_linear(
     scale: (J,) fp32, what D is multiplied with: α_j g_j.
     slots: (J,) int32, the slot each model is superposed in; −1 where it left this tensor as the base has it.
     tensor: ``format.tensor_id`` of the weight's name. biases: (J, N) or None: each model's own bias.
+    transform: of a shard, whose weight, D and biases these are then, with its origin (``format.shard_of``).
     basis: what each model adds in a basis that all share, (K, r) and (J, r, N) of x's dtype.
     inverses: (J, K, K) fp32, where the transform's matrix is dense: ``mixing.inverses_of``, whose units are in
         ``scale``.
@@ -130,6 +131,7 @@ def superpose_(
 
     accumulator: (N, K) int32, rows contiguous. finetuned, base: (N, K), fp32, fp16 or bf16.
     rate: steps per unit of weight, 1 / (gain · step), an fp32 value. key: ``format.model_key``.
+    transform: of a shard with its origin.
     Raises ``ValueError`` for shapes and dtypes that do not fit. (Design, sections 1 and 5.)
     """
     check_pair("accumulator", accumulator, base, transform)
@@ -150,7 +152,7 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     """One model's weight ``W0 + scale · (D turned back)``, (N, K) of ``base``'s dtype: for export, not for serving.
 
     base: (N, K), fp32, fp16 or bf16 (on a CPU also fp64). delta: (N, K), integers or floats.
-    scale: what a unit of D is worth.
+    scale: what a unit of D is worth. transform: of a shard with its origin.
     Raises ``ValueError`` for shapes that do not fit. (Design, section 1.)
     """
     check_pair("delta", delta, base, transform)

@@ -86,7 +86,7 @@ def of_operands(delta: Tensor, steps: Tensor | None, packing: Sequence[int], col
 def check(bits: float, group: int = 64) -> None:
     """Raise ``ValueError`` for what ``pack`` cannot do."""
     if bits not in BITS or (type(bits) is not int and bits != HALF):
-        raise ValueError(f"bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, got {bits!r}")
+        raise ValueError(f"bits must be {', '.join(map(str, BITS[:-1]))} or {HALF}, got {bits!r}")
     if not isinstance(group, int) or group < 0 or group % 64:
         raise ValueError(f"group must be a multiple of 64 columns, or 0 for a whole row, got {group!r}")
     if bits == HALF and group:
@@ -204,6 +204,30 @@ def with_padding(words: Tensor, steps: Tensor, bits: float, group: int, columns:
         words = torch.cat((words[..., :whole], _together(numbers, bits)), -1)
         steps = F.pad(steps, (0, 0, 0, full[1] - found[1]))
     return Packed(words, steps, bits, group, columns)
+
+
+def cut(packed: Packed, rows: slice, columns: range) -> Packed:
+    """A rectangle of the matrices, its numbers and steps those of the whole: a span's columns may come to lie in two.
+    Raises ``ValueError`` where they cannot: inside of a group that shares a step, or at half a bit of a span."""
+    words, steps, bits, group, _ = packed.rows(rows)
+    unit, padded = SPAN if bits == HALF else group or 1, -(-len(columns) // SPAN) * SPAN
+    if columns.start % unit:
+        raise ValueError(
+            f"D in {bits:g} bits can be cut at multiples of {unit} columns, got column {columns.start}:"
+            + (" use 1 bit or more" if bits == HALF else " pack it with group=0, a step for whole rows")
+        )
+    if bits in (8, HALF):
+        width = len(columns) if bits == 8 else padded
+        words = words[..., int(columns.start * bits) // 8 :][..., : int(width * bits) // 8]
+    else:
+        lead, bits = words.shape[:-1], int(bits)
+        numbers = _apart(words.view(*lead, -1, SPAN * bits // 8), bits).flatten(-2)[..., columns.start : columns.stop]
+        numbers = F.pad(numbers, (0, padded - len(columns)), value=1 << (bits - 1))  # as ``with_padding`` does
+        words = _together(numbers.view(*lead, -1, SPAN), bits).flatten(-2)
+    if group:
+        steps = steps[..., columns.start // group :, :][..., : -(-padded // group), :]
+        steps = F.pad(steps, (0, 0, 0, -(-padded // group) - steps.shape[-2]))
+    return Packed(words.contiguous(), steps.contiguous(), bits, group, len(columns))
 
 
 def _apart(span: Tensor, bits: int) -> Tensor:

@@ -43,6 +43,43 @@ def block_words(block, stream: tl.constexpr, tensor_lo, tensor_hi, k0, k1):
 
 
 @triton.jit
+def words_from(first, block, stream: tl.constexpr, tensor_lo, tensor_hi, k0, k1, ORIGIN: tl.constexpr):
+    """As ``block_words``, of the 128 signs from index ``first + 128 · block`` on.
+
+    ORIGIN: what is known of ``first``, which may be a shard's, when the kernel is compiled: 0 that it is zero, 1 that
+    it is a multiple of 128, 2 nothing. Then the signs lie in two blocks, whose words are shifted together.
+    """
+    if ORIGIN > 0:
+        block += first // SIGNS_PER_BLOCK
+    words = block_words(block, stream, tensor_lo, tensor_hi, k0, k1)
+    if ORIGIN > 1:
+        rest = block_words(block + 1, stream, tensor_lo, tensor_hi, k0, k1)
+        words = shifted_words(words, rest, first % SIGNS_PER_BLOCK)
+    return words
+
+
+@triton.jit
+def shifted_words(words, rest, offset):
+    """The four words of the 128 signs from ``offset`` (below 128) on in two blocks that follow one another."""
+    w0, w1, w2, w3 = words
+    w4, w5, w6, w7 = rest
+    by_two = offset >= 64
+    w0, w1, w2 = tl.where(by_two, w2, w0), tl.where(by_two, w3, w1), tl.where(by_two, w4, w2)
+    w3, w4, w5 = tl.where(by_two, w5, w3), tl.where(by_two, w6, w4), tl.where(by_two, w7, w5)
+    by_one = offset % 64 >= 32
+    w0, w1, w2 = tl.where(by_one, w1, w0), tl.where(by_one, w2, w1), tl.where(by_one, w3, w2)
+    w3, w4 = tl.where(by_one, w4, w3), tl.where(by_one, w5, w4)
+    low = tl.cast(offset % 32, tl.uint32)
+    high = 31 - low  # after a shift by one: by 32 none is defined
+    return (
+        (w0 >> low) | (w1 << 1 << high),
+        (w1 >> low) | (w2 << 1 << high),
+        (w2 >> low) | (w3 << 1 << high),
+        (w3 >> low) | (w4 << 1 << high),
+    )
+
+
+@triton.jit
 def unhoisted(value, start):
     """``value``, an integer, in a loop over ``start`` (below 2**30), so that nothing made of it alone leaves the loop.
 
@@ -78,21 +115,27 @@ def signs_of(words, first, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tile_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
-    """Sign bits of WIDTH neighbours from ``start``, one row of the result a key: ``(KEYS, WIDTH)`` uint32.
+def tile_signs(
+    start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, first, ORIGIN: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Sign bits of WIDTH neighbours from ``first + start``, one row of the result a key: ``(KEYS, WIDTH)`` uint32.
 
-    ``k0, k1``: (KEYS,) uint32. One Philox call a key: WIDTH must divide 128 and ``start`` be a multiple of it.
+    ``k0, k1``: (KEYS,) uint32. WIDTH must divide 128 and ``start`` be a multiple of it; ``first`` is any origin, of
+    which ``words_from`` knows ORIGIN. One Philox call a key, or two.
     """
     start = tl.cast(start, tl.int32)
-    words = block_words(start // SIGNS_PER_BLOCK, stream, tensor_lo, tensor_hi, k0, k1)
+    words = words_from(first, start // SIGNS_PER_BLOCK, stream, tensor_lo, tensor_hi, k0, k1, ORIGIN)
     return signs_of(words, start % SIGNS_PER_BLOCK, WIDTH)
 
 
 @triton.jit
-def vector_signs(start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, WIDTH: tl.constexpr):
+def vector_signs(
+    start, k0, k1, stream: tl.constexpr, tensor_lo, tensor_hi, first, ORIGIN: tl.constexpr, WIDTH: tl.constexpr
+):
     """As ``tile_signs`` for one key (scalars): ``(WIDTH,)``."""
     keys = tl.full((1,), 0, tl.uint32)
-    return tl.reshape(tile_signs(start, keys + k0, keys + k1, stream, tensor_lo, tensor_hi, WIDTH), (WIDTH,))
+    bits = tile_signs(start, keys + k0, keys + k1, stream, tensor_lo, tensor_hi, first, ORIGIN, WIDTH)
+    return tl.reshape(bits, (WIDTH,))
 
 
 @triton.jit
@@ -217,7 +260,7 @@ def permute_columns(
 
     ``columns``: (WIDTH,) int32. ``k0, k1``: the model's key, scalars. ``granule``: columns moved together;
     ``width``: of a segment; ``half_bits``: ``format.half_bits`` of the granules in a segment. ``first``: the number
-    of the first segment's bijection in the stream.
+    of the first segment's bijection in the stream; a shard's columns are counted from its own first.
     """
     # With one segment its number is a scalar, and so are its eight words of key: two Philox calls in all.
     if SEGMENTS == 1:

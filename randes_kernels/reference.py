@@ -15,19 +15,20 @@ from randes_kernels.hadamard import BLOCKS
 def transform_parts(key: int, tensor: int, shape: torch.Size, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
     """Row signs ``(N,)`` and column signs ``(K,)``, int8 of ±1, and where each column goes, ``(K,)`` int64."""
     n, k = shape
-    row_signs = signs(key, tensor, Stream.ROW_SIGNS, n) if transform.row_signs else torch.ones(n, dtype=torch.int8)
-    column_signs = (
-        signs(key, tensor, Stream.COLUMN_SIGNS, k) if transform.column_signs else torch.ones(k, dtype=torch.int8)
-    )
+    row_signs, column_signs = torch.ones(n, dtype=torch.int8), torch.ones(k, dtype=torch.int8)
+    if transform.row_signs:
+        row_signs = signs(key, tensor, Stream.ROW_SIGNS, n, transform.first_row)
+    if transform.column_signs:
+        column_signs = signs(key, tensor, Stream.COLUMN_SIGNS, k, transform.first_column)
     return row_signs, column_signs, column_permutation(key, tensor, k, transform)
 
 
 def column_matrix(key: int, tensor: int, k: int, transform: Transform) -> Tensor:
-    """R (K, K) fp64: what mixes columns in place of signs, built whole."""
+    """R (K, K) fp64: what mixes columns in place of signs, built whole; of a shard with a diagonal, its own part."""
     if transform.matrix == Matrix.DENSE:
         return mixing.dense(key, tensor, k)
     if transform.matrix == Matrix.DIAGONAL:
-        return mixing.diagonal(key, tensor, k).diag()
+        return mixing.diagonal(key, tensor, k, transform.first_column).diag()
     product = blocks = torch.eye(k, dtype=torch.float64)
     start = 0
     for side in BLOCKS:

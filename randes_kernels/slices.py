@@ -42,14 +42,16 @@ def turn(
     key: int, tensor: int, shape: torch.Size, transform: Transform, device: torch.device | str = "cpu"
 ) -> Turn:  # fmt: skip
     """What ``key`` and ``tensor`` make of a matrix (N, K)."""
-    n, k = shape
+    (n, k), first_row, first_column = shape, transform.first_row, transform.first_column
     if transform.matrix != Matrix.SIGNS:
-        rows = signs(key, tensor, Stream.ROW_SIGNS, n).float()[:, None].to(device) if transform.row_signs else None
-        return Turn(rows, None, None, None, Mixer(key, tensor, k, transform.matrix, device))
+        rows = None
+        if transform.row_signs:
+            rows = signs(key, tensor, Stream.ROW_SIGNS, n, first_row).float()[:, None].to(device)
+        return Turn(rows, None, None, None, Mixer(key, tensor, k, transform.matrix, device, first_column))
     moves = transform.granule > 0
     return Turn(
-        signs(key, tensor, Stream.ROW_SIGNS, n).float()[:, None] if transform.row_signs else None,
-        signs(key, tensor, Stream.COLUMN_SIGNS, k).float() if transform.column_signs else None,
+        signs(key, tensor, Stream.ROW_SIGNS, n, first_row).float()[:, None] if transform.row_signs else None,
+        signs(key, tensor, Stream.COLUMN_SIGNS, k, first_column).float() if transform.column_signs else None,
         column_permutation(key, tensor, k, transform) if moves else None,
         column_permutation(key, tensor, k, transform, inverse=True) if moves else None,
     )

@@ -1,6 +1,5 @@
 """What the README claims has a command that works and rows that were measured."""
 
-import copy
 import json
 import re
 from pathlib import Path
@@ -18,10 +17,9 @@ import rivals
 import smollm_kept
 import smollm_late
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import randes
-from randes.checkpoints.sources import write_file
 from randes.cli import app
 from randes.inspect.choose import BY_TABLES, predicted
 
@@ -34,7 +32,6 @@ RESULTS, SPEED, TUNING, COMMANDS = (
 DEFAULT, COLUMNS = "randes, two-sided signs (default)", "randes, column signs"
 FULL = "full fine-tunes"
 AUTO = "shared basis of rank auto"
-PAGES_OF_CODE = ("getting-started", "compress", "architectures", "configuration")
 
 
 KERNEL_ROWS = json.loads((ROOT / "bench" / "results" / "cpu" / "kernels.json").read_text(encoding="utf-8"))["rows"]
@@ -81,47 +78,6 @@ def test_the_measured_quality_reaches_its_goals(rows: Rows) -> None:
             default = normalised(rows, DEFAULT, models, group_size, setting)
             for method in {row["method"] for row in rows if row["method"].startswith("randes")} - {DEFAULT}:
                 assert default > normalised(rows, method, models, group_size, setting)
-
-
-class Net(nn.Module):
-    """What the pages call a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(64, 256)
-        self.down = nn.Linear(256, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(torch.relu(self.up(x)))
-        return y
-
-
-def stand_ins(folder: Path) -> dict[str, Any]:
-    """What code on the pages takes as given: a base, fine-tunes of it, and their files in the folder."""
-    torch.manual_seed(0)
-    base = Net()
-    models = {}
-    for name in ("german", "legal", "medical"):
-        models[name] = copy.deepcopy(base)
-        for value in models[name].parameters():
-            value.data += 0.02 * torch.randn_like(value)
-        write_file(folder / f"{name}.safetensors", models[name].state_dict())
-    (folder / "legal").mkdir()
-    write_file(folder / "legal" / "model.safetensors", models["legal"].state_dict())
-    return {"randes": randes, "base": base, "models": models, "x": torch.ones(4, 64), "Net": Net, **models}
-
-
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in PAGES_OF_CODE)])
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = stand_ins(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
-    if page == "README.md":
-        assert names["y"].shape == (4, 64)
-        assert names["state"].keys() == names["base"].state_dict().keys()
 
 
 def test_the_first_screen_says_what_was_measured() -> None:

@@ -31,44 +31,43 @@ BEFORE: dict[str, Any] = {"embeddings": "shared", "rank": 0}
 
 @dataclass(frozen=True)
 class Config:
-    """How deltas are turned before they are summed, and what becomes of everything that is not a matrix.
+    """The transform of each delta before they are summed, which tensors are superposed, and what happens to the others.
 
-    signs: which sides of a weight are flipped by random signs; "both" keeps the most (docs/results.md).
-    permute: granule of the random column permutation in columns; 0 for none, 1 for by element.
-    shuffle_layers: −1 to permute same-named layers at random for each model, 0 not to; s > 0 to move those of the
-        i-th model by i · s, around.
-    group_size: how many models share one superposition: fewer keep more of each, and store more.
+    signs: which sides of a weight get random signs: "both" (keeps the most, docs/results.md), "columns" or "none".
+    permute: granule of the random column permutation, in columns; 0 for no permutation, 1 for single columns.
+    shuffle_layers: −1 to permute same-named layers at random for each model, 0 not to; s > 0 to rotate those of the
+        i-th model by i · s.
+    group_size: how many models share one superposition. Fewer keep more of each model, and take more storage.
     seed: of every sign and permutation, together with the names of models and tensors.
-    others: what a model's other tensors are: "keep" its own (exact, stored), "base" the base's,
+    others: what a model has of the tensors that are not superposed: "keep" its own (exact, stored), "base" the base's,
         "average" the mean over the models, "sum" the base's plus α times the sum of all models' deltas.
-    segments: equal spans of a weight's columns that the permutation never leaves (tensor parallelism).
-    include, exclude: shell patterns of tensor names; a matrix is superposed if the first match and the second do not.
-        include may be a function of name and shape; a superposition then keeps the names that it chose.
+    segments: number of equal spans of a weight's columns. The permutation never leaves a span (tensor parallelism).
+    include, exclude: shell patterns of tensor names. A matrix is superposed if include matches and exclude does not.
+        include may also be a function of name and shape; a superposition then stores the names that it chose.
     min_width: matrices narrower than this on either side (class heads) are not superposed.
-    embeddings: what becomes of tables of embeddings, and of heads tied to them. "own": each model's delta is superposed
-        with no other's, and ``pack`` brings it to few bits; tables of less than 65536 elements are kept, and where
-        ``others`` is not "keep" all of them are among those. "shared": they are superposed as any matrix, which loses
-        the most. "keep": they are kept as they came.
+    embeddings: how tables of embeddings, and heads tied to them, are stored. "own": each model's delta by itself, which
+        ``pack`` stores in few bits. Tables of less than 65536 elements are then kept exactly, and so are all tables
+        if ``others`` is not "keep". "shared": superposed like any matrix, which loses the most. "keep": exactly.
     centre: measure deltas from the mean of the fine-tunes instead of from the base, which makes them smaller. The base
-        is then one of the superposed models, and all models must be there at once: see ``randes.compress``.
-    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly; 0 for none,
-        "auto" for those that hold at least 2 % of the matrix's delta energy, which may be none. None, the default, is
-        the best there is: "auto" where all models are at hand at once (``randes.compress``, ``plan``, ``choose``) and
-        the other options allow a basis, 0 where they are added one by one to ``Superposition.create``.
+        is then one of the superposed models, and all models must be given at once: see ``randes.compress``.
+    rank: directions of each matrix's shared basis, in which every model keeps its own delta exactly. 0 for none;
+        "auto" for those that hold at least 2 % of the matrix's delta energy, which may be none. None, the default,
+        chooses the best: "auto" if all models are given at once (``randes.compress``, ``plan``, ``choose``) and
+        the other options allow a basis, 0 if they are added one by one to ``Superposition.create``.
     transposed: patterns of weights that are (K, N), for layers that multiply from the right (Transformers' Conv1D).
-        Where the base is a module, or a Transformers folder, its layers say so themselves.
-    fused: weights that are the concatenation of others, which signs and gains come from: the rows of each part by
-        its name, ``{"*.qkv.weight": {"*.q.weight": 64, "*.k.weight": 64, "*.v.weight": 64}}``. Every ``*`` stands for
-        the same beginning. Fused or not, the models are then the same.
-    matrix: what the columns are turned by: "signs", as ``signs`` says, or in their place a random "rotation", a
+        Not needed for a module or a Transformers folder, where the library finds these layers.
+    fused: weights that are a concatenation of others. Signs and gains are those of the parts. Gives the rows of each
+        part by its name, ``{"*.qkv.weight": {"*.q.weight": 64, "*.k.weight": 64, "*.v.weight": 64}}``. Every ``*``
+        stands for the same beginning. The models are then the same whether weights are fused or not.
+    matrix: the column transform: "signs", as ``signs`` says, or in their place a random "rotation", a
         "diagonal" of normal numbers, or a "dense" matrix of them (the paper's other modes; docs/paper.md). Row signs
         stay as ``signs`` says.
-    gains: "own" to bring every model's delta to one size before they are summed, "shared" to sum them as they are, as
+    gains: "own" to scale every model's delta to one size before they are summed, "shared" to sum them as they are, as
         the paper does.
     origin: what deltas are measured from: the "base", or "zero", which superposes the fine-tuned weights themselves.
-        The base's are then not there to be asked for.
-    every: superpose only the n-th, 2n-th, ... of the tensors that are selected, in the base's order.
-    per_layer: whether each tensor has a transform of its own, or all of a model have the same.
+        The base's weights are then not stored, and cannot be asked for.
+    every: superpose only the n-th, 2n-th, ... of the selected tensors, in the base's order.
+    per_layer: whether each tensor has a transform of its own, or all tensors of a model share one.
     vectors: superpose selected biases, norms and other vectors too, as matrices of one row.
 
     Raises ``ValueError`` for a value out of range. (Design, sections 1, 2 and 6.)

@@ -25,7 +25,7 @@ class StoreError(RandesError, ValueError):
 
 
 class WeightReadError(RandesError, ValueError):
-    """A weight was read that is another for each model, where nobody can say whose is meant. Never the base's."""
+    """A weight that differs between models was read where no single model is meant. Never answered as the base."""
 
 
 class CapacityError(RandesError, RuntimeError):

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from randes.checkpoints.huggingface import METHOD, base_file, check_version
+from randes.checkpoints.huggingface import CUT_LATER, METHOD, base_file, check_version
 from randes.checkpoints.quantization import RandesConfig, Served
 from randes.checkpoints.sources import Checkpoint
 from randes.serving.batch import Batch
@@ -48,6 +48,9 @@ class RandesQuantizer(Served):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Raises ``ValueError`` for a model that Transformers has cut: what serves has to be cut with its layers."""
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            raise ValueError(f"tp_plan and distributed_config must be left out: {CUT_LATER}")
         super()._process_model_after_weight_loading(model)
         give_adapters(model, SuperposedModel(model, Superposition.load(self.store)))
         return model

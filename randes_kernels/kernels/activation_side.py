@@ -33,11 +33,10 @@ from torch import Tensor
 
 from randes_kernels.format import signed_words
 from randes_kernels.kernels.reduce import finish, workspace
-from randes_kernels.kernels.transform import Sides
+from randes_kernels.kernels.transform import OF_A_CALL, Sides, origin_kind
 from randes_kernels.packing import WHOLE_ROW, Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
-    block_words,
     codes_of,
     flip_sign_bit,
     levels_of,
@@ -46,6 +45,7 @@ from randes_kernels.primitives import (
     stored_places,
     tile_signs,
     unhoisted,
+    words_from,
 )
 from randes_kernels.tiles import Plan, programs_of
 
@@ -143,15 +143,16 @@ def add_own(
 
 
 @triton.jit(
-    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "rank", "stride_ss"],
+    do_not_specialize=[*OF_A_CALL, "rank"],
     do_not_specialize_on_alignment=["ids_ptr", "keys_ptr", "scale_ptr", "slots_ptr"],
 )
 def activation_side_kernel(
     x_ptr, turned_ptr, weight_ptr, delta_ptr, steps_ptr, inner_ptr, own_ptr, bias_ptr, biases_ptr, y_ptr, parts_ptr,
     ids_ptr, keys_ptr, scale_ptr, slots_ptr,
-    M, N, K, models, rows_per_id, tensor_lo, tensor_hi, rank,
+    M, N, K, models, rows_per_id, tensor_lo, tensor_hi, rank, first_in, first_out,
     stride_xm, stride_tm, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk, stride_ss,
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
+    IN_ORIGIN: tl.constexpr, OUT_ORIGIN: tl.constexpr,
     HAS_BASE: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr,
     HAS_BASIS: tl.constexpr, ONE_SLOT: tl.constexpr, WHOLE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -192,7 +193,8 @@ def activation_side_kernel(
             if FLIP_IN:
                 keys = unhoisted(k0, start), unhoisted(k1, start)
                 position = tl.cast(start, tl.int32)
-                words = block_words(position // SIGNS_PER_BLOCK, IN_STREAM, tensor_lo, tensor_hi, keys[0], keys[1])
+                block = position // SIGNS_PER_BLOCK
+                words = words_from(first_in, block, IN_STREAM, tensor_lo, tensor_hi, keys[0], keys[1], IN_ORIGIN)
             if BITS < 8:
                 packed_tile = load_weight(
                     delta_rows + start // COLUMNS_A_BYTE, stride_dn, stride_dk, reads_delta, tl.arange(0, WIDTH) >= 0,
@@ -236,7 +238,9 @@ def activation_side_kernel(
         own_ids, own_adapted = models_of(unhoisted(rows, passes), M, models, rows_per_id, ids_ptr)
         if FLIP_OUT:
             own_k0, own_k1 = split_key(tl.load(keys_ptr + own_ids, mask=own_adapted, other=0))
-            bits = tile_signs(first_column, own_k0, own_k1, OUT_STREAM, tensor_lo, tensor_hi, BLOCK_N)
+            bits = tile_signs(
+                first_column, own_k0, own_k1, OUT_STREAM, tensor_lo, tensor_hi, first_out, OUT_ORIGIN, BLOCK_N
+            )  # fmt: skip
             slot_y = flip_sign_bit(slot_y, tl.trans(bits))
         scale = tl.load(scale_ptr + own_ids, mask=own_adapted, other=0.0)[None, :]
         in_slot = tl.load(slots_ptr + own_ids, mask=own_adapted, other=-1)[None, :] == slot
@@ -278,9 +282,10 @@ def activation_side(
     activation_side_kernel[(tiles, plan.parts)](
         x, multiplied, base, words, steps, inner, own, bias, biases, y, parts, ids, keys, scale, slots,
         m, n, k, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
-        1 if inner is None else inner.shape[1],
+        1 if inner is None else inner.shape[1], sides.first_in, sides.first_out,
         x.stride(0), multiplied.stride(0), *base.stride(), *words.stride(), steps.stride(0),
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
+        IN_ORIGIN=origin_kind(sides.first_in), OUT_ORIGIN=origin_kind(sides.first_out),
         HAS_BASE=weight is not None, TURNED=turned is not None or weight is None,
         HAS_BIAS=bias is not None, HAS_BIASES=biases is not None, HAS_BASIS=inner is not None,
         ONE_SLOT=words.shape[0] == 1, WHOLE=n % tile.n == 0 and k % tile.k == 0, BITS=bits, GROUP=group or WHOLE_ROW,

@@ -19,16 +19,17 @@ from randes_kernels.primitives import flip
 TILE_ROWS, TILE_COLUMNS = 32, 128
 
 
-@triton.jit(do_not_specialize=["key_lo", "key_hi", "tensor_lo", "tensor_hi"])
+@triton.jit(do_not_specialize=["key_lo", "key_hi", "tensor_lo", "tensor_hi", "segment", "origin_row", "origin_column"])
 def retrieve_kernel(
     out_ptr, base_ptr, delta_ptr, scale, key_lo, key_hi, tensor_lo, tensor_hi,
-    N, K, granule, width, bits, stride_on, stride_bn, stride_dn,
+    N, K, granule, width, bits, segment, origin_row, origin_column,
+    stride_on, stride_bn, stride_dn,
     FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROW_ORIGIN: tl.constexpr, COLUMN_ORIGIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows, columns, inside, sign, turned_columns = transformed_tile(
-        N, K, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
-        FLIP_ROWS, FLIP_COLUMNS, PERMUTED, SEGMENTS, BLOCK_N, BLOCK_K,
+        N, K, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits, segment, origin_row, origin_column,
+        FLIP_ROWS, FLIP_COLUMNS, PERMUTED, SEGMENTS, ROW_ORIGIN, COLUMN_ORIGIN, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     delta = tl.load(delta_ptr + rows * stride_dn + turned_columns, mask=inside, other=0).to(tl.float32)
     base = tl.load(base_ptr + rows * stride_bn + columns, mask=inside, other=0.0).to(tl.float32)
@@ -44,7 +45,7 @@ def retrieve(base: Tensor, delta: Tensor, scale: float, key: int, tensor: int, t
     arguments = transform_arguments(transform, k)
     retrieve_kernel[(triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS))](
         out, base, delta, scale, *signed_words(key), *signed_words(tensor),
-        n, k, *arguments.numbers, out.stride(0), base.stride(0), delta.stride(0),
+        n, k, *arguments.permutation, *arguments.origin, out.stride(0), base.stride(0), delta.stride(0),
         **arguments.constants, BLOCK_N=TILE_ROWS, BLOCK_K=TILE_COLUMNS, enable_fp_fusion=True,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from randes_kernels.format import Matrix, Stream, Transform, half_bits, signed_words
 from randes_kernels.hadamard import hadamard
-from randes_kernels.kernels.transform import transform_arguments
+from randes_kernels.kernels.transform import origin_kind, transform_arguments
 from randes_kernels.mixing import ROUNDS, padded_columns, reciprocals
 from randes_kernels.primitives import flip, permute_columns, split_key, vector_bytes, vector_signs
 
@@ -31,14 +31,14 @@ DIAGONAL: tl.constexpr = tl.constexpr(int(Stream.DIAGONAL))
 
 
 @triton.jit(
-    do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi", "round", "first_sign"],
+    do_not_specialize=["models", "rows_per_id", "tensor_lo", "tensor_hi", "segment", "origin"],
     do_not_specialize_on_alignment=["ids_ptr", "keys_ptr", "slots_ptr"],
 )
 def route_kernel(
     x_ptr, turned_ptr, reciprocals_ptr, ids_ptr, keys_ptr, slots_ptr, models, rows_per_id, tensor_lo, tensor_hi,
-    K, granule, width, bits, round, first_sign, stride_xm, stride_xk, stride_tm,
+    K, granule, width, bits, segment, origin, stride_xm, stride_xk, stride_tm,
     STREAM: tl.constexpr, PERMUTATION: tl.constexpr, BACK: tl.constexpr, FLIP: tl.constexpr, SCALED: tl.constexpr,
-    PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr, ORIGIN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_K
@@ -54,7 +54,7 @@ def route_kernel(
     turned_columns = columns
     if PERMUTED:
         turned_columns = permute_columns(
-            columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, round, PERMUTATION, SEGMENTS
+            columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, segment, PERMUTATION, SEGMENTS
         )
     x_ptrs = x_ptr + row * stride_xm + columns.to(tl.int64) * stride_xk
     turned_ptrs = turned_ptr + row * stride_tm + turned_columns
@@ -62,9 +62,12 @@ def route_kernel(
     source = turned_ptrs if BACK else x_ptrs
     moved = tl.load(source, mask=superposed, other=0.0)
     if FLIP:
-        moved = flip(moved, vector_signs(first_column + first_sign, k0, k1, STREAM, tensor_lo, tensor_hi, BLOCK_K))
+        moved = flip(
+            moved, vector_signs(first_column, k0, k1, STREAM, tensor_lo, tensor_hi, origin, ORIGIN, BLOCK_K)
+        )  # fmt: skip
     if SCALED:
-        factors = tl.load(reciprocals_ptr + vector_bytes(columns, k0, k1, DIAGONAL, tensor_lo, tensor_hi))
+        places = columns if ORIGIN == 0 else origin + columns  # of neighbours the first share a block, known before
+        factors = tl.load(reciprocals_ptr + vector_bytes(places, k0, k1, DIAGONAL, tensor_lo, tensor_hi))
         moved = (moved.to(tl.float32) * factors).to(moved.dtype)
     if BACK:
         tl.store(x_ptrs, tl.load(x_ptrs, mask=inside, other=0.0) + moved, mask=inside)
@@ -84,16 +87,19 @@ def route(
     m, k = x.shape
     back, scaled, rotates = turned is not None, stream == Stream.DIAGONAL, stream == Stream.ROTATION_SIGNS
     turned = torch.empty((m, k), dtype=x.dtype, device=x.device) if turned is None else turned
-    permuted, numbers, _ = transform_arguments(transform, k if stream == Stream.COLUMN_SIGNS else 0)
-    if rotates:
-        permuted, numbers = True, (1, k, half_bits(k))
+    permuted, permutation = False, (1, 1, 1, 0)
+    origin = transform.first_row if stream == Stream.ROW_SIGNS else transform.first_column
+    if stream == Stream.COLUMN_SIGNS:
+        permuted, permutation, *_ = transform_arguments(transform, k)
+    elif rotates:
+        permuted, permutation, origin = True, (1, k, half_bits(k), round), round * padded_columns(k)
     route_kernel[(m, -(-k // TILE_COLUMNS))](
         x, turned, reciprocals_on(x.device) if scaled else x, ids, keys, slots,
         keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
-        k, *numbers, round, round * padded_columns(k), *x.stride(), turned.stride(0),
+        k, *permutation, origin, *x.stride(), turned.stride(0),
         STREAM=stream, PERMUTATION=Stream.ROTATION_PERMUTATION if rotates else Stream.COLUMN_PERMUTATION,
         BACK=back, FLIP=flip, SCALED=scaled, PERMUTED=permuted, SEGMENTS=transform.segments,
-        BLOCK_K=TILE_COLUMNS, num_warps=1, enable_fp_fusion=True,
+        ORIGIN=origin_kind(origin), BLOCK_K=TILE_COLUMNS, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return x if back else turned
 

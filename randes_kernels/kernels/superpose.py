@@ -29,16 +29,17 @@ def round_half_even(value):
     return whole + up.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["key_lo", "key_hi", "tensor_lo", "tensor_hi"])
+@triton.jit(do_not_specialize=["key_lo", "key_hi", "tensor_lo", "tensor_hi", "segment", "origin_row", "origin_column"])
 def superpose_kernel(
     accumulator_ptr, finetuned_ptr, base_ptr, rate, key_lo, key_hi, tensor_lo, tensor_hi,
-    N, K, granule, width, bits, stride_an, stride_fn, stride_bn, SUBTRACT: tl.constexpr,
+    N, K, granule, width, bits, segment, origin_row, origin_column,
+    stride_an, stride_fn, stride_bn, SUBTRACT: tl.constexpr,
     FLIP_ROWS: tl.constexpr, FLIP_COLUMNS: tl.constexpr, PERMUTED: tl.constexpr, SEGMENTS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROW_ORIGIN: tl.constexpr, COLUMN_ORIGIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows, columns, inside, sign, turned_columns = transformed_tile(
-        N, K, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits,
-        FLIP_ROWS, FLIP_COLUMNS, PERMUTED, SEGMENTS, BLOCK_N, BLOCK_K,
+        N, K, key_lo, key_hi, tensor_lo, tensor_hi, granule, width, bits, segment, origin_row, origin_column,
+        FLIP_ROWS, FLIP_COLUMNS, PERMUTED, SEGMENTS, ROW_ORIGIN, COLUMN_ORIGIN, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     finetuned = tl.load(finetuned_ptr + rows * stride_fn + columns, mask=inside, other=0.0).to(tl.float32)
     base = tl.load(base_ptr + rows * stride_bn + columns, mask=inside, other=0.0).to(tl.float32)
@@ -58,6 +59,7 @@ def superpose_(
     arguments = transform_arguments(transform, k)
     superpose_kernel[(triton.cdiv(k, TILE_COLUMNS), triton.cdiv(n, TILE_ROWS))](
         accumulator, finetuned, base, rate, *signed_words(key), *signed_words(tensor),
-        n, k, *arguments.numbers, accumulator.stride(0), finetuned.stride(0), base.stride(0), SUBTRACT=subtract,
+        n, k, *arguments.permutation, *arguments.origin,
+        accumulator.stride(0), finetuned.stride(0), base.stride(0), SUBTRACT=subtract,
         **arguments.constants, BLOCK_N=TILE_ROWS, BLOCK_K=TILE_COLUMNS, enable_fp_fusion=False,
     )  # fmt: skip

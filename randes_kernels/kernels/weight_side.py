@@ -25,11 +25,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from randes_kernels.format import signed_words
-from randes_kernels.kernels.transform import Sides
+from randes_kernels.kernels.transform import OF_A_CALL, Sides, origin_kind
 from randes_kernels.packing import WHOLE_ROW, Packed
 from randes_kernels.primitives import (
     SIGNS_PER_BLOCK,
-    block_words,
     codes_of,
     levels_of,
     signs_of,
@@ -37,6 +36,7 @@ from randes_kernels.primitives import (
     stored_places,
     unhoisted,
     vector_signs,
+    words_from,
 )
 from randes_kernels.tiles import Plan, programs_of
 
@@ -82,12 +82,16 @@ def load_steps(steps_ptr, first_column, columns, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def write_masks(masks_ptr, columns, k0, k1, STREAM: tl.constexpr, tensor_lo, tensor_hi, passes):
-    """The signs of all ``columns`` of a stream for one key (scalars), as ``flip_by`` takes them."""
+def write_masks(
+    masks_ptr, columns, k0, k1, STREAM: tl.constexpr, tensor_lo, tensor_hi, first, ORIGIN: tl.constexpr, passes
+):
+    """``columns`` signs of a stream from the ``first`` on for one key (scalars), as ``flip_by`` takes them."""
     block, lane = unhoisted(tl.arange(0, BLOCKS_AT_ONCE), passes), tl.arange(0, SIGNS_PER_BLOCK)
     keys = tl.zeros((BLOCKS_AT_ONCE,), dtype=tl.uint32)
     for start in range(0, columns, BLOCKS_AT_ONCE * SIGNS_PER_BLOCK):
-        words = block_words(block + start // SIGNS_PER_BLOCK, STREAM, tensor_lo, tensor_hi, keys + k0, keys + k1)
+        words = words_from(
+            first, block + start // SIGNS_PER_BLOCK, STREAM, tensor_lo, tensor_hi, keys + k0, keys + k1, ORIGIN
+        )
         place = block[:, None] * SIGNS_PER_BLOCK + lane[None, :] + start
         masks = signs_of(words, 0, SIGNS_PER_BLOCK) << 15
         tl.store(masks_ptr + place, masks.to(tl.int16), mask=place < columns)
@@ -114,15 +118,16 @@ def models_of(rows, M, models, rows_per_id, ids_ptr):
 
 
 @triton.jit(
-    do_not_specialize=["M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss"],
+    do_not_specialize=OF_A_CALL,
     do_not_specialize_on_alignment=["order_ptr", "ids_ptr", "keys_ptr", "scale_ptr", "slots_ptr"],
 )
 def weight_side_kernel(
     x, weight, delta, steps_ptr, bias_ptr, biases_ptr, y_ptr, order_ptr, ids_ptr, keys_ptr, scale_ptr, slots_ptr,
-    in_masks_ptr, out_masks_ptr, M, N, K, models, rows_per_id, tensor_lo, tensor_hi,
+    in_masks_ptr, out_masks_ptr, M, N, K, models, rows_per_id, tensor_lo, tensor_hi, first_in, first_out,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ds, stride_dn, stride_dk,
     stride_ss, stride_bj, stride_ym,
     IN_STREAM: tl.constexpr, OUT_STREAM: tl.constexpr, FLIP_IN: tl.constexpr, FLIP_OUT: tl.constexpr,
+    IN_ORIGIN: tl.constexpr, OUT_ORIGIN: tl.constexpr,
     TRANSPOSED: tl.constexpr, BULK: tl.constexpr, GROUPED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BIASES: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -150,9 +155,11 @@ def weight_side_kernel(
         out_masks = out_masks_ptr + model.to(tl.int64) * N + own_columns
         if known:
             if FLIP_IN:
-                write_masks(in_masks, K, k0, k1, IN_STREAM, tensor_lo, tensor_hi, passes)
+                write_masks(in_masks, K, k0, k1, IN_STREAM, tensor_lo, tensor_hi, first_in, IN_ORIGIN, passes)
             if FLIP_OUT:
-                bits = vector_signs(first_column, k0, k1, OUT_STREAM, tensor_lo, tensor_hi, BLOCK_N)
+                bits = vector_signs(
+                    first_column, k0, k1, OUT_STREAM, tensor_lo, tensor_hi, first_out, OUT_ORIGIN, BLOCK_N
+                )  # fmt: skip
                 tl.store(out_masks, (bits << 15).to(tl.int16), mask=own_columns < N)
         tl.debug_barrier()
         # Read back as loads (``flip_by``). A number that names no model gives NaN, never another model's answer.
@@ -272,9 +279,10 @@ def weight_side(
     weight_side_kernel[(programs_of(m, n, tile),)](
         *operands, steps, bias, biases, y, order, ids, keys, scale, slots,
         in_masks, out_masks, m, n, k, keys.shape[0], max(1, m // ids.shape[0]), *signed_words(tensor),
-        *x.stride(), *weight.stride(), *words.stride(), steps.stride(0),
+        sides.first_in, sides.first_out, *x.stride(), *weight.stride(), *words.stride(), steps.stride(0),
         0 if biases is None else biases.stride(0), y.stride(0),
         IN_STREAM=sides.in_stream, OUT_STREAM=sides.out_stream, FLIP_IN=sides.flip_in, FLIP_OUT=sides.flip_out,
+        IN_ORIGIN=origin_kind(sides.first_in), OUT_ORIGIN=origin_kind(sides.first_out),
         TRANSPOSED=transposed, BULK=plan.bulk, GROUPED=order is not None,
         HAS_BIAS=bias is not None, HAS_BIASES=biases is not None, BITS=bits, GROUP=group or WHOLE_ROW,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.warps, num_stages=tile.stages,

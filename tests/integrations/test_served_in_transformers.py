@@ -191,3 +191,19 @@ def test_tied_and_untied_models_are_served_together_from_a_base_with_a_head(tmp_
     for row, name in enumerate(NAMES):
         plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
         torch.testing.assert_close(y[row], plain(IDS[row : row + 1]).logits[0], rtol=0, atol=0.02)
+
+
+@KINDS
+def test_one_device_may_be_named_and_several_are_refused(store: Path, kind: str) -> None:
+    load: Any = hf.AutoModelForCausalLM.from_pretrained if kind == "own" else randes.from_pretrained
+    assert load(store, device_map={"": "cpu"}).active_adapters is not None
+    several = {"model.embed_tokens": "cpu", "model.layers": 0, "model.norm": "disk", "lm_head": "cpu"}
+    for device_map, found in ((several, "got 0, cpu, disk"), ({"": "disk"}, "got disk")):
+        with pytest.raises(ValueError, match=rf"device_map must put a model .* on one device, {found}.*parallelize"):
+            load(store, device_map=device_map)
+    if kind == "wrapper":
+        for name in ("tp_plan", "tp_size", "distributed_config"):
+            with pytest.raises(ValueError, match=f"{name} must be left out: several devices share it once it is"):
+                load(store, **{name: "auto"})
+        with pytest.raises(ValueError, match="device_map must put a model"):
+            load(store.parent / "base", store, device_map=several)

@@ -51,7 +51,7 @@ N, K = 4096, 4096
 FUSED = {"enable_fp_fusion": True}
 DIVISIBLE = [["tt.divisibility", 16]]
 MODELS = {"ids_ptr": "*i32", "keys_ptr": "*i64", "scale_ptr": "*fp32", "slots_ptr": "*i32", "order_ptr": "*i32"}
-PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss", "rank", *MODELS)
+PLAIN = ("M", "models", "rows_per_id", "tensor_lo", "tensor_hi", "stride_ss", "rank", "first_in", "first_out", *MODELS)
 """What a launch does not specialise."""
 
 
@@ -78,14 +78,15 @@ def options_of(tile: Tile) -> dict[str, Any]:
 
 def activation_case(
     short: str, tile: Tile, *, turned: bool = False, transposed: bool = False, parts: int = 1, delta_only: bool = False,
-    bits: float = 16, basis: bool = False, slots: bool = False, ragged: bool = False,
+    bits: float = 16, basis: bool = False, slots: bool = False, ragged: bool = False, origin: int = 0,
 ) -> tuple[str, Any, Any]:  # fmt: skip
-    """The superposed linear on the activation side, as it is launched."""
+    """The superposed linear on the activation side, as it is launched. origin: the kind of a shard's, on both sides."""
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS),
         "FLIP_IN": not turned, "FLIP_OUT": not delta_only, "HAS_BASE": not delta_only, "TURNED": turned or delta_only,
         "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "HAS_BASIS": basis,
-        "ONE_SLOT": not slots, "WHOLE": not ragged, "BITS": bits, "GROUP": group_for(bits) or WHOLE_ROW, "PARTS": parts,
+        "IN_ORIGIN": origin, "OUT_ORIGIN": origin, "ONE_SLOT": not slots, "WHOLE": not ragged,
+        "BITS": bits, "GROUP": group_for(bits) or WHOLE_ROW, "PARTS": parts,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
     }  # fmt: skip
@@ -94,7 +95,7 @@ def activation_case(
     types = dict.fromkeys(pointers, f"*{short}") | MODELS | packed_types(bits)
     types |= {"parts_ptr": "*fp32" if parts > 1 else f"*{short}"}
     named = {"turned": turned, "transposed": transposed, "parts": parts > 1, "delta only": delta_only, "basis": basis,
-             "slots": slots, "ragged": ragged}  # fmt: skip
+             "slots": slots, "ragged": ragged, f"origin {origin}": origin > 0}  # fmt: skip
     modes = [f"{bits} bits"] * (bits < 16) + [name for name, on in named.items() if on]
     name = " ".join(["activation side", short, str(tuple(tile)), *modes])
     return name, source(activation_side_kernel, types, constants, PLAIN), options_of(tile)
@@ -106,12 +107,13 @@ def packed_types(bits: float) -> dict[str, str]:
 
 
 def weight_case(
-    short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False, bits: float = 16
-) -> Any:
+    short: str, tile: Tile, *, bulk: bool, transposed: bool = False, grouped: bool = False, bits: float = 16,
+    origin: int = 0,
+) -> Any:  # fmt: skip
     """The superposed linear on the weight side, as it is launched."""
     constants = {
         "IN_STREAM": int(Stream.COLUMN_SIGNS), "OUT_STREAM": int(Stream.ROW_SIGNS), "FLIP_IN": True, "FLIP_OUT": True,
-        "TRANSPOSED": transposed, "BULK": bulk, "GROUPED": grouped,
+        "IN_ORIGIN": origin, "OUT_ORIGIN": origin, "TRANSPOSED": transposed, "BULK": bulk, "GROUPED": grouped,
         "HAS_BIAS": not transposed, "HAS_BIASES": not transposed, "BITS": bits, "GROUP": group_for(bits) or WHOLE_ROW,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "stride_xk": 1,
         **dict.fromkeys(("stride_wn", "stride_dn") if transposed else ("stride_wk", "stride_dk"), 1),
@@ -129,7 +131,8 @@ def weight_case(
         types |= {name: f"tensordesc<{types[name][1:]}[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
         plain = (*PLAIN, *blocks)
     modes = [f"{bits} bits"] * (bits < 16)
-    modes += [name for name, on in (("bulk", bulk), ("transposed", transposed), ("grouped", grouped)) if on]
+    named = ("bulk", bulk), ("transposed", transposed), ("grouped", grouped), (f"origin {origin}", origin > 0)
+    modes += [name for name, on in named if on]
     name = " ".join(["weight side", short, str(tuple(tile)), *modes])
     return name, source(weight_side_kernel, types, constants, plain), options_of(tile)
 
@@ -137,8 +140,8 @@ def weight_case(
 def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any, Any]]:
     """Superpose and retrieve under one transform."""
     constants = transform_arguments(transform, K).constants | {"BLOCK_N": TILE_ROWS, "BLOCK_K": TILE_COLUMNS}
-    mode = " permuted" if transform.granule else ""
-    plain = ("key_lo", "key_hi", "tensor_lo", "tensor_hi", "bits")
+    mode = " permuted" if transform.granule else " origin" if transform.first_row else ""
+    plain = ("key_lo", "key_hi", "tensor_lo", "tensor_hi", "bits", "segment", "origin_row", "origin_column")
     granule = {"granule": 1} if transform.granule else {"granule": 1, "width": 1, "bits": 1}
     types = {"accumulator_ptr": "*i32", "finetuned_ptr": f"*{short}", "base_ptr": f"*{short}", "rate": "fp32"}
     built = source(superpose_kernel, types, constants | granule | {"SUBTRACT": False}, plain)
@@ -147,7 +150,9 @@ def transform_cases(short: str, transform: Transform) -> Iterator[tuple[str, Any
     yield f"retrieve {short}{mode}", source(retrieve_kernel, types, constants | granule, plain), FUSED
 
 
-def route_case(short: str, *, back: bool = False, permuted: bool = True, scaled: bool = False) -> tuple[str, Any, Any]:
+def route_case(
+    short: str, *, back: bool = False, permuted: bool = True, scaled: bool = False, origin: int = 0
+) -> tuple[str, Any, Any]:
     """Turning activations, there or back."""
     constants = {
         "STREAM": int(Stream.DIAGONAL if scaled else Stream.COLUMN_SIGNS),
@@ -157,14 +162,16 @@ def route_case(short: str, *, back: bool = False, permuted: bool = True, scaled:
         "SCALED": scaled,
         "PERMUTED": permuted,
         "SEGMENTS": 1,
+        "ORIGIN": origin,
         "BLOCK_K": TILE_COLUMNS,
         "stride_xk": 1,
         "granule": 1,
         **({} if permuted else {"width": 1, "bits": 1}),
     }
     types = {"x_ptr": f"*{short}", "turned_ptr": f"*{short}", "reciprocals_ptr": "*fp32", **MODELS}
-    plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", "round", "first_sign", *MODELS)
-    modes = [name for name, on in (("back", back), ("permuted", permuted), ("scaled", scaled)) if on]
+    plain = ("models", "rows_per_id", "tensor_lo", "tensor_hi", "bits", "segment", "origin", *MODELS)
+    named = ("back", back), ("permuted", permuted), ("scaled", scaled), (f"origin {origin}", origin > 0)
+    modes = [name for name, on in named if on]
     name = " ".join(["route", short, *modes])
     return name, source(route_kernel, types, constants, plain), {"num_warps": 1} | FUSED
 
@@ -187,6 +194,7 @@ def activation_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
             yield activation_case(dtypes[0], tile, turned=turned, transposed=True)
             yield activation_case(dtypes[0], tile, turned=turned, slots=True, ragged=True)
             yield activation_case(dtypes[-1], tile, turned=turned, parts=4)
+            yield activation_case(dtypes[-1], tile, turned=turned, parts=4, origin=2)
             if tile.m == 16 and width == "half":  # fp32 adds a shared basis afterwards
                 yield activation_case(dtypes[-1], tile, turned=turned, basis=True, slots=True)
 
@@ -202,6 +210,8 @@ def weight_cases(table: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for tile, transposed in product(weight_tiles(numbers), (False, True)):
         yield weight_case("bf16", tile, bulk=numbers["bulk"], transposed=transposed)
         yield weight_case("fp16", tile, bulk=numbers["bulk"], transposed=transposed, grouped=True)
+        if not transposed:
+            yield weight_case("bf16", tile, bulk=numbers["bulk"], origin=2)
 
 
 def packed_cases(table: dict[str, Any], default: dict[str, Any], *, whole: bool) -> Iterator[tuple[str, Any, Any]]:
@@ -216,6 +226,8 @@ def packed_cases(table: dict[str, Any], default: dict[str, Any], *, whole: bool)
         for entry in entries if bits > 2 else (entries[0], entries[-1]):
             tile, turned = Tile(*entry["tile"]), entry["turn_first"]
             yield activation_case("bf16", tile, turned=turned, bits=bits, parts=4)
+            if whole and bits == 4:
+                yield activation_case("bf16", tile, turned=turned, bits=bits, parts=4, origin=2)
             yield activation_case("bf16", tile, turned=turned, bits=bits, slots=True, ragged=True)
         if bits > 2:
             for tile in {Tile(*entry["tile"]) for entry in table["activation_side"]["fp32" + kind]}:
@@ -247,9 +259,10 @@ def cases(target: str, *, whole: bool = False) -> dict[str, tuple[Any, Any]]:
         ]
     found += weight_cases(tables["default"])  # for operands that no descriptor describes
     for short in ("fp16", "fp32"):
-        for transform in (Transform(), Transform(granule=1)):
+        for transform in (Transform(), Transform(granule=1), Transform(first_row=37, first_column=37)):
             found += transform_cases(short, transform)
     found += [route_case("fp16"), route_case("fp16", back=True), route_case("fp16", permuted=False)]
+    found += [route_case("fp16", permuted=False, origin=2)]
     found += [route_case("bf16", permuted=False, scaled=True)]
     return {name: (built, options) for name, built, options in found}
 

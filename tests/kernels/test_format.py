@@ -212,3 +212,17 @@ def test_columns_stay_where_there_is_nothing_to_move(granule: int) -> None:
     """Without a permutation, and where a segment is narrower than what moves together."""
     columns = fmt.column_permutation(1, 2, 12, Transform(granule=granule, segments=2))
     assert columns.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("first", [0, 1, 31, 37, 128, 200, 2368])
+def test_a_stream_is_the_same_from_any_place_on(first: int) -> None:
+    for stream in fmt.Stream:
+        whole = fmt.signs(1, 2, stream, 2700)
+        assert torch.equal(fmt.signs(1, 2, stream, 300, first), whole[first : first + 300])
+        words = fmt.random_words(1, 2, stream, 2700)
+        assert torch.equal(fmt.random_words(1, 2, stream, 9, first), words[first : first + 9])
+    for granule in (1, 3, 8):
+        transform = Transform(granule=granule, segments=9)
+        moved = fmt.column_permutation(1, 2, 9 * 37, transform)
+        own = transform._replace(segments=4, first_column=2 * 37)
+        assert torch.equal(fmt.column_permutation(1, 2, 4 * 37, own) + 2 * 37, moved[2 * 37 : 6 * 37])

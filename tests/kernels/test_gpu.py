@@ -316,3 +316,25 @@ def test_a_rotation_and_a_diagonal_are_captured_once_they_are_prepared(transform
         y = run(case)
     graph.replay()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_shard_has_the_signs_of_its_origin(bits: int, dtype: torch.dtype) -> None:
+    def serve(m: int, first_row: int, first_column: int) -> None:
+        transform = Transform(first_row=first_row, first_column=first_column)
+        options: dict[str, Any] = {"models": 3, "slots": 2, "dtype": dtype}
+        if bits == 16:
+            case = plain = linear_case(m, 130, 256, transform, integers=True, **options)
+        else:
+            case = packed_case(bits, m, 130, 256, transform, **options)
+            plain = unpacked(case)
+        assert torch.equal(on_gpu(case), retrieved_product(plain).to(dtype))
+
+    for m in (3, 40, 300):
+        for origin in ((0, 37), (37, 0), (128, 256), (2368, 1)):
+            serve(m, *origin)
+        before = compiled_variants()
+        for origin in ((0, 1), (1000, 0), (1024, 128), (1, 18944)):  # others of the same kinds
+            serve(m, *origin)
+        assert compiled_variants() == before

@@ -55,15 +55,20 @@ def assert_exact(case: LinearCase, transposed: bool, plan: Plan | None = None) -
 
 @st.composite
 def layers(draw: st.DrawFn, transforms: list[Transform], largest_m: int, largest_k: int) -> tuple[LinearCase, bool]:
-    """A layer of whole numbers and whether it is run transposed, as a backward pass."""
+    """A layer of whole numbers, which may be a shard, and whether it is run transposed, as a backward pass."""
     runs = draw(st.integers(1, largest_m))
     transform = draw(st.sampled_from(transforms))
+    width = draw(st.integers(1, largest_k // transform.segments))
+    first_row, first_column = (draw(st.sampled_from([0, 0, 37, 128, 200])) for _ in range(2))
+    if transform.granule:  # which begins where a segment does
+        first_column = first_column % 3 * width
+    transform = transform._replace(first_row=first_row, first_column=first_column)
     transposed = draw(st.booleans())
     bias = not transposed and draw(st.booleans())
     case = linear_case(
         runs * draw(st.integers(1, largest_m // runs)),
         draw(st.integers(1, 70)),
-        transform.segments * draw(st.integers(1, largest_k // transform.segments)),
+        transform.segments * width,
         transform,
         models=draw(st.integers(1, 16)),
         slots=draw(st.integers(1, 3)),

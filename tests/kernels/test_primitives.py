@@ -11,6 +11,7 @@ from torch import Tensor
 
 from randes_kernels import format as fmt
 from randes_kernels.format import Stream, Transform, half_bits, signed_words
+from randes_kernels.kernels.transform import origin_kind
 from randes_kernels.primitives import flip, permute_columns, philox, split_key, tile_signs, vector_signs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,17 +32,22 @@ def philox_kernel(out_ptr, counter_ptr, key_ptr):
 
 
 @triton.jit
-def tile_signs_kernel(out_ptr, keys_ptr, start, lo, hi, STREAM: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+def tile_signs_kernel(
+    out_ptr, keys_ptr, start, lo, hi, first, ORIGIN: tl.constexpr,
+    STREAM: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     rows = tl.arange(0, KEYS)
     k0, k1 = split_key(tl.load(keys_ptr + rows))
-    bits = tile_signs(start, k0, k1, STREAM, lo, hi, WIDTH)
+    bits = tile_signs(start, k0, k1, STREAM, lo, hi, first, ORIGIN, WIDTH)
     tl.store(out_ptr + rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], bits.to(tl.int64))
 
 
 @triton.jit
-def vector_signs_kernel(out_ptr, k0, k1, start, lo, hi, STREAM: tl.constexpr, WIDTH: tl.constexpr):
+def vector_signs_kernel(
+    out_ptr, k0, k1, start, lo, hi, first, ORIGIN: tl.constexpr, STREAM: tl.constexpr, WIDTH: tl.constexpr
+):
     k0, k1 = tl.cast(k0, tl.uint32), tl.cast(k1, tl.uint32)
-    bits = vector_signs(start, k0, k1, STREAM, lo, hi, WIDTH)
+    bits = vector_signs(start, k0, k1, STREAM, lo, hi, first, ORIGIN, WIDTH)
     tl.store(out_ptr + tl.arange(0, WIDTH), bits.to(tl.int64))
 
 
@@ -91,9 +97,23 @@ def test_a_tile_has_the_signs_of_each_of_its_keys(tensor: int, stream: Stream, w
     keys = torch.tensor(KEYS, device=DEVICE)
     for start in range(0, 384, width):
         out = torch.full((len(KEYS), width), -1, device=DEVICE)
-        tile_signs_kernel[(1,)](out, keys, start, *signed_words(tensor), int(stream), len(KEYS), width)
+        tile_signs_kernel[(1,)](out, keys, start, *signed_words(tensor), 0, 0, int(stream), len(KEYS), width)
         expected = [fmt.sign_bits(key, tensor, stream, start + width)[start:].long() for key in KEYS]
         assert torch.equal(out.cpu(), torch.stack(expected))
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+@pytest.mark.parametrize("first", [0, 1, 31, 32, 37, 64, 95, 96, 127, 128, 200, 2368])
+def test_a_tile_of_a_shard_has_the_signs_from_its_origin_on(first: int, width: int) -> None:
+    keys, tensor = torch.tensor(KEYS, device=DEVICE), TENSORS[0]
+    for start in range(0, 256, max(width, 64)):
+        expected = torch.stack([fmt.sign_bits(key, tensor, Stream.ROW_SIGNS, width, first + start) for key in KEYS])
+        for origin in range(origin_kind(first), 3):  # what holds for any number holds for these
+            out = torch.full((len(KEYS), width), -1, device=DEVICE)
+            tile_signs_kernel[(1,)](
+                out, keys, start, *signed_words(tensor), first, origin, int(Stream.ROW_SIGNS), len(KEYS), width
+            )
+            assert torch.equal(out.cpu(), expected.long())
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
@@ -102,7 +122,9 @@ def test_a_vector_has_the_signs_of_its_key(key: int, width: int) -> None:
     tensor = TENSORS[0]
     for start in (0, width, 3 * width, 128 * 300 + width):
         out = torch.full((width,), -1, device=DEVICE)
-        vector_signs_kernel[(1,)](out, *signed_words(key), start, *signed_words(tensor), int(Stream.ROW_SIGNS), width)
+        vector_signs_kernel[(1,)](
+            out, *signed_words(key), start, *signed_words(tensor), 0, 0, int(Stream.ROW_SIGNS), width
+        )
         expected = fmt.sign_bits(key, tensor, Stream.ROW_SIGNS, start + width)[start:].long()
         assert torch.equal(out.cpu(), expected)
 

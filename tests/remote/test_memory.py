@@ -11,11 +11,13 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from models import net
 from remote_cases import *  # noqa: F403
+from typer.testing import CliRunner
 
 import randes
 from randes.checkpoints.on_disk import open_file
 from randes.checkpoints.remote.locations import Remote, is_remote, location
 from randes.checkpoints.safetensors import write_file
+from randes.cli import app
 from randes.errors import CheckpointError
 
 _NUMBERS = count()
@@ -116,3 +118,10 @@ def test_an_empty_tensor_is_nothing_to_fetch(address: str) -> None:
     found = open_file(place)
     assert found["empty"].shape == (0, 4)
     assert found["scalar"] == 3
+
+
+def test_servers_want_a_folder_here(address: str) -> None:
+    randes.Superposition.create(net()).save(f"{address}/store")
+    found = CliRunner().invoke(app, ["serve", f"{address}/store"])
+    assert found.exit_code == 2
+    assert "servers read a store from a folder on this machine" in found.output

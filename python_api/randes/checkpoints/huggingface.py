@@ -33,6 +33,7 @@ from randes.errors import BaseMismatchError, CheckpointError, StoreError
 OLDEST = 5, 20
 """The first Transformers that serves all that is tested: 5.17 opens no store as a folder, 5.19 serves no experts."""
 METHOD = "randes"
+CUT_LATER = "several devices share it once it is served, by randes.parallel.parallelize (docs/several-devices.md)"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 PATTERNS = (
     CONFIG, GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -257,4 +258,14 @@ def check_version(transformers: Any) -> None:
         least = ".".join(map(str, OLDEST))
         raise ImportError(
             f"stores need Transformers {least} or later, got {found}: pip install 'transformers>={least}'"
+        )
+
+
+def check_one_device(device_map: Any) -> None:
+    """Raise ``ValueError`` for a ``device_map`` that puts a model on several devices, or parts of it on a disk."""
+    devices = sorted({str(device) for device in device_map.values()}) if isinstance(device_map, Mapping) else []
+    if len(devices) > 1 or devices == ["disk"]:
+        raise ValueError(
+            f"device_map must put a model that is served on one device, got {', '.join(devices)}: to move tensors from"
+            f" one to another it replaces the forward of layers, whose products would then be the base's; {CUT_LATER}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from randes.checkpoints.huggingface import METHOD
+from randes.checkpoints.huggingface import METHOD, check_one_device
 
 BASE_ALONE = f"{METHOD}-base"
 
@@ -37,6 +37,12 @@ class Served(HfQuantizer):
     def is_serializable(self) -> bool:
         """Not by Transformers: ``Superposition.save`` and ``SuperposedModel.save_pretrained`` write stores."""
         return False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Called with the ``device_map`` before anything is loaded, and with what "auto" has become. Raises
+        ``ValueError`` for several devices."""
+        super().validate_environment(*args, device_map=device_map, **kwargs)
+        check_one_device(device_map)
 
     def update_weight_conversions(self, conversions: Any, *_: Any) -> list[Any]:
         """None: a store's tensors have the names that the model has."""

@@ -10,6 +10,7 @@ from randes.cli.change import add, merge_adapter, pack, remove, retrieve
 from randes.cli.demo import demo
 from randes.cli.make import compress, superpose_adapters
 from randes.cli.planning import plan
+from randes.cli.serve import serve
 from randes.cli.show import info, report, verify
 
 INTERRUPTED = 130
@@ -56,6 +57,6 @@ def options(
 
 
 for command in (
-    compress, superpose_adapters, merge_adapter, plan, add, remove, pack, retrieve, info, verify, report, demo,
+    compress, superpose_adapters, merge_adapter, plan, add, remove, pack, retrieve, info, verify, report, serve, demo,
 ):  # fmt: skip
     app.command()(command)

@@ -41,10 +41,10 @@ DIRECTIONS = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """What to compress with and how to pack it: ``compress(base, models, choice.config).pack(**choice.packing)``.
+    """How to compress and pack: ``compress(base, models, choice.config).pack(**choice.packing)``.
 
-    store: bytes of the whole store, the base with it; times: in units of one model. kept: %, predicted.
-    exact: whether the size is the superposition's, and not estimated from shapes.
+    store: bytes of the whole store, the base included. times: the same in units of one model. kept: %, predicted.
+    exact: whether the size is that of a superposition, not an estimate from shapes.
     """
 
     config: Config
@@ -120,15 +120,18 @@ def choose(
     base: Shaped, models: int, *, budget: float | None = None, memory: int | None = None,
     quality: float | None = None, config: Config | None = None, rotations: bool = True,
 ) -> Choice:  # fmt: skip
-    """What suits so many fine-tunes of ``base``: what keeps the most within a size, or takes the least for a quality.
+    """Choose configuration and bits for this number of fine-tunes of ``base``: what keeps the most within a size, or
+    takes the least for a quality.
 
-    base: as for ``randes.plan``.
-    budget: of the whole store, the base with it, in units of one model. memory: the same in bytes. quality: % of each
-        fine-tune's gain in the mean, as predicted. config: whose other options are taken; its group size is chosen.
-    rotations: whether a rotation may take the place of column signs, where these are all that turns columns: it keeps
-        more in 1 bit and less, and has each row of activations turned before a product.
-    Reads shapes, not values: how many directions the models have is not known yet, and ``settled`` chooses again.
-    Raises ``ValueError`` unless one of the three is given, and ``RandesError`` where nothing suits.
+    base: as for ``randes.plan``. models: number of fine-tunes.
+    budget: largest size of the whole store, the base included, in units of one model.
+    memory: the same in bytes.
+    quality: least % of the fine-tunes' gain to keep, in the mean, as predicted.
+    config: its other options are used; its group size is chosen.
+    rotations: whether a rotation may take the place of column signs, if these are the only column transform. It keeps
+        more at 1 bit and below, and adds a product with each row of activations.
+    Only shapes are read, so it is not known yet how many directions the models need; ``settled`` chooses again.
+    Raises ``ValueError`` unless exactly one of the three is given, and ``RandesError`` if no choice fits.
     """
     wanted, config = Wanted(budget, memory, quality), (config or Config()).resolved(together=True)
     base = with_shapes(base)

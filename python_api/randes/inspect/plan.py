@@ -23,17 +23,19 @@ INTEGERS = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One choice of bits. Bytes, but for the last three.
+    """One choice of bits. Sizes are bytes, except the last three.
 
-    bits: of an element of D where it is served; 16 is the base's own dtype, made of the integers at loading.
-    store: on the disk, of what servers load, the base with it; at 16 bits that is what models are added to, too.
+    bits: of an element of D in a server; 16 is the base's own dtype, made from the integers at loading.
+    store: bytes on the disk of what servers load, the base included. At 16 bits models can be added to it, too.
     times: the same in units of one whole model.
-    serving: weights in memory. kept: of ``store``, at most, what each model has to itself: all that is not superposed,
-        if every model changed all of it, and its deltas of tables of embeddings. separate: as that many whole models.
+    serving: bytes of weights in memory.
+    kept: the part of ``store``, at most, that each model has to itself: everything that is not superposed, if every
+        model changed all of it, and its deltas of tables of embeddings.
+    separate: bytes of that many whole models.
     decode, decode_all: weight bytes that a decode step reads, in units of one plain model's, for rows of one group's
         models, and for rows of all groups' models.
     interference: predicted size of the noise in a retrieved delta, in units of the delta, under signs, permutations and
-        rotations; with a shared basis it is less, by what of the delta lies in there. It is not the accuracy.
+        rotations. A shared basis reduces it by the part of the delta that lies in the basis. It is not the accuracy.
     """
 
     bits: float
@@ -50,15 +52,15 @@ class Row:
 def plan(
     base: Shaped, models: int, config: Config | None = None, *, embeddings: float | None = None
 ) -> list[Row]:  # fmt: skip
-    """What ``models`` fine-tunes of ``base`` will take at each number of bits. Reads shapes, not values.
+    """The sizes and costs of ``models`` fine-tunes of ``base`` at each number of bits. Only shapes are read.
 
     base: a checkpoint, as ``randes.compress`` takes it, a module on the meta device, a Transformers configuration, or
-        the name of a model, as Transformers' ``from_pretrained`` takes it: its configuration alone is then read.
-    config: as for ``randes.compress``. How many directions rank "auto" keeps only the models say: all sizes and costs
-        are then the most that there can be, with ``basis.MOST`` a matrix, or half of its narrower side.
+        the name of a model, as Transformers' ``from_pretrained`` takes it, of which only the configuration is read.
+    config: as for ``randes.compress``. With rank "auto" the number of directions depends on the models. Sizes and
+        costs are then upper bounds, with ``basis.MOST`` directions a matrix, or half of its narrower side.
     embeddings: bits of tables, as ``pack`` takes them.
-    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that is not found or that
-    nothing can be superposed over. (Design, sections 2 and 4.)
+    Raises ``ValueError`` for a number of models below 1, and ``CheckpointError`` for a base that is not found or has
+    nothing to superpose. (Design, sections 2 and 4.)
     """
     config = (config or Config()).resolved(together=True)
     if models < 1:

@@ -22,10 +22,10 @@ def load(
     """Serve a store in a new process: ``randes.load("store", Net())``.
 
     store: the store's folder, or a superposition at hand.
-    module: a model of the base's class, with any weights, also on "meta". The base's are loaded into it from the store,
-        in the module's dtypes and on its devices (from "meta" to the CPU), and it is served in place. It can be left
-        out where the base was a Transformers model: ``randes.from_pretrained`` then makes it.
-    capacity: for how many models there shall be room (``SuperposedModel``).
+    module: a model of the base's class, with any weights, also on "meta". The base's weights are loaded into it from
+        the store, in the module's dtypes and on its devices (from "meta" to the CPU), and it is served in place. Leave
+        it out if the base was a Transformers model: ``randes.from_pretrained`` then makes it.
+    capacity: the number of models to reserve room for (``SuperposedModel``).
 
     Raises ``StoreError`` for a folder that is no store, ``BaseMismatchError`` for a module whose names or shapes are
     not the base's, ``ValueError`` without a module where one is needed, and what ``SuperposedModel`` raises.

@@ -28,27 +28,27 @@ from randes.superposition.superposition import Superposition
 class SuperposedModel(nn.Module):
     """A base model that answers as any of a superposition's fine-tunes.
 
-    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters, and other layers
-    with superposed weights what serves them (``layers/other_layers.py``); the rest take each row's own norms, biases
-    and heads where those are kept per model.
+    Its ``nn.Linear`` layers become ``SuperposedLinear``, in place, with the base's own parameters. Other layers with
+    superposed weights are replaced likewise (``layers/other_layers.py``). All other layers use each row's own norms,
+    biases and heads where those are kept per model.
 
-    superposition: one at hand, or a store's folder. base_module must hold the base's weights: ``randes.load`` loads
-    them into it from the store.
-    capacity: for how many models there shall be room, so that they can be added and deleted while others are answered:
-    memory for the superpositions of so many groups and one more, and for what models keep (``served_models.py``,
-    docs/serving.md). Without it the model serves those that the superposition holds now.
+    superposition: a ``Superposition``, or a store's folder. base_module must hold the base's weights: ``randes.load``
+    loads them into it from the store.
+    capacity: the number of models to reserve room for, so that they can be added and deleted while others are answered.
+    It takes memory for the superpositions of all their groups and one more, and for what models keep
+    (``served_models.py``, docs/serving.md). Without it the model serves those that the superposition holds now.
 
-    It keeps the superposition, which ``add_adapter`` and ``delete_adapter`` change, in memory alone: the store that it
-    was loaded from stays as it is, and ``save_pretrained`` writes another.
+    ``add_adapter`` and ``delete_adapter`` change the superposition in memory only. The store that it was loaded from
+    stays as it is; ``save_pretrained`` writes another.
 
-    Where deltas are centred on their mean, ``base_module`` holds the base that was compressed, in its dtype, or the
-    stored one. The superposed layers' weights become that mean, and ``"__base__"`` is answered by one of the superposed
-    models. Where the fine-tuned weights themselves are superposed (``origin="zero"``), the superposed layers' weights
-    become zeros, whatever they were, and ``"__base__"`` is a name like any other that nobody added.
+    If deltas are centred on their mean, ``base_module`` must hold the base that was compressed, in its dtype, or the
+    stored one. The superposed layers' weights become that mean, and ``"__base__"`` is one of the superposed
+    models. If the fine-tuned weights themselves are superposed (``origin="zero"``), the superposed layers' weights
+    become zeros, whatever they were, and ``"__base__"`` is an unknown name.
 
-    Raises ``BaseMismatchError`` where ``base_module`` does not hold the superposition's base (cast to its own
-    dtype), and ``ValueError`` where a superposed tensor belongs to a layer of no known kind, or one that is not called,
-    for a capacity below the number of models, and for one where the superposition is packed.
+    Raises ``BaseMismatchError`` if ``base_module`` does not hold the superposition's base (cast to its own
+    dtype), and ``ValueError`` if a superposed tensor belongs to a layer of no known kind or one that is not called,
+    for a capacity below the number of models, and for a capacity with a packed superposition.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class SuperposedModel(nn.Module):
     ) -> "SuperposedModel":  # fmt: skip
         """A Transformers model over a store: the class that its configuration names, and every fine-tune in the store.
 
-        path_or_name: the base, as Transformers' ``from_pretrained`` takes it; or the store itself, where that was made
-            of a Transformers model.
-        store: the store's folder, or a superposition at hand; ``path_or_name`` where it is left out.
-        capacity: for how many models there shall be room (``SuperposedModel``).
-        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``... Weights are
-            read from safetensors alone, unless ``use_safetensors=False`` is among them.
+        path_or_name: the base, as Transformers' ``from_pretrained`` takes it; or the store itself, if it was made
+            from a Transformers model.
+        store: the store's folder, or a ``Superposition``; ``path_or_name`` if it is left out.
+        capacity: the number of models to reserve room for (``SuperposedModel``).
+        kwargs: for Transformers' ``from_pretrained``: ``dtype``, ``device_map`` (of one device) and so on. Weights are
+            read from safetensors only, unless ``use_safetensors=False`` is among them.
         Raises ``StoreError`` for a folder that is not such a store, ``CheckpointError`` for one whose files are broken
-        or lie, whatever Transformers says of them, ``BaseMismatchError`` for another base or a configuration that names
-        no class of Transformers, ``OSError`` where a name's files cannot be reached, and ``ImportError`` where
-        Transformers is not installed, or too old.
+        or lie, ``BaseMismatchError`` for another base or a configuration that names no class of Transformers,
+        ``OSError`` if a name's files cannot be reached, ``ValueError`` for a ``device_map`` of several devices or a
+        ``tp_plan``, and ``ImportError`` without a recent Transformers.
         """
         module, superposition = load_base(path_or_name, store, **kwargs)
         return cls(module, superposition, capacity=capacity)
@@ -105,20 +105,20 @@ class SuperposedModel(nn.Module):
 
     @property
     def superposition(self) -> Superposition:
-        """What the models come from; some of its models may not be served (``delete_adapter``)."""
+        """The superposition that is served. Some of its models may not be served (``delete_adapter``)."""
         return self._served.superposition
 
     def add_adapter(
         self, name: str, checkpoint: Checkpoint | None = None, *, group: int | None = None, alpha: float = 1.0,
         progress: Progress = silent,
     ) -> None:  # fmt: skip
-        """Superpose one more fine-tune and serve it, while other threads are answered: calls that began before finish
-        with what they found.
+        """Superpose one more fine-tune and serve it, while other threads are answered. Calls that began before see the
+        models that were there when they began.
 
-        checkpoint: a model, a state dict or a path, as ``Superposition.add`` takes it, which group, alpha and progress
-        are for too. None to serve a model that the superposition has already.
-        Raises what ``Superposition.add`` does, ``ValueError`` where there is no capacity at all or the superposition is
-        packed, ``UnknownModelError``, and ``CapacityError`` where there is no room, or where calls under way
+        checkpoint: a model, a state dict or a path, as ``Superposition.add`` takes it; group, alpha and progress are
+        passed to it. None to serve a model that the superposition has already.
+        Raises what ``Superposition.add`` does, ``ValueError`` without a capacity or if the superposition is
+        packed, ``UnknownModelError``, and ``CapacityError`` if there is no room, or if calls under way
         still need what the last change replaced. Nothing is changed then.
         """
         served, superposition = self._served, self.superposition
@@ -140,10 +140,11 @@ class SuperposedModel(nn.Module):
                 raise
 
     def delete_adapter(self, name: str, checkpoint: Checkpoint | None = None, *, progress: Progress = silent) -> None:
-        """Serve a model no more, while other threads are answered: calls that began before finish with it.
+        """Stop serving a model, while other threads are answered. Calls that began before still finish with it.
 
-        checkpoint: what was added as this model, to subtract it from the superposition, exactly. Without it the model
-        stays superposed, in its neighbours' noise and in what is saved, and ``add_adapter(name)`` serves it again.
+        checkpoint: the checkpoint that was added as this model, to subtract it from the superposition, exactly. Without
+        it the model stays superposed: it remains in its neighbours' noise and in what is saved, and
+        ``add_adapter(name)`` serves it again.
         Raises ``UnknownModelError``, ``ValueError`` for the model that ``set_adapter`` chose and for the base; with a
         checkpoint what ``Superposition.remove`` and ``add_adapter`` do. Nothing is changed then.
         """
@@ -170,19 +171,18 @@ class SuperposedModel(nn.Module):
                 raise
 
     def set_adapter(self, name: str) -> None:
-        """Answer every row as this model (or ``"__base__"``) where a call does not say otherwise. All threads, from
-        their next call on."""
+        """Answer as this model (or ``"__base__"``) in all later calls that name no model, in all threads."""
         self.router.choose(name)
 
     @property
     def active_adapters(self) -> list[str]:
-        """What answers this thread's calls that name no model: a scope's models, the one that was chosen, or none."""
+        """The models that would answer a call of this thread that names none: a scope's, the chosen one, or none."""
         batch = self.router.current()
         return [] if batch is None else batch.models
 
     @property
     def active_adapter(self) -> str | None:
-        """The one such model; None where there is none, or several."""
+        """The one model of ``active_adapters``; None if there is none, or if there are several."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else None
 
@@ -190,9 +190,9 @@ class SuperposedModel(nn.Module):
         """The base module as a plain model again, of its own classes, with one model's retrieved weights.
 
         name: of the model, ``"__base__"`` for the base's weights; by default the active one.
-        The weights are new tensors, in the module's dtype and on its devices, where they are not the base's: all of
-        them beside the old ones for a moment. This object answers no more. No call may be under way.
-        Raises ``UnknownModelError``, ``RuntimeError`` where no model is active, and ``ValueError`` where several are.
+        Weights that differ from the base's are new tensors, in the module's dtype and on its devices. For a moment
+        memory holds them beside the old ones. This object can no longer be called. No call may be under way.
+        Raises ``UnknownModelError``, ``RuntimeError`` if no model is active, and ``ValueError`` if several are.
         """
         with self.router.changing:
             batch = self.router.batch() if name is None else self.router.of([name])
@@ -229,9 +229,9 @@ class SuperposedModel(nn.Module):
         """Answer as these models inside the ``with``: one name a row, or one for all rows.
 
         For calls that take no ``adapter_names``, and for backward passes that run the forward again (activation
-        checkpointing). It holds for the thread that enters it, and inside a coroutine or a generator for that one
-        alone: others that run while it awaits or has yielded have scopes of their own. Which threads and tasks that are
-        started inside have it, and which need ``adapter_names``, says docs/guarantees.md.
+        checkpointing). It holds for the thread that enters it. Inside a coroutine or a generator it holds for that one
+        alone; others that run while it awaits or has yielded have scopes of their own. docs/guarantees.md says which
+        threads and tasks that are started inside have the scope, and which need ``adapter_names``.
         """
         return self.router.using(self.router.of(names))
 
@@ -241,11 +241,11 @@ class SuperposedModel(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, rows: Sequence[int] | None = None) -> None:
-        """Run every kind of superposed layer once for each kernel that it may need, for one model and for a mix.
+        """Run every kind of superposed layer once with each kernel that it may need, for one model and for a mix.
 
-        A GPU kernel is compiled at its first use, in about a second; a server calls this first, so that no request
-        waits for it, and nothing is left to be made while a CUDA graph is captured. rows: how many rows to run with;
-        by default, on a GPU, a number for every path, tile and split that up to 8192 rows choose. Raises ``ValueError``
+        A GPU kernel is compiled at its first use, which takes about a second. A server calls this first, so that no
+        request waits for it and nothing is compiled while a CUDA graph is captured. rows: numbers of rows to run with;
+        by default, on a GPU, one for every path, tile and split that up to 8192 rows use. Raises ``ValueError``
         for a number below 1.
         """
         if rows is not None and any(count < 1 for count in rows):
@@ -284,14 +284,14 @@ class SuperposedModel(nn.Module):
         return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)), whole=True)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, shard_size: int | str | None = None) -> None:
-        """Write the superposition as it is now to a store, also its models that are not served, with the base's
-        configuration and tokenizer where it has any. shard_size: as for ``Superposition.save``."""
+        """Write the superposition as it is now to a store, models that are not served included, with the base's
+        configuration and tokenizer if it has any. shard_size: as for ``Superposition.save``."""
         with self.router.changing:
             self.superposition.save(path, shard_size=shard_size)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else the base model has: its configuration, device, and what pipelines ask for. A call of one of its
-        methods is answered as what is chosen when it begins."""
+        """Every other attribute of the base model: its configuration, device, and what pipelines ask for. A call of one
+        of its methods is answered as the models that are chosen when it begins."""
         try:
             return super().__getattr__(name)
         except AttributeError:

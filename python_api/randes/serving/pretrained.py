@@ -16,9 +16,11 @@ from randes.checkpoints import schema, sources
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import (
     CONFIG,
+    CUT_LATER,
     GENERATION,
     METHOD,
     base_file,
+    check_one_device,
     check_version,
     config_of,
     configuration,
@@ -40,6 +42,8 @@ from randes.superposition.superposition import Superposition
 
 FROM = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 """Arguments that say where a model is: its configuration is there too."""
+CUTTING = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
+"""Arguments by which Transformers cuts a plain model."""
 SLACK = 1 << 24
 """Elements of a model besides four times those of the base's tensors: masks and tables that no file has."""
 
@@ -54,6 +58,9 @@ def load_base(
             " with randes.load(store, module)"
         )
     check_version(library())
+    check_one_device(kwargs.get("device_map"))
+    if cut := [name for name in CUTTING if kwargs.get(name) is not None]:
+        raise ValueError(f"{cut[0]} must be left out: {CUT_LATER}")
     path = location(path_or_name)
     if store is None:
         if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file():
@@ -101,6 +108,7 @@ def _loaded(path_or_name: str | os.PathLike[str], superposition: Superposition, 
         _check_size(kind, config, superposition, path_or_name)
         kwargs.setdefault("use_safetensors", True)  # nothing is unpickled
         model: nn.Module = kind.from_pretrained(path_or_name, config=config, **kwargs)
+    check_one_device(getattr(model, "hf_device_map", None))  # what "auto" has become
     return model
 
 

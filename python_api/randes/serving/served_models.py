@@ -192,12 +192,19 @@ class ServedModels:
             tables = {part.tensor for part in parts if isinstance(part, PerModelTensor)}
             whole = self.superposition.layout.parts
             tables |= {whole.get(part.matrix, part.matrix) for part in parts if isinstance(part, Superposed)}
+            linear = (part for part in parts if isinstance(part, SuperposedLinear))
+            # Of a layer that is cut by columns the bias is in another process.
             return tensors - tables - {
-                part.bias_tensor for part in parts if isinstance(part, SuperposedLinear) and part.biases is not None
+                part.bias_tensor for part in linear if part.biases is not None or part.pool.shard is not None
             }  # fmt: skip
 
         if not (wanted := missing()):
             return
+        if any(pool.shard is not None for pool in _parts(module, DeltaPool)):
+            raise CheckpointError(
+                f"{min(wanted)} cannot come to be kept per model in a model that is cut over devices: make it anew with"
+                " a fine-tune that has its own"
+            )
         layers = [
             layer
             for layer in self.layers(module, wanted)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import move_back, moved_in, plain_state
 from randes.serving.base_layers import base_names
+from randes.serving.layers.delta_pool import DeltaPool
 from randes.superposition.superposition import Superposition
 
 
@@ -37,8 +38,21 @@ class Original:
                 held.discard(name) if isinstance(held, set) else held.pop(name)
 
 
+def check_whole(module: nn.Module) -> None:
+    """Raise ``ValueError`` where a device holds a part of the model alone."""
+    for part in module.modules():
+        if isinstance(part, DeltaPool) and part.shard is not None:
+            raise ValueError(
+                f"a model that is cut into shards cannot become a plain one: {part.tensor} is not whole here; load the"
+                " store anew, without cutting it"
+            )
+
+
 def merged_tensors(module: nn.Module, superposition: Superposition, name: str) -> dict[str, Tensor]:
-    """A model's retrieved tensors by the module's names, in its dtypes and on its devices; its own where those are."""
+    """A model's retrieved tensors by the module's names, in its dtypes and on its devices; its own where those are.
+
+    Raises ``ValueError`` where it is cut into shards."""
+    check_whole(module)
     names = base_names(module, superposition)
     made: dict[int, Tensor] = {}
     own = plain_state(module)

@@ -1,6 +1,7 @@
 """Running every kind of superposed layer once, so that no kernel is compiled while a request waits."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ def run_each_kind(model: nn.Module, router: Router, numbers: int, rows: Sequence
     kinds: dict[tuple[object, ...], tuple[Superposed, Tensor]] = {}
     for layer in model.modules():
         for own, weight in _products(layer):
-            modes: list[bool | int] = [min(2, len(own.pool.slots)), weight.stride(1) == 1]
+            modes: list[object] = [min(2, len(own.pool.slots)), weight.stride(1) == 1, own.transform]
             if isinstance(own, SuperposedLinear):
                 modes += [own.bias is None, own.biases is None]
             kinds.setdefault((weight.shape, weight.dtype, weight.device, *modes), (own, weight))
@@ -30,7 +31,8 @@ def run_each_kind(model: nn.Module, router: Router, numbers: int, rows: Sequence
             x = weight.new_zeros(count, weight.shape[1])
             for mix in (first, [names[row % len(names)] for row in range(count)]):
                 if isinstance(own, SuperposedLinear):
-                    own(x, adapter_names=mix)
+                    run: Any = own if own.pool.shard is None else own.forward  # past hooks that wait for other devices
+                    run(x, adapter_names=mix)
                 else:
                     own(x, weight, router.of(mix).on(x.device))
 

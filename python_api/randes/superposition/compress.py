@@ -38,29 +38,29 @@ def compress(
 ) -> Superposition:
     """Superpose all of ``models``, fine-tunes of ``base`` by name.
 
-    config: by default ``Config()``, which means the best here: shared bases of rank "auto". options: fields of
-    ``Config`` in place of the configuration's, as in ``compress(base, models, group_size=4)``.
+    config: by default ``Config()``, the best default: shared bases of rank "auto". options: fields of
+    ``Config`` that replace the configuration's, as in ``compress(base, models, group_size=4)``.
 
-    Checkpoints are read tensor by tensor: what is in memory is the superposition and two tensors, however many models
+    Checkpoints are read tensor by tensor. Only the superposition and two tensors are in memory, however many models
     there are. A base that is a path stays on the disk.
 
     With ``config.centre`` the stored base is ``W0 + mean δ``, the mean of the fine-tunes, in the superposed matrices.
-    Deltas measured from it are smaller by what they have in common, and so is the interference. ``W0`` itself
-    is then one more superposed model, ``"__base__"``, in the first group: it carries interference like any other. A
-    model added later is measured from the same centre.
+    What the deltas have in common is then in the base, so they are smaller, and so is the interference. ``W0`` itself
+    is one more superposed model, ``"__base__"``, in the first group, and carries interference like any other. A
+    model that is added later is measured from the same centre.
 
-    With ``config.rank`` each superposed matrix gets a shared basis of that many directions, the loudest of the deltas
-    at hand; every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model. With
-    "auto" they are as many as hold at least 2 % each of the deltas' energy, matrix by matrix. Models that are
+    With ``config.rank`` each superposed matrix gets a shared basis of that many directions, those in which the deltas
+    are loudest. Every model keeps its own delta in them, at ``2 · rank · (N + K / J)`` bytes a matrix and model. With
+    "auto" each matrix has as many directions as hold at least 2 % each of the deltas' energy. Models that are
     added later keep their own delta in the same directions. (``basis/shared_basis.py``; design, section 2.)
 
-    A head for another number of classes than the base's is kept as it is, and so is that of every other model.
+    If a model's head has another number of classes than the base's, it is kept exactly, and so is every other model's.
 
-    alpha: what all models' deltas are scaled by when they are used: the scaling factor of superposed task arithmetic,
+    alpha: the factor of all models' deltas when they are used: the scaling factor of superposed task arithmetic,
         or 1 / J for the average of a model soup (``origin="zero"``).
-    calibration: of ``randes.calibrate``: directions that are the loudest in the layers' inputs instead.
-    progress: called with each stage's name and the bytes that it will read; what it returns is called with the number
-    of bytes each time that some were read.
+    calibration: what ``randes.calibrate`` returned: take the directions that are loudest in the layers' inputs instead.
+    progress: called with each stage's name and the bytes that it will read. What it returns is called with the number
+        of bytes each time some were read.
     Raises ``TypeError`` for an option that ``Config`` does not have, ``ValueError`` for no models, for an ``alpha``
     that is not finite in fp32 and for a calibration that does not fit, and whatever ``Superposition.create`` and
     ``add`` raise.

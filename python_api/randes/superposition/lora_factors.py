@@ -38,9 +38,9 @@ def superpose_adapters(
 ) -> Superposition:  # fmt: skip
     """Superpose the factors of LoRA adapters, as PEFT writes them, measured from zero: see ``merge_adapter``.
 
-    base: the model that they were trained on; its shapes are read, not its values. adapters: by name, the folders. All
+    base: the model that they were trained on; only its shapes are read. adapters: their folders by name. All
     must change the same weights with the same rank.
-    config: how factors are turned; ``origin``, ``include``, ``exclude`` and ``min_width`` are set here.
+    config: the factors' transforms; ``origin``, ``include``, ``exclude`` and ``min_width`` are set here.
     progress: as for ``compress``.
     Raises ``CheckpointError`` for an adapter that is not supported, keeps whole modules, or does not fit the first,
     and ``ValueError`` for no adapters and for what ``origin="zero"`` excludes.

@@ -35,18 +35,18 @@ from randes.superposition.tune import Tuned, tune
 class Superposition(State):
     """One base and the superposed deltas of its fine-tunes, as integers. Make one with ``create`` or ``load``.
 
-    The base's tensors are shared with what it was created from, not copied: a path's stay on the disk and are read when
-    they are needed. Training them on in place, or writing to the files, is noticed at the next use, and refused with
+    The base's tensors are not copied: those of a module are shared with it, those of a path stay on the disk and are
+    read when they are needed. If the module is trained further or the files are written to, the next use raises
     ``BaseMismatchError``.
 
-    device: where adding, removing and retrieving compute, "cpu" unless it is set; the bytes are the same.
+    device: where adding, removing and retrieving compute; "cpu" unless it is set. The bytes are the same on all.
     """
 
     @classmethod
     def create(cls, base: Checkpoint, config: Config | None = None, *, progress: Progress = silent) -> "Superposition":
         """An empty superposition over ``base``: an nn.Module, a state dict, or a path to safetensors.
 
-        progress: told of each stage and its bytes, for a progress bar.
+        progress: called with each stage and its bytes, for a progress bar.
 
         Raises ``CheckpointError`` for a base that is not finite or has no matrix to superpose, and for a matrix
         whose columns ``config.segments`` does not divide; ``ValueError`` for
@@ -83,17 +83,17 @@ class Superposition(State):
         self, name: str, finetuned: Checkpoint, *, group: int | None = None, alpha: float = 1.0,
         index: int | None = None, progress: Progress = silent,
     ) -> None:  # fmt: skip
-        """Superpose a fine-tune of the base. Models of the same groups give the same bytes in any order of adding, but
-        where layers shift by a model's place, which it takes when it is added (``shuffle_layers`` above 0).
+        """Superpose a fine-tune of the base. The bytes do not depend on the order of adding, unless layers are shifted
+        by a model's place (``shuffle_layers`` above 0), which a model gets when it is added.
 
-        finetuned: a model, a state dict, or a path, which is read tensor by tensor: safetensors, or a LoRA adapter.
+        finetuned: a model, a state dict, or a path to safetensors or a LoRA adapter, which is read tensor by tensor.
         group: the superposition it joins; by default the first that has room.
-        alpha: what its deltas are scaled by when they are used (1 is the fine-tune itself).
-        index: its place, where layers shift; by default the first that is free.
-        progress: told of each stage and its bytes, for a progress bar.
+        alpha: the factor of its deltas when they are used (1 is the fine-tune itself).
+        index: its place, if layers are shifted; by default the first that is free.
+        progress: called with each stage and its bytes, for a progress bar.
         Raises ``ValueError`` for a name that is taken or not allowed, a group that is full, an index that is taken, or
         an alpha that is not finite in fp32, alone or times the delta; and ``CheckpointError`` for a checkpoint that
-        does not fit the base, or whose configuration is another. Nothing is changed then.
+        does not fit the base, or has another configuration. Nothing is changed then.
         """
         self.check_master()
         self.check_name(name)
@@ -105,9 +105,9 @@ class Superposition(State):
         update.add_model(self, model, step)
 
     def remove(self, name: str, finetuned: Checkpoint | None = None, *, progress: Progress = silent) -> None:
-        """Take a model away again, exactly: the bytes are those from before it was added.
+        """Remove a model, exactly: the bytes are again those from before it was added.
 
-        finetuned: the checkpoint that was added. It cannot be left out: the delta has to be known to be subtracted.
+        finetuned: the checkpoint that was added. It must be given, because its delta is subtracted.
         Raises ``UnknownModelError`` for an unknown name, ``ValueError`` without a checkpoint and ``CheckpointError``
         for any other one. Nothing is changed then.
         """
@@ -130,14 +130,14 @@ class Superposition(State):
         embeddings: float | None = None,
         step: Callable[[int], None] = lambda _: None,
     ) -> "Superposition":  # fmt: skip
-        """The same models with D in 8, 4, 2, 1 or 0.5 bits, for serving: nothing can be added to it or taken away.
+        """The same models with D in 8, 4, 2, 1 or 0.5 bits, for serving. Models cannot be added to it or removed.
 
-        group: columns of a matrix that share a step, a multiple of 64, or 0 for whole rows: by default 64 at 4 bits,
-            and 0 at fewer. At 8 bits and at 0.5 a row has one.
-        coordinates: bits of what each model keeps in the shared bases (``Config.rank``): 16, 8 or 4; by default as many
-            as D, but no less than 4.
+        group: columns of a matrix that share a step, a multiple of 64, or 0 for whole rows; by default 64 at 4 bits,
+            and 0 at fewer. At 8 bits and at 0.5 each row has one step.
+        coordinates: bits of each model's coordinates in the shared bases (``Config.rank``): 16, 8 or 4; by default as
+            many as D, and at least 4.
         embeddings: bits of the tables of embeddings (``Config.embeddings``) beside their loudest directions, which
-            take a sixteenth of a bit: 8, 4, 2, 1 or 0.5, or 0 for these alone; by default 0.5, or 2 where D has
+            take a sixteenth of a bit: 8, 4, 2, 1 or 0.5, or 0 for the directions alone; by default 0.5, or 2 if D has
             more than 2.
         step: called with the bytes of integers that were packed, for a progress bar.
         Raises ``ValueError`` for other numbers, and for a superposition that is packed already. (Design, section 2.)
@@ -160,9 +160,9 @@ class Superposition(State):
         return tune(self, module, batches, loss, steps=steps, rate=rate, held_out=held_out, step=step)
 
     def retrieve(self, name: str) -> dict[str, Tensor]:
-        """A model's tensors again, as a state dict: the one place where a whole retrieved weight exists.
+        """A model's tensors as a state dict. Only here do whole retrieved weights exist.
 
-        Kept tensors are exact; superposed ones carry the other models of the group as noise. ``"__base__"`` is the
+        Kept tensors are exact. Superposed tensors carry noise from the other models of the group. ``"__base__"`` is the
         base, exactly, unless deltas are centred: then it carries noise as the others do.
         Raises ``UnknownModelError``.
         """
@@ -176,10 +176,10 @@ class Superposition(State):
     def retrieved(self, name: str, *, as_files: bool = False, progress: Progress = silent) -> Tensors:
         """The same as a mapping that makes each tensor when it is asked for, for models larger than memory.
 
-        as_files: under the names and in the shapes of the files of the Transformers folder that the base came from,
-            where those are others than the model's (``checkpoints/names``).
+        as_files: use the names and shapes in the files of the Transformers folder that the base came from, where they
+            differ from the model's (``checkpoints/names``).
 
-        ``randes.checkpoints.sources.write_file`` writes it without holding more than a part of a tensor.
+        ``randes.checkpoints.sources.write_file`` writes it with only a part of a tensor in memory.
         """
         tensors = self._joined(name, progress, ties=True)
         return self.to_files.apply(tensors) if as_files else tensors
@@ -194,7 +194,7 @@ class Superposition(State):
     # ---------------------------------------------------------------- questions
 
     def verify(self, name: str, finetuned: Checkpoint, *, progress: Progress = silent) -> Verification:
-        """How near a model, as retrieved, is to the checkpoint that was added under its name: in weights, which is not
+        """Compare a retrieved model with the checkpoint that was added under its name. It measures weights, not
         accuracy. Raises ``UnknownModelError``, and ``CheckpointError`` for any other checkpoint."""
         return verify(self, name, finetuned, progress=progress)
 
@@ -239,7 +239,7 @@ class Superposition(State):
     def load(cls, path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> "Superposition":
         """Open a store and check every byte of it. Its tensors stay on the disk until they are needed.
 
-        check: False to check only what is used, when it is. Raises ``StoreError``.
+        check: False to check each tensor when it is first used instead. Raises ``StoreError``.
         """
         return load(cls, path, check=check, progress=progress)
 

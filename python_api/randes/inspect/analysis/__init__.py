@@ -1,7 +1,7 @@
-"""How alike tensors and models are, and what a superposition weighs: FusionBench's analysis, for models of any size.
+"""Similarity of tensors and models, and the storage of a superposition: FusionBench's analysis, for models of any size.
 
-Models are anything ``randes.compress`` takes, and are read a part of a tensor at a time: in memory are two parts, or,
-of a singular value decomposition, one matrix. Likeness of weights is no measure of accuracy.
+Models are anything that ``randes.compress`` takes. They are read a part of a tensor at a time: two parts are in memory,
+or one matrix for a singular value decomposition. Similarity of weights is no measure of accuracy.
 """
 
 from randes.inspect.analysis.likeness import Comparison, Likeness, compare_models, cosine_similarity, pairwise_cosines

@@ -22,11 +22,11 @@ def write(
     title: str = "superposition",
     progress: Progress = silent,
 ) -> None:
-    """Write a page that needs nothing beside it, neither a network nor scripts, to ``path`` (``*.html``).
+    """Write a report to ``path`` (``*.html``): one page that needs no other file, no network and no scripts.
 
-    checkpoints: of some models by name, as they were added. Each adds its measured weight error, and two or more the
-        cosines of their deltas before and after their transforms; without them the page has what the store knows.
-    title: what the page calls the store. progress: told of each stage and its bytes, for a progress bar.
+    checkpoints: those of some models by name, as they were added. Each adds its measured weight error. Two or more add
+        the cosines of their deltas before and after their transforms. Without them the page shows what the store knows.
+    title: the page's name for the store. progress: called with each stage and its bytes, for a progress bar.
     Raises ``ValueError`` for another path, ``UnknownModelError``, ``CheckpointError`` for another checkpoint than the
     one that was added, and ``RandesError`` without matplotlib; nothing is written then. (docs/report.md.)
     """

@@ -1,13 +1,16 @@
 """What models' deltas are superposed in, as it is served."""
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from randes.serving.batch import Version
+from randes.serving.layers.shards import Shard, own_copy
 from randes.serving.table_rows import put
 from randes.superposition.packed_tensors import SuperposedDelta, values_of
 from randes.superposition.state import Group
@@ -23,6 +26,9 @@ class DeltaPool(nn.Module):
 
     A module of its own because layers that are shuffled share one, and must go on sharing it when they move.
 
+    weight: (N, K), for the shape, dtype and device. shard: where that is a part of the matrix, which; of everything
+    that is written, this part is held.
+
     rows: how many superpositions of groups to have room for. By default there is room for those that are, where they
     have this tensor at all; ``slots`` tells of a group's row, and of the tensor's name, the slot. Deltas that each
     model has to itself stand under the models' names.
@@ -34,9 +40,12 @@ class DeltaPool(nn.Module):
     values: Tensor
     steps: Tensor | None
 
-    def __init__(self, superposition: Superposition, tensor: str, weight: Tensor, rows: int | None = None) -> None:
+    def __init__(
+        self, superposition: Superposition, tensor: str, weight: Tensor, rows: int | None = None,
+        shard: Shard | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.tensor, self.family = tensor, superposition.family(tensor)
+        self.tensor, self.family, self.shard = tensor, superposition.family(tensor), shard
         self.unshared = tensor in superposition.unshared
         known: dict[Group, Group] = {name: name for name in superposition.served}
         if not self.unshared:
@@ -53,7 +62,7 @@ class DeltaPool(nn.Module):
         self.packing: tuple[float, int, int] | None = None
         values, steps = torch.zeros((len(self.slots), *weight.shape), dtype=weight.dtype, device=weight.device), None
         if held and superposition.packing is not None:
-            first = next(iter(held.values()))
+            first = self._part(next(iter(held.values())))
             assert isinstance(first, Packed)
             parts = first.words, first.steps
             values, steps = (part.new_zeros(len(held), *part.shape, device=weight.device) for part in parts)
@@ -71,6 +80,8 @@ class DeltaPool(nn.Module):
         for place in self.family:
             held = superposition.held.get(group, {}).get(place)
             if isinstance(held, Packed):
+                held = self._part(held)
+                assert isinstance(held, Packed)
                 assert self.steps is not None
                 put(self.values, self.slots[row, place], held.words)
                 put(self.steps, self.slots[row, place], held.steps)
@@ -79,7 +90,8 @@ class DeltaPool(nn.Module):
                 if superposition.config.gains == "shared":
                     peak = max(abs(int(bound)) for bound in torch.aminmax(numbers))
                     self.units[slot] = 2.0 ** (math.frexp(peak * unit)[1] - PEAK_BITS)
-                put(self.values, slot, numbers.to(self.values.device).float().mul_(unit / self.units[slot]))
+                own = numbers if self.shard is None else self.shard.of_tensor(numbers)
+                put(self.values, slot, own.to(self.values.device).float().mul_(unit / self.units[slot]))
                 self._check_finite(slot)
 
     def row_of(self, version: Version) -> Group:
@@ -106,6 +118,26 @@ class DeltaPool(nn.Module):
         assert self.steps is not None
         return unpack(Packed(self.values[slots, rows], self.steps[slots, :, rows].mT, *self.packing))
 
+    def cut(self, shard: Shard) -> "DeltaPool":
+        """The part of it that one device holds, in memory of its own.
+
+        Raises ``ValueError`` where it is packed and cannot be cut there.
+        """
+        own, made = shard.of_delta(self.delta), copy.copy(self)  # the names of its slots are the same
+        vars(made)["_buffers"], made.shard = dict(self._buffers), shard
+        values, steps = (own.words, own.steps) if isinstance(own, Packed) else (own, None)
+        made.values, made.steps = own_copy(values), None if steps is None else own_copy(steps)
+        if isinstance(own, Packed):
+            made.packing = own[2:]
+        return made
+
+    def of_columns(self, values: Tensor) -> Tensor:
+        """(..., K, r) as its shard has them."""
+        return values if self.shard is None else self.shard.of_columns(values)
+
+    def _part(self, delta: SuperposedDelta) -> SuperposedDelta:
+        return delta if self.shard is None else self.shard.of_delta(delta)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeltaPool":
         before, steps = self.values.dtype, self.steps
         super()._apply(fn, recurse)
@@ -122,6 +154,10 @@ class DeltaPool(nn.Module):
             raise ValueError(
                 f"the superposition of {self.tensor} must fit {dtype}, got infinity; serve it in another dtype"
             )
+
+
+Cuts: TypeAlias = MutableMapping[DeltaPool, dict[Shard, DeltaPool]]
+"""Of pools that several layers share the parts that they have come to share."""
 
 
 def group_rows(superposition: Superposition) -> dict[int, int]:

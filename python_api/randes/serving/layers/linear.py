@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randes.checkpoints.modules.parameters import move
-from randes.errors import CheckpointError
+from randes.errors import CheckpointError, WeightReadError
 from randes.serving.batch import Batch, Version
-from randes.serving.layers.delta_pool import DeltaPool
+from randes.serving.layers.delta_pool import Cuts, DeltaPool
 from randes.serving.layers.served_weights import ServedWeight
+from randes.serving.layers.shards import Shard, cut_buffers, own_copy, shallow_copy
 from randes.serving.layers.superposed import Superposed, check_is_base, first_versions, tensor_of
 from randes.serving.routing import Router
 from randes.serving.table_rows import put
@@ -29,11 +30,12 @@ def _as_wide(x: Tensor, weight: Tensor) -> Tensor:
 class SuperposedLinear(Superposed, nn.Linear):
     """A linear layer over a base weight (N, K) and the superposed deltas of J fine-tunes of it.
 
-    ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)`` with j the model of each row, and no Ŵ_j is ever
-    built: one pass over the base weight and one over the superposition, whatever models the rows belong to.
+    ``layer(x)`` with x (..., K) is ``F.linear(x, Ŵ_j, b_j)``, where j is the model of each row. No Ŵ_j is ever
+    built: there is one pass over the base weight and one over the superposition, whatever models the rows belong to.
     The base's weight and bias are ``base_weight`` and ``base_bias``. Gradients flow to x and to both of them.
-    ``weight`` has their shape, dtype and device and no values, for it is another for each model: ``F.linear`` with it
-    is this layer's product, and other reads raise ``WeightReadError``. (Design, section 1; served_weights.py.)
+    ``weight`` has the base weight's shape, dtype and device but no values, because it differs between models.
+    ``F.linear`` with it is this layer's product; other reads raise ``WeightReadError``. (Design, section 1;
+    served_weights.py.)
     """
 
     moved: ClassVar[frozenset[str]] = frozenset(("weight", "bias"))
@@ -58,10 +60,10 @@ class SuperposedLinear(Superposed, nn.Linear):
         """A layer that takes over ``linear``'s parameters, for the models of ``superposition``.
 
         name: the layer's name in the base, so that its weight is ``f"{name}.weight"`` there.
-        router: tells the layer which models a batch belongs to; by default one of its own, and a call names them.
-        pool: the superpositions in the layer's dtype, where another layer holds them already.
-        Raises ``ValueError`` where the superposition has no such weight or one of another shape, and
-        ``BaseMismatchError`` where the layer's weight or bias is not the base's.
+        router: tells the layer which models a batch belongs to; by default its own, and calls name the models.
+        pool: the superpositions in the layer's dtype, if another layer holds them already.
+        Raises ``ValueError`` if the superposition has no such weight or one of another shape, and
+        ``BaseMismatchError`` if the layer's weight or bias is not the base's.
         """
         tensor = tensor_of(name, "weight")
         if tensor not in superposition.superposed:
@@ -118,14 +120,15 @@ class SuperposedLinear(Superposed, nn.Linear):
         if self.biases is None:
             return
         for version in versions:
-            own, count = unsuperposed(superposition, version.name, self.bias_tensor), self.out_features
+            own, shard = unsuperposed(superposition, version.name, self.bias_tensor), self.pool.shard
+            count = self.out_features if shard is None else shard.shape[0]
             added = len(superposition.members[version.name].added.get(self.matrix, ()))
             if own.shape != (count + added,):
                 raise CheckpointError(
                     f"{self.bias_tensor} of {version.name!r} must be ({count + added},) as its weight, got"
                     f" {tuple(own.shape)}"
                 )
-            put(self.biases, version.number, own[:count])
+            put(self.biases, version.number, own[:count] if shard is None else shard.of_rows(own))
             if self.added_biases is not None:
                 put(self.added_biases, version.number, F.pad(own[count:], (0, self.added_biases.shape[1] - added)))
 
@@ -144,7 +147,12 @@ class SuperposedLinear(Superposed, nn.Linear):
         return self.with_added(y, x, batch, self.added_biases)
 
     def product_with(self, x: Tensor, name: str, bias: Tensor | None = None) -> Tensor | None:
-        """``F.linear`` of x (..., K) with ``weight`` as each row's own model has it; None for the base alone."""
+        """``F.linear`` of x (..., K) with ``weight`` as each row's own model has it; None for the base alone.
+
+        Raises ``WeightReadError`` for a shard, whose parts' products nobody would put together.
+        """
+        if self.pool.shard is not None:
+            raise WeightReadError(f"{self.matrix} is cut into shards: call the layer, and not F.linear with its weight")
         batch = self.router.batch()
         if batch.runs_base:
             return None
@@ -181,6 +189,39 @@ class SuperposedLinear(Superposed, nn.Linear):
             return biases[batch.number]
         added = self.added_biases[batch.number, : int(self.added_counts[batch.number])]
         return torch.cat([biases[batch.number], added])
+
+    def shard(self, dim: int, rank: int, world: int) -> "SuperposedLinear":
+        """Part ``rank`` of ``world`` of this layer, for one of several devices, in memory of its own; this stays whole.
+
+        dim: 0 cuts rows of the weight (column-parallel): x is whole, and the parts' outputs stand side by side. 1 cuts
+            columns (row-parallel): a part gets its columns of x, and the outputs' sum is the layer's; the first part
+            adds the bias.
+        Models that are served later are cut as these are. Raises ``ValueError`` for other numbers, and for a matrix
+        that cannot be cut so: a rotation or a dense matrix by columns, a permutation inside of a segment, a packed D
+        inside of columns that share a step, and one that models add rows to.
+        """
+        shape = self.out_features, self.in_features
+        own = Shard.of(shape, dim, rank, world)
+        for other in range(world):  # none of the parts, where one cannot be
+            self.check_cut(Shard.of(shape, dim, other, world))
+        made = shallow_copy(self)
+        made.cut(own)
+        return made
+
+    @torch.no_grad()
+    def cut(self, shard: Shard, cuts: Cuts | None = None) -> None:
+        """Keep a rectangle of the weight alone, and what goes with it, in place: hooks and references stay. The bias is
+        that of the shard which has the first column. cuts: what other layers are cut into that share a pool with this
+        one, and may go on sharing. Raises as ``shard`` does, and nothing is changed then."""
+        self._cut_deltas(shard, {} if cuts is None else cuts)
+        self.out_features, self.in_features = len(shard.rows), len(shard.columns)
+        parts: dict[str, Any] = {"base_weight": shard.of_tensor, "base_bias": shard.of_rows}
+        cut_buffers(self, {"biases": shard.of_rows})
+        for name, part in parts.items():
+            if (held := self._parameters.get(name)) is not None:
+                self._parameters[name] = nn.Parameter(own_copy(part(held)), requires_grad=held.requires_grad)
+        if shard.columns.start:
+            self._parameters["base_bias"], self.biases = None, None
 
     def extra_repr(self) -> str:
         """The shape, and how many models share how many slots."""

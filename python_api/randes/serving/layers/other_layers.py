@@ -129,7 +129,7 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         for name, like in zip(SIGNS, parts, strict=True):
             table = torch.zeros((len(matrix.keys), *like.shape), dtype=like.dtype, device=weight.device)
             self.register_buffer(name, table, persistent=False)
-        mixed = mixing.tables_back([0], matrix.tensor, weight.shape[1], matrix.transform.matrix)[0]
+        mixed = self._mixed(0, matrix, weight.shape)
         table = torch.zeros((len(matrix.keys), *mixed.shape), dtype=mixed.dtype, device=weight.device)
         self.register_buffer("mixed", table, persistent=False)
 
@@ -140,9 +140,13 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
             parts = transform_parts(superposition.key(version.name), matrix.tensor, shape, matrix.transform)
             for name, own in zip(SIGNS, parts, strict=True):
                 put(getattr(self, name), version.number, own)
-            keys = [superposition.key(version.name)]
-            own = mixing.tables_back(keys, matrix.tensor, shape[1], matrix.transform.matrix)[0]
-            put(self.mixed, version.number, own)
+            put(self.mixed, version.number, self._mixed(superposition.key(version.name), matrix, shape))
+
+    @staticmethod
+    def _mixed(key: int, matrix: SuperposedMatrix, shape: torch.Size) -> Tensor:
+        """What turns one model's columns back in place of signs."""
+        transform = matrix.transform
+        return mixing.tables_back([key], matrix.tensor, shape[1], transform.matrix, transform.first_column)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, ...) integers → (B, ..., K)"""
@@ -166,6 +170,15 @@ class SuperposedEmbedding(SuperposedLayer, nn.Embedding):
         own = added[model[:, None], place.clamp(min=0)]
         found = self._of_base_rows(matrix, torch.where(input < self.num_embeddings, input, 0), ids)
         return torch.where((place < 0).view(input.shape)[..., None], found, own.view(found.shape))
+
+    @property
+    def matrix(self) -> SuperposedMatrix:
+        """The deltas of its table, to multiply with."""
+        return self._matrices("weight")[0]
+
+    def of_rows(self, input: Tensor, ids: Tensor) -> Tensor:
+        """The look-up for the models that ids (B,) name, whatever batch there is: (B, ...) integers → (B, ..., K)"""
+        return self._of_base_rows(self.matrix, input, ids)
 
     def _of_base_rows(self, matrix: SuperposedMatrix, input: Tensor, ids: Tensor | None) -> Tensor:
         base = F.embedding(input, base_of(self, "weight"))

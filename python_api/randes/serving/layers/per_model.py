@@ -13,6 +13,7 @@ from randes.errors import CheckpointError
 from randes.serving.batch import Version
 from randes.serving.layers.recomputed import recomputed_property
 from randes.serving.layers.served_weights import ServedWeight
+from randes.serving.layers.shards import Shard
 from randes.serving.routing import Router
 from randes.serving.table_rows import Row, Rows, put
 from randes.superposition.members import BASE_NAME, Member
@@ -29,26 +30,31 @@ class PerModelTensor(nn.Module):
     Where models differ in its shape (heads of other numbers of classes), ``values`` is empty and each has its own.
     vocabulary: whether its rows are tokens.
 
-    like: the base's. numbers: of models that there is room for; ``write`` says which those are. room: for how many
-    tensors, by default for those that the models have.
+    like: the base's, or what ``shard`` is of it. numbers: of models that there is room for; ``write`` says which those
+    are. room: for how many tensors, by default for those that the models have. Raises ``ValueError`` for a shard where
+    models differ in its shape.
     """
 
     values: Tensor
     rows: Tensor
 
     def __init__(
-        self, superposition: Superposition, tensor: str, like: Tensor, numbers: int, room: int | None = None
-    ) -> None:
+        self, superposition: Superposition, tensor: str, like: Tensor, numbers: int, room: int | None = None,
+        shard: Shard | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        like = like.detach()
+        like, self.shard = like.detach(), shard
+        whole = like if shard is None else torch.empty(shard.shape[: like.dim()], device="meta")
         members = superposition.members
         own = [name for name in members if tensor in superposition.own_tensors(name)]
-        shapes = [_shape_of(members[name], tensor, like) for name in own]
+        shapes = [_shape_of(members[name], tensor, whole) for name in own]
         count = len(own) + superposition.is_averaged(tensor)
         if superposition.has_own(tensor):
             count = len(members)
         self.tensor, self.shape = tensor, like.shape
-        self.ragged = any(shape != like.shape for shape in shapes)
+        self.ragged = any(shape != whole.shape for shape in shapes)
+        if self.ragged and shard is not None:
+            raise ValueError(f"{tensor} is of another shape in some models, and cannot be cut into shards")
         self.vocabulary = is_embedding(tensor) or _is_head(tensor, headers(superposition.base))
         self.table_rows = Rows(max(count, room or 0))
         # Whether any model's tensor may be here: a layer that nobody changed costs nothing.
@@ -76,6 +82,8 @@ class PerModelTensor(nn.Module):
             return averages[self.tensor]
         row = self.table_rows.take(f"row for {self.tensor} of {name!r}")
         value = unsuperposed(superposition, name, self.tensor)
+        if self.shard is not None and value.shape == self.shard.shape[: value.dim()]:
+            value = self.shard.of_tensor(value)
         wait()
         if self.ragged:
             taken = self.table_rows.taken

@@ -1,6 +1,7 @@
 """What every superposed layer has: a pool with its matrix's deltas, and tables of what tells models apart."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 from randes.checkpoints.lazy_tensors import headers
 from randes.errors import BaseMismatchError, CheckpointError
 from randes.serving.batch import Batch, Version
-from randes.serving.layers.delta_pool import DeltaPool, group_rows
+from randes.serving.layers.delta_pool import Cuts, DeltaPool, group_rows
+from randes.serving.layers.shards import Shard, cut_buffers
 from randes.serving.table_rows import put
 from randes.superposition.basis import shared_basis
 from randes.superposition.basis.shared_basis import UNIT
 from randes.superposition.members import Member
 from randes.superposition.packed_tensors import SuperposedDelta, coordinates_of
 from randes.superposition.superposition import Superposition
-from randes_kernels import Basis, mixing, superposed_linear
+from randes_kernels import Basis, Transform, mixing, superposed_linear
 from randes_kernels.format import Matrix
 from randes_kernels.lowrank import own_product
 
@@ -33,6 +35,11 @@ def first_versions(superposition: Superposition) -> list[Version]:
 def tensor_of(layer: str, parameter: str) -> str:
     """A parameter's name in a state dict; the layer's is empty for the model itself."""
     return f"{layer}.{parameter}" if layer else parameter
+
+
+def added_cannot_be_cut(tensor: str) -> ValueError:
+    """The refusal of a shard of a matrix that is longer in some models."""
+    return ValueError(f"{tensor} has rows beyond the base's in some models, and cannot be cut into shards")
 
 
 def check_is_base(superposition: Superposition, tensor: str, value: Tensor) -> None:
@@ -70,18 +77,22 @@ class Superposed(nn.Module):
     def _take_deltas(
         self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
     ) -> None:
-        """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K).
+        """Those of ``superposition``'s matrix ``tensor``, for a layer whose own is ``weight`` (N, K), or what the
+        pool's shard is of it.
 
-        numbers: of models that there is room for; ``write`` says which those are.
+        numbers: of models that there is room for; ``write`` says which those are. Raises ``ValueError`` for a matrix
+        that cannot be cut as the shard is.
         """
         self.pool, self.matrix = pool, tensor
         self.tensor, self.transform = superposition.tensor_id(tensor), superposition.transform(tensor)
+        if pool.shard is not None:
+            self.transform = pool.shard.transform(self.transform)
         shared = corrections = inverses = directions = None
         if self.transform.matrix == Matrix.DENSE:
             columns = weight.shape[1]
             inverses = torch.zeros(numbers, columns, columns, dtype=torch.float32, device=weight.device)
         if tensor in superposition.bases:  # U (K, r), and for each model what is added and taken off in it
-            shared = (superposition.bases[tensor].float() * UNIT).to(weight)
+            shared = pool.of_columns(superposition.bases[tensor].float() * UNIT).to(weight)
             corrections = weight.new_zeros(numbers, shared.shape[1], weight.shape[0])
         ranks = {
             headers(m.directions)[tensor].shape[1] for m in superposition.members.values() if tensor in m.directions
@@ -101,6 +112,8 @@ class Superposed(nn.Module):
             "added_counts": None,
         }
         if most := max((len(m.added[tensor]) for m in superposition.members.values() if tensor in m.added), default=0):
+            if pool.shard is not None:
+                raise added_cannot_be_cut(tensor)
             tables["added"] = weight.new_zeros(numbers, most, weight.shape[1])
             tables["added_counts"] = torch.zeros(numbers, dtype=torch.int32, device=weight.device)
         for name, table in tables.items():
@@ -133,18 +146,64 @@ class Superposed(nn.Module):
         put(self.scale, numbers, torch.tensor(scaled, dtype=torch.float32, device="cpu"))
         if self.corrections is None:
             return
-        held = torch.zeros(len(members), *self.corrections.shape[1:])
+        whole = self.corrections.shape[2] if self.pool.shard is None else self.pool.shard.shape[0]
+        held = torch.zeros(len(members), self.corrections.shape[1], whole)
         for place, member in enumerate(members):
             if tensor in member.coordinates:
                 own = coordinates_of(member.coordinates[tensor])
                 held[place] = own.mT.float() * (member.alpha_of(tensor) * member.units[tensor])
             if self.directions is not None and tensor in member.directions:
-                put(self.directions, numbers[place], member.directions[tensor].float() * UNIT)
+                put(self.directions, numbers[place], self.pool.of_columns(member.directions[tensor].float() * UNIT))
+        held = held if self.pool.shard is None else self.pool.shard.of_rows(held)
         if self.directions is None:
             shared = superposition.bases[tensor].float() * UNIT
             tables = self.keys[numbers], self.scale[numbers], self.slots[numbers]
-            held = shared_basis.corrections(shared, held, self.pool.delta, *tables, self.tensor, self.transform)
+            delta, transform = self.pool.delta, self.transform
+            if self.pool.shard is not None and self.pool.shard.cuts_columns:
+                delta, transform, tables = self._of_all_columns(superposition, versions, *tables)
+            held = shared_basis.corrections(shared, held, delta, *tables, self.tensor, transform)
         put(self.corrections, numbers, held)
+
+    def _of_all_columns(
+        self, superposition: Superposition, versions: Sequence[Version], keys: Tensor, scale: Tensor, slots: Tensor
+    ) -> tuple[SuperposedDelta, Transform, tuple[Tensor, Tensor, Tensor]]:
+        """Of a shard the superpositions with its rows and all columns, for the time of a change: what models have of
+        their own in a basis is as large on every device as where nothing is cut."""
+        shard, groups = self.pool.shard, group_rows(superposition)
+        assert shard is not None
+        rows = Shard(shard.shape, shard.rows, range(shard.shape[1]))
+        like = self.pool.values.new_empty(()).expand(len(shard.rows), shard.shape[1])
+        pool = DeltaPool(superposition, self.pool.tensor, like, shard=rows)
+        own = [replace(version, group=groups[superposition.members[version.name].group]) for version in versions]
+        pool.write_all(superposition, own)
+        found = [
+            -1 if slot < 0 else pool.slots[pool.row_of(version), superposition.place(version.name, self.matrix)]
+            for slot, version in zip(slots.tolist(), own, strict=True)
+        ]
+        numbered = torch.tensor(found, dtype=torch.int32, device=keys.device)
+        return pool.delta, rows.transform(superposition.transform(self.matrix)), (keys, scale, numbered)
+
+    def check_cut(self, shard: Shard) -> None:
+        """Raise ``ValueError`` for a part that the matrix cannot be cut into."""
+        if self.added is not None:
+            raise added_cannot_be_cut(self.matrix)
+        if self.pool.shard is not None:
+            raise ValueError(f"{self.matrix} must be whole to be cut, got a shard of it already")
+        try:
+            shard.transform(self.transform)
+            shard.of_delta(_on_meta(self.pool.delta))
+        except ValueError as error:
+            raise ValueError(f"{self.matrix} cannot be cut as asked: {error}") from None
+
+    def _cut_deltas(self, shard: Shard, cuts: Cuts) -> None:
+        """Keep a part of the matrix. Raises ``ValueError`` where it cannot be cut there, and nothing is changed."""
+        self.check_cut(shard)
+        own = cuts.setdefault(self.pool, {})
+        if shard not in own:
+            own[shard] = self.pool.cut(shard)
+        self.transform, self.pool = shard.transform(self.transform), own[shard]
+        parts = {"shared_basis": shard.of_columns, "directions": shard.of_columns, "corrections": shard.of_rows}
+        cut_buffers(self, parts)
 
     def _write_added(self, versions: Sequence[Version], members: Sequence[Member]) -> None:
         room = 0 if self.added is None else self.added.shape[1]
@@ -208,7 +267,10 @@ class Superposed(nn.Module):
 
 
 class SuperposedMatrix(Superposed):
-    """The superposed deltas of one weight, or a part of one, of a layer of another kind than ``nn.Linear``."""
+    """The superposed deltas of one weight, or a part of one, of a layer of another kind than ``nn.Linear``.
+
+    weight: (N, K), or what the pool's shard is of it.
+    """
 
     def __init__(
         self, superposition: Superposition, tensor: str, weight: Tensor, pool: DeltaPool, numbers: int
@@ -219,6 +281,12 @@ class SuperposedMatrix(Superposed):
     def forward(self, x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., K) → (..., N). weight: (N, K), the base's. ids: (B,) int32, of B equal runs of the rows of x."""
         return self._product(x, weight, bias, ids)
+
+
+def _on_meta(delta: SuperposedDelta) -> SuperposedDelta:
+    if isinstance(delta, Tensor):
+        return delta.to("meta")
+    return delta._replace(words=delta.words.to("meta"), steps=delta.steps.to("meta"))
 
 
 def _in_one_dtype(x: Tensor, *others: SuperposedDelta | None) -> tuple[Any, ...]:

@@ -36,14 +36,14 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """Second moments of the inputs of a base's layers, for ``randes.compress(..., calibration=...)``.
 
-    module: the base, as it is to be run: in eval mode, on its device. Its ``nn.Linear`` layers and Transformers' Conv1D
-        are seen, those that it calls; bases of other matrices come from the deltas.
-    batches: what it is run on, without gradients: a mapping as keywords, a tuple or a list as arguments, anything else
-        as the one argument. Every row counts, so leave padding out. They should be like what will be served, a few
-        thousand tokens of all models' kinds together.
+    module: the base, ready to run: in eval mode, on its device. The ``nn.Linear`` layers and Transformers' Conv1D
+        that it calls are measured; bases of other matrices come from the deltas.
+    batches: the inputs, run without gradients: a mapping is passed as keywords, a tuple or a list as arguments,
+        anything else as the one argument. Every row counts, so leave padding out. Use data like what will be served,
+        a few thousand tokens over all models' kinds together.
     step: called after each batch, for a progress bar.
     Returns for each weight's name ``M Ω`` (K, min(K, 512)) fp32: the same for the same batches in the same order.
-    Raises ``ValueError`` where no layer was called, and for inputs that are not finite. The module is not changed.
+    Raises ``ValueError`` if no layer was called, and for inputs that are not finite. The module is not changed.
     """
     found: dict[str, Tensor] = {}
     ties = tied_in(module.state_dict(keep_vars=True))

@@ -168,4 +168,9 @@ def group_file(superposition: State, group: Group) -> str:
 
 def _letters(superposition: State, name: str) -> str:
     # A model's name may hold what a file's name may not; its key is as unique.
-    return f"{superposition.key(name) & (1 << 64) - 1:016x}"
+    return letters_of(superposition.key(name))
+
+
+def letters_of(key: int) -> str:
+    """A model's key as files' names have it."""
+    return f"{key & (1 << 64) - 1:016x}"

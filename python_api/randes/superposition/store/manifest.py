@@ -14,14 +14,14 @@ from randes.checkpoints.names.conversion import RECORD
 from randes.checkpoints.paths.folder import INDEX
 from randes.checkpoints.remote.locations import Location
 from randes.config import Config
-from randes.errors import CheckpointError, StoreError
+from randes.errors import CheckpointError, StoreError, UnknownModelError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
 from randes.superposition.packed_tensors import Packing
 from randes.superposition.state import State
-from randes.superposition.store.contents import StoreFile, files_of
+from randes.superposition.store.contents import StoreFile, files_of, letters_of
 from randes.superposition.store.files import by_stem, companion_name, tensors_name
-from randes_kernels import FORMAT_VERSION
+from randes_kernels import FORMAT_VERSION, model_key
 from randes_kernels.packing import HALF
 
 MANIFEST = "manifest.json"
@@ -190,6 +190,21 @@ def checksum_of(superposition: State) -> str:
     files = files_of(superposition, superposition.shard_size)
     checksum: str = manifest_of(superposition, files, superposition.shard_size)["checksum"]
     return checksum
+
+
+def version_of(manifest: Mapping[str, Any], name: str) -> str:
+    """What a model's answers depend on, in 16 letters: another one once any of it changes, its neighbours included.
+
+    Raises ``UnknownModelError`` for a model that the manifest has not.
+    """
+    models = manifest["models"]
+    if name not in models:
+        raise UnknownModelError(f"no model is called {name!r}; there are: {', '.join(sorted(models)) or 'no models'}")
+    letters = letters_of(model_key(manifest["config"]["seed"], name))
+    own = {f"group-{models[name]['group']}", f"model-{letters}", f"unshared-{letters}", "base", "basis", "average"}
+    files = sorted(file for file in manifest["files"] if file.rsplit("-", 1)[0] in own)
+    content = {"files": files, "model": models[name]} | {key: manifest.get(key) for key in ("config", "packed")}
+    return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def record_of(member: Member) -> dict[str, Any]:
