@@ -37,6 +37,17 @@ def test_a_folder_is_read_as_all_of_its_shards(tmp_path: Path) -> None:
     assert {name: value.tolist() for name, value in sources.read(tmp_path).items()} == {"a": [0, 0], "b": [1, 1, 1]}
 
 
+@pytest.mark.parametrize(
+    "part", ['"more": 1e999', '"more": null', '"\\ud800": 1', '"__metadata__": {"a": "\\ud800"}'], ids=str
+)
+def test_a_header_that_the_formats_own_reader_refuses_is_refused(part: str, tmp_path: Path) -> None:
+    entry = '"dtype": "F32", "shape": [1], "data_offsets": [0, 4]'
+    text = f'{{"a": {{{entry}}}, {part}}}' if "metadata" in part else f'{{"a": {{{entry}, {part}}}}}'
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(4))
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        sources.read(tmp_path / "m.safetensors")
+
+
 def sharded(folder: Path, tensors: dict[str, torch.Tensor], index: str, shards: int = 3) -> Path:
     """A checkpoint as Transformers and Diffusers save it."""
     folder.mkdir()

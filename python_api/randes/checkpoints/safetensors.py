@@ -41,8 +41,7 @@ _HEADER = schema.each(
         {
             "dtype": schema.text, "shape": schema.listed(schema.integer(), most=MOST_DIMENSIONS),
             "data_offsets": schema.listed(schema.integer(), 2, 2),
-        },
-        more=True,
+        }
     )
 )  # fmt: skip
 QUIET = 100_000_000
@@ -84,7 +83,9 @@ class File:
         text = bytes(self._read(length, 8))
         schema.must(text[:1] == b"{", "its header", "an object", text[:9])
         described = schema.parsed(text, "its header", constants=False)
-        _METADATA("its metadata", described.pop("__metadata__", {}))
+        metadata = described.pop("__metadata__", {})
+        _METADATA("its metadata", metadata)
+        "".join((*described, *metadata, *metadata.values())).encode()  # no half of a character (UTF-16's surrogates)
         headers: dict[str, Tensor] = {}
         offsets: dict[str, int] = {}
         _HEADER("its header", described)
