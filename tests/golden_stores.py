@@ -1,6 +1,7 @@
 """Small stores of every kind, as the code of November 2026 wrote them: later code loads them and writes the same bytes.
 
-    python tests/golden_stores.py          writes tests/golden/stores.tar, once and never again
+    python tests/golden_stores.py stores      writes tests/golden/stores.tar, once and never again
+    python tests/golden_stores.py sharded     the same of tests/golden/sharded.tar
 
 They are frozen, as the format is; a new kind of store is another file.
 """
@@ -8,6 +9,7 @@ They are frozen, as the format is; a new kind of store is another file.
 import copy
 import io
 import json
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ from torch import nn
 import randes
 
 FILE = Path(__file__).parent / "golden" / "stores.tar"
+SHARDED = FILE.with_name("sharded.tar")
+"""The same of groups in several files each, which version 2 of a manifest is for."""
+SHARD_SIZE = 6000
 NAMES = ("german", "legal/v2", "código")
 BEFORE: dict[str, Any] = {
     "exclude": ("*embed*", "*wte*", "*wpe*", "*norm*", "*shared.weight", "*relative*", "*router*", "*.gate.weight"),
@@ -96,9 +101,20 @@ def digests(sup: randes.Superposition, model: str) -> dict[str, str]:
     return {tensor: digest(value) for tensor, value in sup.retrieve(model).items()}
 
 
+def write_sharded(folder: Path) -> None:
+    """A folder for each store in several files a group."""
+    base, tuned = models()
+    for name in ("plain", "basis"):
+        sup = randes.compress(base, tuned, CONFIGS[name])
+        sup.save(folder / name, shard_size=SHARD_SIZE)
+        if name == "basis":
+            sup.pack(4).save(folder / "basis in 4 bits")
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as made, tarfile.open(FILE, "w") as archive:
-        write(Path(made))
+    file, make = {"stores": (FILE, write), "sharded": (SHARDED, write_sharded)}[sys.argv[1]]
+    with tempfile.TemporaryDirectory() as made, tarfile.open(file, "w") as archive:
+        make(Path(made))
         for path in sorted(path for path in Path(made).rglob("*") if path.is_file()):
             entry = tarfile.TarInfo(str(path.relative_to(made)))
             data = path.read_bytes()

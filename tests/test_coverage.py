@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 WHOLE = (
     "randes_kernels/format.py", "python_api/randes/checkpoints/files.py", "python_api/randes/checkpoints/schema.py",
     "python_api/randes/checkpoints/safetensors.py", "python_api/randes/checkpoints/on_disk.py",
-    "python_api/randes/superposition/store/*.py",
+    "python_api/randes/checkpoints/remote/*.py", "python_api/randes/superposition/store/*.py",
 )  # fmt: skip
 TESTS = (
     "tests/kernels/test_format.py", "tests/checkpoints/test_files.py", "tests/checkpoints/test_schema.py",
     "tests/checkpoints/test_on_disk.py", "tests/superposition/test_store_refusals.py",
     "tests/superposition/test_hostile_stores.py", "tests/superposition/test_members.py", "tests/vllm/test_paths.py",
+    "tests/superposition/test_sharded_stores.py", "tests/remote/test_memory.py", "tests/remote/test_cluster.py",
 )  # fmt: skip
 REPEATED = "twenty_fresh_processes or flipped_bit or before_the_manifest or of_one_byte or command_line"
 """Tests that do the same thing many times over: what they find needs that, but no branch does."""

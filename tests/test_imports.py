@@ -13,7 +13,7 @@ WINGS = (
     {"checkpoints"},
     {"superposition"},
     {"serving", "inspect"},
-    {"transformers", "fusionbench", "litserve", "vllm", "parallel"},
+    {"transformers", "fusionbench", "litserve", "vllm", "parallel", "cluster"},
     {"demo"},
     {"cli"},
 )

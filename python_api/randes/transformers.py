@@ -103,9 +103,9 @@ class Adapters:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return unpickled, (type(self).__bases__[1],), vars(self)  # a class made here is found by no name
 
-    def save_pretrained(self, path: Any, **_: Any) -> None:
+    def save_pretrained(self, path: Any, *, shard_size: int | str | None = None, **_: Any) -> None:
         """See ``SuperposedModel.save_pretrained``."""
-        served(self).save_pretrained(path)
+        served(self).save_pretrained(path, shard_size=shard_size)
 
 
 def give_adapters(model: PreTrainedModel, wrapper: SuperposedModel) -> None:

@@ -31,8 +31,13 @@ STORES: dict[str, tuple[randes.Config, dict[str, Any] | None]] = {
     "table in half a bit": (randes.Config(), {"bits": 0.5}),
     "table in 2 bits": (randes.Config(permute=8), {"bits": 1, "embeddings": 2}),
     "table of directions alone": (randes.Config(), {"bits": 2, "embeddings": 0}),
+    "basis, in shards": (randes.Config(rank=4), None),
+    "4 bits, in shards": (randes.Config(rank=4, group_size=2), {"bits": 4}),
 }
-"""How each is made, and packed. A table is one of embeddings that models have deltas of their own of."""
+"""How each is made, and packed; some lie in several files a group.
+
+A table is one of embeddings that models have deltas of their own of."""
+SHARD_SIZE = 8000
 ROWS = LARGE_TABLE // 32 + 1
 Files = dict[str, bytes]
 
@@ -61,7 +66,7 @@ class Corpus:
             sup = randes.compress(own, {f"m{seed}": finetune(own, seed) for seed in range(3)}, config)
             sup.model_files = {"config.json": json.dumps(GPT2).encode(), "tokenizer.json": b'{"a": 1}'}
             sup = sup if packing is None else sup.pack(**packing)
-            sup.save(folder / kind)
+            sup.save(folder / kind, shard_size=SHARD_SIZE if kind.endswith("in shards") else 0)
             found.stores[kind] = content(folder / kind)
             found.answers[kind] = {name: sup.retrieve(name) for name in sup.names}
         found.base = {name: value.detach() for name, value in base.state_dict().items()}

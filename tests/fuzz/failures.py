@@ -25,6 +25,7 @@ CALLS = (
     (fcntl, "flock"),
 )
 """What randes calls, itself or through ``pathlib``."""
+IN_SHARDS = ", in shards"
 WRITING = {"write", "fsync", "mkdir"}
 
 
@@ -111,14 +112,18 @@ class Work:
     """A store, a change of it, and what it is before and after."""
 
     def __init__(self, folder: Path, verb: str) -> None:
-        self.folder, self.verb = folder / "store", verb
+        self.folder, self.verb = folder / "store", verb.removesuffix(IN_SHARDS)
+        self.shard_size = 3000 if verb.endswith(IN_SHARDS) else 0
+        verb = self.verb
         base = self.base = deep(2)
         self.tuned = {f"m{number}": finetune(base, number) for number in range(3)}
         old = randes.compress(base, {name: self.tuned[name] for name in ("m0", "m1")}, randes.Config())
+        old.shard_size = self.shard_size
         self.old = {} if verb in ("compress", "pack") else stored(old, folder / "old")
         self.master = folder / "master"
         old.save(self.master)
         self.new = stored(self.changed(old), folder / "new")
+        assert len(self.new) > (12 if self.shard_size else 4)
 
     def changed(self, sup: randes.Superposition) -> randes.Superposition:
         """The superposition after the change."""
@@ -160,7 +165,7 @@ class Work:
         return new
 
 
-VERBS = ("add", "remove", "compress", "pack")
+VERBS = ("add", "remove", "compress", "pack", f"add{IN_SHARDS}", f"compress{IN_SHARDS}")
 
 
 def inject(work: Work, how: str, last: int) -> bool:
@@ -171,7 +176,7 @@ def inject(work: Work, how: str, last: int) -> bool:
     with failing(work.folder, how, last) as system:
         try:
             sup = work.made()
-            sup.save(work.folder)
+            sup.save(work.folder, shard_size=work.shard_size)
             said = False
         except (OSError, RandesError, KeyboardInterrupt, KilledError):
             said = True
@@ -182,7 +187,7 @@ def inject(work: Work, how: str, last: int) -> bool:
     assert new or said, "a save that said nothing did not save"
     if how == "killed" or sup is None:
         sup = work.made()
-    sup.save(work.folder)
+    sup.save(work.folder, shard_size=work.shard_size)
     assert content(work.folder) == work.new, "done again, it is another store"
     return True
 

@@ -77,6 +77,8 @@ def contents(corpus: Corpus, chance: Random) -> None:
     other = f"{name.rsplit('-', 1)[0]}-{sources.combined_digest(known)}.safetensors"
     del manifest["files"][name], files[name]
     manifest["files"][other], files[other] = known, (folder / "other").read_bytes()
+    if manifest.get("sizes", {}).pop(name, None) is not None:
+        manifest["sizes"][other] = len(files[other])
     _use(corpus, chance, _written(files, manifest))
 
 

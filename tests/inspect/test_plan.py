@@ -98,7 +98,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
 
 def test_the_command_line_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("randes.cli.make.console", Console(width=160))
+    monkeypatch.setattr("randes.cli.planning.console", Console(width=160))
     base = net()
     save_file(base.state_dict(), tmp_path / "base.safetensors")
     rows = randes.plan(base, 8, replace(randes.Config(), rank=4))

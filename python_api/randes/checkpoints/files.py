@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
+from tempfile import NamedTemporaryFile
 
+from randes.checkpoints.remote.locations import Location, Remote
 from randes.errors import CheckpointError
 
 LONGEST = 1 << 30
@@ -37,16 +39,33 @@ def opened(path: Path, *, links: bool = True) -> int:
     return handle
 
 
-def read_whole(path: Path, *, links: bool = True) -> bytes:
+def read_whole(path: Location, *, links: bool = True) -> bytes:
     """The bytes of a regular file. Raises as ``opened`` does, and ``CheckpointError`` for more than ``LONGEST``."""
+    if isinstance(path, Remote):
+        _check_length(path, (path.state() or (0, 0))[0])
+        return path.read_bytes()
     with open(opened(path, links=links), "rb") as file:
-        if (count := os.fstat(file.fileno()).st_size) > LONGEST:
-            raise CheckpointError(f"{path} must have at most {LONGEST} bytes, got {count}")
+        _check_length(path, os.fstat(file.fileno()).st_size)
         return file.read(LONGEST)
 
 
-def write_whole(path: Path, pieces: Iterable[memoryview]) -> None:
-    """Write a file beside ``path``, flush it to disk, and rename it. Raises ``OSError`` where the disk is full."""
+def _check_length(path: Location, count: int) -> None:
+    if count > LONGEST:
+        raise CheckpointError(f"{path} must have at most {LONGEST} bytes, got {count}")
+
+
+def write_whole(path: Location, pieces: Iterable[memoryview]) -> None:
+    """Write a file beside ``path``, flush it to disk, and rename it; elsewhere, write it here and put it there whole.
+
+    Raises ``OSError`` where the disk is full, or it is not taken.
+    """
+    if isinstance(path, Remote):
+        with NamedTemporaryFile(prefix="randes-") as spool:
+            for data in pieces:
+                spool.write(data)
+            spool.flush()
+            path.put(spool.name)
+        return
     # Of a name that nobody can have planted anything under.
     beside = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
     try:
@@ -67,8 +86,11 @@ def write_whole(path: Path, pieces: Iterable[memoryview]) -> None:
             beside.unlink()
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it that are missing, so that a crash does not lose their names."""
+def make_folder(folder: Location) -> None:
+    """Make a folder and those above it that are missing, so that a crash does not lose their names. Elsewhere folders
+    are no more than a part of files' names."""
+    if isinstance(folder, Remote):
+        return
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:

@@ -27,6 +27,7 @@ from torch.nn.modules.module import (
 from randes.checkpoints import schema
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.paths.hub import local
+from randes.checkpoints.remote.locations import Location, location
 from randes.errors import BaseMismatchError, CheckpointError, StoreError
 
 OLDEST = 5, 20
@@ -63,13 +64,13 @@ def model_files(base: object) -> dict[str, bytes]:
     if isinstance(base, nn.Module):
         return _of_module(base)
     base = local(base)
-    if not isinstance(base, str | os.PathLike) or not (Path(base) / CONFIG).is_file():
+    if not isinstance(base, str | os.PathLike) or not (location(base) / CONFIG).is_file():
         return {}
-    names = (file.name for file in sorted(Path(base).iterdir()) if file.is_file())
-    return read_files(Path(base), filter(is_model_file, names))
+    names = sorted(file.name for file in location(base).iterdir() if is_model_file(file.name) and file.is_file())
+    return read_files(location(base), names)
 
 
-def read_files(folder: Path, names: Iterable[str], *, links: bool = True) -> dict[str, bytes]:
+def read_files(folder: Location, names: Iterable[str], *, links: bool = True) -> dict[str, bytes]:
     """The bytes of each. links: whether they may be links. Raises ``CheckpointError`` as ``read_whole`` does, and for a
     configuration that is none."""
     found = {name: read_whole(folder / name, links=links) for name in names}
@@ -117,7 +118,7 @@ def config_of(source: object) -> bytes | None:
     source = local(source)
     if not isinstance(source, str | os.PathLike):
         return None
-    path = Path(source)
+    path = location(source)
     file = (path if path.is_dir() else path.parent) / CONFIG
     return read_whole(file) if file.is_file() else None
 
@@ -173,7 +174,7 @@ def skeleton(base: object, tensors: int) -> nn.Module | None:
     model that it does not know or cannot make. Raises ``CheckpointError`` for a configuration that is none, and for a
     model of many times as many parts.
     """
-    text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
+    text = config_of(base) if isinstance(base, str | os.PathLike) and location(base).is_dir() else None
     return None if text is None else skeleton_of(text, tensors, base)
 
 
@@ -207,7 +208,7 @@ def on_meta(kind: Any, config: Any, tensors: int, where: object) -> nn.Module:
 
 def class_named(base: object) -> str:
     """The class of Transformers that a folder's configuration names first; empty where it is none."""
-    text = config_of(base) if isinstance(base, str | os.PathLike) and Path(base).is_dir() else None
+    text = config_of(base) if isinstance(base, str | os.PathLike) and location(base).is_dir() else None
     if text is None or not is_supported():
         return ""
     try:

@@ -146,6 +146,21 @@ def rows(tensors: Mapping[str, Tensor], name: str, start: int, end: int) -> Tens
     return tensors.rows(name, start, end) if isinstance(tensors, LazyTensors) else tensors[name][start:end]
 
 
+class Some(LazyTensors):
+    """Some of many tensors, lazy ones or not."""
+
+    def __init__(self, whole: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        super().__init__({name: headers(whole)[name] for name in names})
+        self._whole = whole
+        self.below = [whole] if isinstance(whole, LazyTensors) else []
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        return chunks(self._whole, name)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        return rows(self._whole, name, start, end)
+
+
 class Blocks:
     """Memory for parts that are read, used again once nobody holds a part's tensor.
 

@@ -7,7 +7,6 @@ in fp64, one rank after the other, so that every machine finds the same bytes, a
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from randes.checkpoints import schema
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, chunks, headers, rows
 from randes.checkpoints.on_disk import open_file
+from randes.checkpoints.remote.locations import Location
 from randes.errors import CheckpointError
 from randes_kernels.slices import SLICE_ELEMENTS, spans
 
@@ -75,7 +75,7 @@ class AdapterTensors(LazyTensors):
         return _updated(part, self.updates[name], self.updates[name].rows[start:end]) if name in self.updates else part
 
 
-def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTensors:
+def read_adapter(folder: Location, base: Mapping[str, Tensor] | None) -> AdapterTensors:
     """The adapter in ``folder``, on ``base``. Raises ``CheckpointError`` for what it has that is not supported."""
     if base is None:
         raise CheckpointError(f"{folder} is a LoRA adapter, which needs the model it was trained on; merge it first")
@@ -124,7 +124,7 @@ def read_adapter(folder: Path, base: Mapping[str, Tensor] | None) -> AdapterTens
     return AdapterTensors(base, updates, own)
 
 
-def _must_fit(folder: Path, name: str, shape: tuple[int, ...], base: Mapping[str, Tensor]) -> None:
+def _must_fit(folder: Location, name: str, shape: tuple[int, ...], base: Mapping[str, Tensor]) -> None:
     if name not in base:
         raise CheckpointError(f"{folder} changes {name}, which is not in the base")
     if tuple(base[name].shape) != shape or not base[name].is_floating_point():
@@ -133,12 +133,12 @@ def _must_fit(folder: Path, name: str, shape: tuple[int, ...], base: Mapping[str
         )
 
 
-def _must_be_real(folder: Path, name: str, header: Tensor) -> None:
+def _must_be_real(folder: Location, name: str, header: Tensor) -> None:
     if not header.is_floating_point():
         raise CheckpointError(f"{folder} must have {name} in floating point, got {header.dtype}")
 
 
-def _configuration(path: Path) -> dict[str, Any]:
+def _configuration(path: Location) -> dict[str, Any]:
     try:
         config: dict[str, Any] = schema.parsed(read_whole(path), "it")
         _ADAPTER("it", config)
@@ -180,7 +180,7 @@ def _patterns(values: Mapping[str, float] | None) -> Patterns:
     return [(re.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in (values or {}).items()]
 
 
-def _check_steps(folder: Path, patterns: Patterns, modules: Iterable[str]) -> None:
+def _check_steps(folder: Location, patterns: Patterns, modules: Iterable[str]) -> None:
     """Raise ``CheckpointError`` where looking for patterns in names could take minutes: what is repeated may begin and
     end anywhere in a name."""
     steps = 0

@@ -1,11 +1,12 @@
 """Tensors that lie in files until somebody asks for them, and what was changed of them since, in memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from pathlib import Path
 
 from torch import Tensor
 
 from randes.checkpoints.lazy_tensors import LazyTensors, chunks, digests, headers, rows
+from randes.checkpoints.remote.locations import Location
+from randes.checkpoints.remote.tensors import open_safetensors
 from randes.checkpoints.safetensors import ChangedError, File
 from randes.errors import CheckpointError
 from randes_kernels import Packed
@@ -22,7 +23,7 @@ class StoredTensors(LazyTensors):
 
     def __init__(
         self, where: Mapping[str, tuple[File, str]], known: Mapping[str, str] | None = None,
-        altered: Callable[[Path, str], Exception] | None = None,
+        altered: Callable[[Location, str], Exception] | None = None,
     ) -> None:  # fmt: skip
         super().__init__({name: file.headers[own] for name, (file, own) in where.items()})
         self.where = dict(where)
@@ -57,11 +58,11 @@ class StoredTensors(LazyTensors):
         some._right = {new for new, old in names.items() if old in self._right}
         return some
 
-    def expect(self, known: Mapping[str, str], altered: Callable[[Path, str], Exception]) -> None:
+    def expect(self, known: Mapping[str, str], altered: Callable[[Location, str], Exception]) -> None:
         """Hold the tensors to these digests, which were just found of them."""
         self.known, self._altered, self._right = known, altered, set(self.where)
 
-    def held_to(self, known: Mapping[str, str], altered: Callable[[Path, str], Exception]) -> "StoredTensors":
+    def held_to(self, known: Mapping[str, str], altered: Callable[[Location, str], Exception]) -> "StoredTensors":
         """The same, to be held to these digests."""
         return StoredTensors(self.where, known, altered)
 
@@ -101,7 +102,7 @@ class StoredTensors(LazyTensors):
     def _reopen(self, file: File) -> None:
         mine = {name: own for name, (its, own) in self.where.items() if its is file}
         try:
-            other = File(file.path)
+            other = open_safetensors(file.path)
         except (CheckpointError, OSError):
             raise self._altered(file.path, next(iter(mine))) from None
         for name, own in mine.items():
@@ -112,10 +113,10 @@ class StoredTensors(LazyTensors):
             self._right.discard(name)
 
 
-def open_file(path: Path, *, links: bool = True) -> StoredTensors:
+def open_file(path: Location, *, links: bool = True) -> StoredTensors:
     """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else, and for a link without
     ``links``; ``OSError`` where nothing is."""
-    file = File(path, links=links)
+    file = open_safetensors(path, links=links)
     return StoredTensors({name: (file, name) for name in file.headers})
 
 

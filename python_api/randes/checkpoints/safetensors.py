@@ -18,6 +18,7 @@ from torch import Tensor
 from randes.checkpoints import schema
 from randes.checkpoints.files import opened, write_whole
 from randes.checkpoints.lazy_tensors import blocks, chunk_bounds, chunks, headers, raw
+from randes.checkpoints.remote.locations import Location
 from randes.checkpoints.threads import ahead
 from randes.errors import CheckpointError
 
@@ -54,6 +55,8 @@ class ChangedError(Exception):
 class File:
     """One open safetensors file: where its tensors are, and whether it is as it was."""
 
+    path: Location
+
     def __init__(self, path: Path, *, links: bool = True) -> None:
         """links: whether ``path`` may be a link.
 
@@ -64,6 +67,9 @@ class File:
         self._handle = opened(path, links=links)
         finalize(self, os.close, self._handle)
         self._since, self._state = time.time_ns(), self._now()
+        self._describe()
+
+    def _describe(self) -> None:
         try:
             self.headers, self.offsets = self._described()
         except (ValueError, ChangedError) as error:
@@ -99,13 +105,21 @@ class File:
 
     def _no_file(self, error: Exception) -> CheckpointError:
         # Only now: a safetensors file may begin with a pickle's first bytes, a pickle is never a safetensors file.
-        start = os.pread(self._handle, 2, 0)
+        start = self._start()
         if start[:1] == b"\x80" or start == b"PK":
             return CheckpointError(
                 f"{self.path} is a pickle, which can run code when it is opened; save it as safetensors"
                 " (safetensors.torch.save_file(model.state_dict(), path))"
             )
         return CheckpointError(f"{self.path} is not a whole safetensors file: {str(error) or 'it ends too soon'}")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole file, as it was opened."""
+        return self._state[0]
+
+    def _start(self) -> bytes:
+        return os.pread(self._handle, 2, 0)
 
     def trust(self) -> None:
         """Take the file as it is now for what ``unchanged`` compares with: it was just read and found right."""
@@ -157,7 +171,7 @@ class File:
             done += count
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int], None] = lambda _: None) -> None:
+def write_file(path: Location, tensors: Mapping[str, Tensor], *, step: Callable[[int], None] = lambda _: None) -> None:
     """Write a safetensors file beside ``path``, flush it to disk, and rename it: all of it, or nothing.
 
     Tensors that share memory are written once for each name. Lazy ones are read or made while others are written.
@@ -167,7 +181,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int
     for name, header in described.items():
         if header.dtype not in _ORDER:
             raise CheckpointError(f"{name} must be of a dtype that safetensors has, got {header.dtype}")
-    names = sorted(described, key=lambda name: (_ORDER[described[name].dtype][0], name))
+    names = in_order(described)
 
     def pieces() -> Iterator[memoryview]:
         yield memoryview(_header(described, names))
@@ -177,6 +191,17 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], *, step: Callable[[int
                 step(part.nbytes)
 
     write_whole(path, pieces())
+
+
+def in_order(described: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors as a file has them one after the other."""
+    return sorted(described, key=lambda name: (_ORDER[described[name].dtype][0], name))
+
+
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that ``write_file`` makes of these, which need not be at hand."""
+    described = headers(tensors)
+    return len(_header(described, in_order(described))) + sum(header.nbytes for header in described.values())
 
 
 def _header(described: Mapping[str, Tensor], names: Iterable[str]) -> bytes:

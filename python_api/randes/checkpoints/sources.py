@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Mapping, Set
 from hashlib import blake2b
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -18,6 +17,8 @@ from randes.checkpoints.on_disk import StoredTensors, open_file
 from randes.checkpoints.paths.folder import INDEX, files_of, index_of
 from randes.checkpoints.paths.foreign import check_format, check_names
 from randes.checkpoints.paths.hub import local
+from randes.checkpoints.remote.locations import Location, location
+from randes.checkpoints.remote.tensors import open_safetensors
 from randes.checkpoints.safetensors import File, write_file
 from randes.errors import CheckpointError
 
@@ -25,7 +26,8 @@ __all__ = ["Checkpoint", "Tensors", "digest", "read", "read_file", "write_file"]
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 """A model, a state dict, or a path: a safetensors file, a folder of shards, their index, or a LoRA adapter's folder; or
-the name of one on the Hugging Face hub, ``owner/name`` or ``owner/name@revision``."""
+the name of one on the Hugging Face hub, ``owner/name`` or ``owner/name@revision``; or the address of such a file or
+folder elsewhere, ``s3://bucket/model`` (``checkpoints/remote``)."""
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 _INDEX = schema.record({"weight_map": schema.each(schema.file_below)}, more=True)
@@ -41,7 +43,7 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
     """
     source = local(source)
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
+        path = location(source)
         if (path / ADAPTER_CONFIG).exists():
             return read_adapter(path, base)
         found = _open_path(path)
@@ -68,7 +70,7 @@ def read(source: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Tensor
     return {name: moved[id(value)] for name, value in tensors.items()}
 
 
-def _open_path(path: Path) -> StoredTensors:
+def _open_path(path: Location) -> StoredTensors:
     check_format(path)
     if path.name.endswith(INDEX):
         return _indexed(path)
@@ -79,14 +81,14 @@ def _open_path(path: Path) -> StoredTensors:
     if (index := index_of(path)) is not None:
         return _indexed(index)
     where: dict[str, tuple[File, str]] = {}
-    for file in map(File, files_of(path)):
+    for file in map(open_safetensors, files_of(path)):
         if twice := sorted(where.keys() & file.headers.keys()):
             raise CheckpointError(f"{path} must hold each tensor once, got {twice[0]} in {file.path.name} and before")
         where |= {name: (file, name) for name in file.headers}
     return _some_tensors(path, StoredTensors(where))
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Location) -> dict[str, str]:
     """The file of each tensor, as Transformers and Diffusers write it. Raises ``CheckpointError`` for what is no index,
     and for files that are not beside it."""
     try:
@@ -98,7 +100,7 @@ def weight_map(index: Path) -> dict[str, str]:
     return named
 
 
-def _indexed(index: Path) -> StoredTensors:
+def _indexed(index: Location) -> StoredTensors:
     """The shards that an index names."""
     by_file: dict[str, set[str]] = {}
     for name, beside in weight_map(index).items():
@@ -108,7 +110,7 @@ def _indexed(index: Path) -> StoredTensors:
         path = index.parent / file_name
         if not path.is_file():
             raise CheckpointError(f"{index} names {file_name}, which is not a file beside it or below")
-        file = File(path)
+        file = open_safetensors(path)
         if absent := names - file.headers.keys():
             raise CheckpointError(f"{index} names {some(absent)} in {file_name}, which does not hold that")
         if extra := file.headers.keys() - names:
@@ -117,13 +119,13 @@ def _indexed(index: Path) -> StoredTensors:
     return _some_tensors(index, StoredTensors(where))
 
 
-def _some_tensors(path: Path, tensors: StoredTensors) -> StoredTensors:
+def _some_tensors(path: Location, tensors: StoredTensors) -> StoredTensors:
     if not tensors:
         raise CheckpointError(f"{path} must hold tensors, got none")
     return tensors
 
 
-def read_file(path: Path) -> Tensors:
+def read_file(path: Location) -> Tensors:
     """The tensors of one safetensors file. Raises ``CheckpointError`` for anything else."""
     return dict(open_file(path))
 

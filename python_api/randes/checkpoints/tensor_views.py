@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, chunks, digests, headers, rows
 from randes.checkpoints.names.pieces import Rearranged
 from randes.checkpoints.on_disk import Overlay, StoredTensors, in_files
+from randes.checkpoints.remote.locations import Location
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SplitTensors(LazyTensors):
         assert all(self.where[old][1] is None for old in names.values())
         return self.source.renamed({new: self.where[old][0] for new, old in names.items()})
 
-    def expect(self, known: Mapping[str, str], altered: Callable[[Path, str], Exception]) -> None:
+    def expect(self, known: Mapping[str, str], altered: Callable[[Location, str], Exception]) -> None:
         """Hold files to these digests, of the matrices here, which were just found."""
         if isinstance(self.source, StoredTensors | Rearranged):
             plain = {own: known[name] for name, (own, view) in self.where.items() if view is None}

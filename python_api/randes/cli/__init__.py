@@ -8,7 +8,8 @@ from typer.core import TyperGroup
 
 from randes.cli.change import add, merge_adapter, pack, remove, retrieve
 from randes.cli.demo import demo
-from randes.cli.make import compress, plan, superpose_adapters
+from randes.cli.make import compress, superpose_adapters
+from randes.cli.planning import plan
 from randes.cli.serve import serve
 from randes.cli.show import info, report, verify
 

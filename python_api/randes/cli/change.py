@@ -1,7 +1,6 @@
 """Commands that change a store, and those that write something of it elsewhere."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,9 +8,11 @@ import typer
 from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import Progress, size
 from randes.checkpoints.paths.written import write_checkpoint
+from randes.checkpoints.remote.locations import Location, location
 from randes.cli.terminal import (
     Json,
     NamedModel,
+    ShardSize,
     Store,
     bits_of,
     errors,
@@ -25,6 +26,7 @@ from randes.cli.terminal import (
 )
 from randes.superposition.lora_factors import merge_adapter as merged
 from randes.superposition.members import BASE_NAME
+from randes.superposition.store.contents import bytes_of
 from randes.superposition.store.write import alone, check_new
 from randes.superposition.superposition import Superposition
 
@@ -50,13 +52,11 @@ def remove(store: Store, model: NamedModel, as_json: Json = False) -> None:
     _change(store, model, as_json, lambda held, name, path, begin: held.remove(name, path, progress=begin))
 
 
-def _change(
-    store: Path, model: str, as_json: bool, change: Callable[[Superposition, str, Path, Progress], None]
-) -> None:
+def _change(store: str, model: str, as_json: bool, change: Callable[[Superposition, str, str, Progress], None]) -> None:
     with errors(), progress(model.partition("=")[0]) as begin:
         name, path = name_and_path(model)
         # From before it is read: what waited for another command works on what that has left.
-        with alone(store, waiting=lambda: note(f"waiting for another command that changes {store}")):
+        with alone(location(store), waiting=lambda: note(f"waiting for another command that changes {store}")):
             superposition = Superposition.load(store, check=False)
             change(superposition, name, path, begin)
             superposition.save(store, progress=begin)
@@ -65,7 +65,7 @@ def _change(
 
 def pack(
     store: Store,
-    out: Annotated[Path, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
+    out: Annotated[str, typer.Option(metavar="DIR2", help="Where the packed store goes; must not hold one yet.")],
     bits: Annotated[
         float, typer.Option(parser=bits_of, help="Of an element of the superpositions: 8, 4, 2, 1 or 0.5.")
     ] = 2,
@@ -84,15 +84,17 @@ def pack(
             " default 0.5, and 2 with D in more than 2.",
         ),
     ] = None,
+    shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with errors(), progress() as begin:
-        check_new(out)
+        check_new(location(out))
+        limit = None if shard_size is None else bytes_of(shard_size)
         superposition = Superposition.load(store, progress=begin)
         how = {"bits": bits, "group": group, "coordinates": coordinates, "embeddings": embeddings}
         superposition = packed(superposition, begin, **how)
-        superposition.save(out, progress=begin)
+        superposition.save(out, shard_size=limit, progress=begin)
     print_sizes(superposition, as_json, store=str(out))
 
 
@@ -100,7 +102,7 @@ def retrieve(
     store: Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model.")],
     out: Annotated[
-        Path,
+        str,
         typer.Option(
             metavar="PATH", help="The folder to write, or one safetensors file where it ends in .safetensors."
         ),
@@ -113,11 +115,11 @@ def retrieve(
         tensors = superposition.retrieved(name, as_files=True, progress=begin)
         base = superposition.retrieved(BASE_NAME, as_files=True) if superposition.has_base else None
         beside, step = superposition.model_files, begin("retrieving", size(tensors))
-        file = write_checkpoint(out, tensors, beside, base=base, step=step)
+        file = write_checkpoint(location(out), tensors, beside, base=base, step=step)
     _print_written(file, name, len(tensors), as_json)
 
 
-def _print_written(file: Path, name: str, tensors: int, as_json: bool) -> None:
+def _print_written(file: Location, name: str, tensors: int, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(file), "model": name, "tensors": tensors})
         return
@@ -127,9 +129,9 @@ def _print_written(file: Path, name: str, tensors: int, as_json: bool) -> None:
 def merge_adapter(
     store: Store,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")],
-    base: Annotated[Path, typer.Option(help="The model that the adapters were trained on.")],
+    base: Annotated[str, typer.Option(help="The model that the adapters were trained on.")],
     out: Annotated[
-        Path,
+        str,
         typer.Option(
             metavar="PATH", help="The folder to write, or one safetensors file where it ends in .safetensors."
         ),
@@ -140,5 +142,5 @@ def merge_adapter(
     """Write the base with one adapter's retrieved update, from a store of superpose-adapters."""
     with errors(), progress(name) as begin:
         tensors = merged(Superposition.load(store), name, base, scaling=scaling)
-        file = write_checkpoint(out, tensors, model_files(base), step=begin("merging", size(tensors)))
+        file = write_checkpoint(location(out), tensors, model_files(base), step=begin("merging", size(tensors)))
     _print_written(file, name, len(tensors), as_json)

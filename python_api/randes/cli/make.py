@@ -1,38 +1,37 @@
-"""Commands that make a store, and the one that tells beforehand what it will take."""
+"""Commands that make a store."""
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from randes import fusionbench
+from randes.checkpoints.remote.locations import location
 from randes.cli.terminal import (
     Json,
-    Rank,
-    console,
+    ShardSize,
     errors,
     named,
     note,
     packed,
-    print_json,
     print_sizes,
     progress,
     rank_of,
     say,
-    sized,
-    table,
 )
+from randes.cluster import compress as by_cluster
+from randes.cluster import on_ray
 from randes.config import Config
 from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
-from randes.inspect.plan import plan as plan_of
 from randes.serving.servable import compress as make
-from randes.superposition.basis.shared_basis import MOST
 from randes.superposition.lora_factors import superpose_adapters as make_of_adapters
+from randes.superposition.store.contents import bytes_of
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.store.write import check_new
+from randes.superposition.superposition import Superposition
 
 BYTES = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 
@@ -40,16 +39,20 @@ BYTES = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
 def compress(
     context: typer.Context,
     base: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="The base model: safetensors, a folder of them, their index, or a name on the Hugging Face hub."
+            help="The base model: safetensors, a folder of them, their index, a name on the Hugging Face hub, or an"
+            " address of any of them, as s3://bucket/base."
         ),
     ],
     model: Annotated[
         list[str],
         typer.Option(metavar="NAME=PATH", help="A fine-tune, or a LoRA adapter's folder; may be given many times."),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
+    out: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Where the store goes, a folder or an address; must not hold one yet."),
+    ],
     signs: Annotated[str, typer.Option(help="both, columns or none.")] = "both",
     permute: Annotated[int, typer.Option(help="Granule of the column permutation; 0 for none.")] = 0,
     shuffle_layers: Annotated[
@@ -107,18 +110,27 @@ def compress(
         float | None, typer.Option(help="The same, that keeps so many % of each fine-tune's gain, as predicted.")
     ] = None,
     master: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="DIR", help="Where the store goes that models can be added to, beside the chosen one."),
     ] = None,
     config_file: Annotated[
         Path | None,
         typer.Option("--config", metavar="YAML", help="FusionBench's keys of a RanDeS method; flags override them."),
     ] = None,
+    shard_size: ShardSize = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Have a Ray cluster make the store, a task a part of its files (of 2GiB unless --shard-size is given):"
+            " its address, auto for the one that this machine is in, or local for this machine's cores.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Superpose fine-tunes of one base into a new store."""
     with errors(), progress() as begin:
-        if (out / MANIFEST).exists():
+        if (location(out) / MANIFEST).exists():
             raise ValueError(f"--out must not hold a store yet, got {out}; use 'randes add' to add to it")
         options: dict[str, Any] = {} if include is None else {"include": tuple(include)}
         options["exclude"] = (*(() if everything else Config.exclude), *(exclude or ()))
@@ -135,11 +147,20 @@ def compress(
             chosen = fusionbench.options(fusionbench.read(config_file), len(models))
             options["exclude"] = (*(() if everything else chosen.config.exclude), *(exclude or ()))
             chosen = _overridden(chosen, context, options)
-        check_new(out)
+        check_new(location(out))
+        files = {"shard_size": None if shard_size is None else bytes_of(shard_size)}
         wanted = _wanted(context, budget, memory, quality, master)
         if wanted is not None and chosen.lora:
             raise ValueError("--budget, --memory and --quality are for fine-tunes, got a configuration of adapters")
-        if chosen.lora:
+        if ray is not None:
+            if wanted is not None or chosen.lora:
+                raise ValueError("--ray must be left out with --budget, --memory, --quality and adapters' factors")
+            by_cluster(
+                base, models, chosen.config, out=out, shard_size=shard_size or "2GiB", alpha=chosen.alpha,
+                run=on_ray(ray), progress=begin,
+            )  # fmt: skip
+            superposition = Superposition.load(out, check=False)
+        elif chosen.lora:
             if alpha != 1.0:
                 raise ValueError(f"alpha must be left out for adapters: merge-adapter --scaling takes it; got {alpha}")
             superposition = make_of_adapters(base, models, chosen.config, progress=begin)
@@ -154,15 +175,16 @@ def compress(
         if wanted is not None:
             choice = settled(superposition, wanted)
             if master is not None:
-                superposition.save(master, progress=begin)
+                superposition.save(master, **files, progress=begin)
             superposition = packed(superposition, begin, **choice.packing)
             note(f"chosen: {choice}") if as_json else say(f"chosen: {choice}")
-        superposition.save(out, progress=begin)
+        if ray is None:
+            superposition.save(out, **files, progress=begin)
     print_sizes(superposition, as_json, store=str(out))
 
 
 def _wanted(
-    context: typer.Context, budget: str | None, memory: str | None, quality: float | None, master: Path | None
+    context: typer.Context, budget: str | None, memory: str | None, quality: float | None, master: str | None
 ) -> Wanted | None:
     """What a store is chosen for; None where it is the integers, in the groups that were given."""
     if budget is None and memory is None and quality is None:
@@ -172,7 +194,7 @@ def _wanted(
     if "group_size" in _given(context):
         raise ValueError("--group-size must be left out with --budget, --memory and --quality, which choose it")
     if master is not None:
-        check_new(master)
+        check_new(location(master))
     times = None if budget is None else _number("--budget", budget, {"x": 1, "": 1})
     nbytes = None if memory is None else int(_number("--memory", memory, BYTES))
     return Wanted(times, nbytes, quality)
@@ -205,11 +227,11 @@ def _overridden(found: Options, context: typer.Context, flags: dict[str, Any]) -
 
 
 def superpose_adapters(
-    base: Annotated[Path, typer.Option(help="The model that the adapters were trained on; its shapes are read.")],
+    base: Annotated[str, typer.Option(help="The model that the adapters were trained on; its shapes are read.")],
     adapter: Annotated[
         list[str], typer.Option(metavar="NAME=PATH", help="A LoRA adapter's folder; may be given many times.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the store goes; must not hold one yet.")],
     signs: Annotated[str, typer.Option(help="As for compress.")] = "both",
     matrix: Annotated[str, typer.Option(help="As for compress.")] = "signs",
     gains: Annotated[str, typer.Option(help="As for compress.")] = "own",
@@ -217,56 +239,15 @@ def superpose_adapters(
     group_size: Annotated[int, typer.Option(help="As for compress.")] = 8,
     seed: Annotated[int, typer.Option(help="As for compress.")] = 0,
     per_layer: Annotated[bool, typer.Option(help="As for compress.")] = True,
+    shard_size: ShardSize = None,
     as_json: Json = False,
 ) -> None:
     """Superpose the factors of LoRA adapters, A and B, which merge-adapter multiplies again."""
     with errors(), progress() as begin:
-        check_new(out)
+        check_new(location(out))
+        files = {"shard_size": None if shard_size is None else bytes_of(shard_size)}
         options: dict[str, Any] = {"matrix": matrix, "gains": gains, "per_layer": per_layer}
         config = Config(signs, 0, shuffle_layers, group_size, seed, **options)  # type: ignore[arg-type]
         superposition = make_of_adapters(base, named(adapter), config, progress=begin)
-        superposition.save(out, progress=begin)
+        superposition.save(out, **files, progress=begin)
     print_sizes(superposition, as_json, store=str(out))
-
-
-def plan(
-    base: Annotated[Path, typer.Option(help="The base model's checkpoint; its shapes are read, not its values.")],
-    models: Annotated[int, typer.Option(help="How many fine-tunes there will be.")],
-    memory: Annotated[float | None, typer.Option(metavar="GB", help="What servers have, in 10⁹ bytes.")] = None,
-    group_size: Annotated[int, typer.Option(help="Models that share one superposition.")] = 8,
-    others: Annotated[str, typer.Option(help="What is not superposed: keep, base, average or sum.")] = "keep",
-    centre: Annotated[bool, typer.Option(help="As for compress.")] = False,
-    rank: Rank = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Show what a store will take and cost at each number of bits, before anything is compressed."""
-    with errors():
-        if memory is not None and not memory > 0:
-            raise ValueError(f"--memory must be above 0, got {memory}")
-        config = Config(group_size=group_size, others=others, centre=centre, rank=rank_of(rank))  # type: ignore[arg-type]
-        rows = plan_of(base, models, config)
-    if as_json:
-        print_json([asdict(row) for row in rows])
-        return
-    shown = table(
-        "bits", "store", "in models", "in memory", "decode, one group", "decode, all groups", "interference", "fits"
-    )
-    for row in rows:
-        fits = "" if memory is None else "yes" if row.serving <= memory * 1e9 else "no"
-        costs = f"{row.decode:.2f}x", f"{row.decode_all:.2f}x", f"{row.interference:.2f}"
-        store = sized(row.store), f"{row.times:.2f}x"
-        shown.add_row(str(row.bits), *store, sized(row.serving), *costs, fits)
-    console.print(shown)
-    console.print(
-        f"As separate models {sized(rows[0].separate)}. Of store and memory at most"
-        f" {sized(rows[0].kept)} is what models keep of their own; models that share it with the base need less."
-    )
-    if config.rank == "auto":
-        console.print(
-            f"rank auto: the models decide how many directions each matrix keeps, {MOST} at most; this counts all of"
-            " those. With --rank 0 there are none."
-        )
-    console.print(
-        "decode: weight bytes that a step reads, in units of one plain model's. interference: noise in a retrieved"
-        " delta's weights, in units of the delta; it is not the accuracy: evaluate the models for that."
-    )

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from randes.checkpoints.huggingface import config_of, configuration, model_class
+from randes.checkpoints.remote.locations import Remote, location
 from randes.cli.terminal import Store, errors, note, say
 from randes.errors import BaseMismatchError, RandesError
 from randes.superposition.members import BASE_NAME
@@ -75,24 +76,27 @@ def serve(
 ) -> None:
     """Serve a store: each request names the model that answers it, and many models share a batch."""
     with errors():
+        folder = location(store)
+        if isinstance(folder, Remote):
+            raise ValueError(f"servers read a store from a folder on this machine, got {store}: copy it to one")
         if engine is Engine.auto:
-            read_manifest(store)
-            engine = Engine.vllm if module is None and generates(store) else Engine.litserve
+            read_manifest(folder)
+            engine = Engine.vllm if module is None and generates(folder) else Engine.litserve
         if engine is Engine.vllm:
             if module is not None or changes:
                 raise ValueError("--module and --changes are for LitServe, and vLLM serves this store")
-            command = vllm_command(store, host, port, room, flags or ())
+            command = vllm_command(folder, host, port, room, flags or ())
             _check_installed(engine)
             say(" ".join([*(f"{name}={value}" for name, value in RUNTIME.items()), shlex.join(command)]))
             os.execve(command[0], command, {**os.environ, **RUNTIME})
         else:
             if flags:
                 raise ValueError(f"flags are for vLLM, and LitServe serves this store; got {shlex.join(flags)}")
-            _check_room(store, room)
+            _check_room(folder, room)
             _check_installed(engine)
             if changes and not room:
                 note("--changes without --room: fine-tunes can be removed and served again, and none added")
-            _run_litserve(store, host, port, module=module, room=room, batch=batch, wait=wait, changes=changes,
+            _run_litserve(folder, host, port, module=module, room=room, batch=batch, wait=wait, changes=changes,
                           device=device, timeout=timeout)  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from randes.cli.terminal import (
     print_sizes,
     progress,
     say,
+    sized,
     table,
 )
 from randes.inspect.report import write as write_report
@@ -38,7 +39,7 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
         print_json(found)
         return
     rows = table(
-        "model", "group", "α", "tuned α", "superposed tensors", "kept tensors", "kept bytes", title=escape(str(store))
+        "model", "group", "α", "tuned α", "superposed tensors", "kept tensors", "kept bytes", title=escape(store)
     )
     for name, model in found["models"].items():
         rows.add_row(escape(name), *map(str, model.values()))
@@ -56,6 +57,8 @@ def info(store: Store, as_json: Annotated[bool, typer.Option("--json", help="Eve
     )
     if (packing := superposition.packing) is not None:
         say(f"packed for serving in {in_words(packing.bits)}, of the store with checksum {packing.master}")
+    if superposition.shard_size:
+        say(f"in files of {sized(superposition.shard_size)}")
     for coverage, tensors in found["coverage"].items():
         console.print(f"[bold]{coverage.replace('_', ' ')}[/] ({len(tensors)})")
         for tensor, described in tensors.items():
@@ -99,7 +102,7 @@ def report(
     with errors(), progress() as begin:
         checkpoints = named(model or [])
         superposition = Superposition.load(store, check=False)
-        write_report(superposition, out, checkpoints, title=str(store), progress=begin)
+        write_report(superposition, out, checkpoints, title=store, progress=begin)
     if as_json:
         print_json({"file": str(out), "models": superposition.names, "compared": list(checkpoints)})
         return

@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +43,7 @@ class Terminal(Console):
 
 console = Terminal()
 
-Store = Annotated[Path, typer.Argument(metavar="DIR", help="A store.")]
+Store = Annotated[str, typer.Argument(metavar="DIR", help="A store: a folder, or an address, s3://bucket/store.")]
 NamedModel = Annotated[
     str,
     typer.Argument(
@@ -61,6 +60,14 @@ Rank = Annotated[
         help="Directions of each matrix in which every model keeps its own delta; 0 for none.",
     ),
 ]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help="Bytes of tensors in a file of the store, as 2GiB; 0 for one file of each kind, however large. By default"
+        " as in the store that it is made of, and 0 for a new one.",
+    ),
+]
 
 
 @contextmanager
@@ -71,7 +78,7 @@ def errors() -> Iterator[None]:
         warnings.showwarning = _show_warning
         try:
             yield
-        except (RandesError, ValueError, OSError) as error:
+        except (RandesError, ValueError, OSError, ImportError) as error:
             Terminal(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 
@@ -144,15 +151,15 @@ def bits_of(text: str) -> float:
     return int(bits) if bits.is_integer() else bits
 
 
-def name_and_path(text: str) -> tuple[str, Path]:
+def name_and_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise ValueError(f"a model must be given as NAME=PATH, got {text!r}")
-    return name, Path(path)
+    return name, path
 
 
-def named(models: list[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def named(models: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
     for name, path in map(name_and_path, models):
         if name in found:
             raise ValueError(f"--model must name each fine-tune once, got {name!r} twice")

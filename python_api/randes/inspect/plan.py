@@ -1,7 +1,7 @@
 """What a superposition will take and cost, from the base's shapes alone: to choose before compressing."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -74,16 +74,16 @@ def plan(
     sharing = min(superposed, config.group_size + config.centre)
     groups = -(-models // config.group_size)
     others = size(tensors) - size(matrices) - size(tables)
-    copies = {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
+    copies = _copies(config, models)
     inverses = superposed * _sum(matrices, lambda value: 4 * value.shape[1] ** 2) if config.matrix == "dense" else 0
     rows = []
     for bits in (16, *BITS):
-        stored, held = _delta_bytes(matrices, bits)
-        basis, corrections = _basis_bytes(matrices, config.rank or 0, superposed, bits)
+        _, held = _delta_bytes(matrices, bits)
+        _, corrections = _basis_bytes(matrices, config.rank or 0, superposed, bits)
         rounding = sharing * _rounding(matrices, bits)
         own, looked_up = _table_bytes(tables, bits, embeddings)
         plain, kept = size(matrices), copies * others + models * own
-        store = size(tensors) + groups * stored + basis + kept
+        store = store_bytes(tensors, {*names}, models, config, bits, embeddings)
         rows.append(
             Row(
                 bits=bits,
@@ -127,6 +127,24 @@ def packed_sizes(superposition: Superposition, bits: float, embeddings: float | 
         basis=size(sup.bases) + sum(own) + sum(directions for directions, *_ in tables),
         separate_models=sizes.separate_models,
     )
+
+
+def store_bytes(
+    tensors: Mapping[str, Tensor], superposed: Collection[str], models: int, config: Config, bits: float = 16,
+    embeddings: float | None = None,
+) -> int:  # fmt: skip
+    """Of the store of so many fine-tunes, or of its part with these tensors of the base alone. config: resolved."""
+    matrices = {name: value for name, value in tensors.items() if name in superposed and not config.is_unshared(name)}
+    tables = {name: value for name, value in tensors.items() if name in superposed and config.is_unshared(name)}
+    groups, (stored, _) = -(-models // config.group_size), _delta_bytes(matrices, bits)
+    basis, _ = _basis_bytes(matrices, config.rank or 0, models + config.centre, bits)
+    kept = _copies(config, models) * (size(tensors) - size(matrices) - size(tables))
+    return size(tensors) + groups * stored + basis + kept + models * _table_bytes(tables, bits, embeddings)[0]
+
+
+def _copies(config: Config, models: int) -> int:
+    """How many times what is not superposed is stored beside the base's."""
+    return {"keep": models, "base": 0, "average": 1, "sum": 1}[config.others]
 
 
 def _delta_bytes(matrices: Mapping[str, Tensor], bits: float) -> tuple[int, int]:

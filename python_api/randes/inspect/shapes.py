@@ -1,14 +1,17 @@
 """The shapes of a model that is not at hand: on the meta device, or known by its configuration alone."""
 
+import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
-from randes.checkpoints.huggingface import config_of, configuration, library, model_class
+from randes.checkpoints.huggingface import CONFIG, config_of, configuration, library, model_class
 from randes.checkpoints.paths.hub import NAME
+from randes.checkpoints.remote.locations import Location, Remote, location
 from randes.checkpoints.sources import Checkpoint
 from randes.errors import CheckpointError
 
@@ -33,20 +36,31 @@ def with_shapes(base: Shaped) -> Checkpoint:
     configuration that Transformers makes no model of; ``ImportError`` where one is given and that is not installed.
     """
     if isinstance(base, str | os.PathLike):
-        return _of_path(Path(base))
+        return _of_path(location(base))
     if isinstance(getattr(base, "model_type", None), str) and not isinstance(base, nn.Module):
         return _of_configuration(base, type(base).__name__)
     return base  # type: ignore[return-value]
 
 
-def _of_path(path: Path) -> Checkpoint:
+def _of_path(path: Location) -> Checkpoint:
     if path.is_dir() and not any(path.glob("*.safetensors")) and (text := config_of(path)) is not None:
-        configuration(text, str(path))
+        values = configuration(text, str(path))
+        if isinstance(path, Remote):
+            return _of_configuration(_from_values(values), str(path))
         return _of_configuration(_named(str(path)), str(path))
+    if isinstance(path, Remote):
+        return path
     found = None if os.path.lexists(path) else NAME.fullmatch(path.as_posix())
     if found is None or path.suffix in FILES:
         return path
     return _of_configuration(_named(found["name"], found["revision"]), path.as_posix())
+
+
+def _from_values(values: dict[str, Any]) -> Any:
+    """The configuration that a text says, which is not in a folder here."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(values))
+        return _named(folder)
 
 
 def _named(name: str, revision: str | None = None) -> Any:

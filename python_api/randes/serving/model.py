@@ -283,11 +283,11 @@ class SuperposedModel(nn.Module):
         check_rows(batch, first_input((*args, kwargs.get("inputs")), kwargs))
         return self.router.during(replace(batch, spreads=sequences_of(self.base_model, kwargs)), whole=True)
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *, shard_size: int | str | None = None) -> None:
         """Write the superposition as it is now to a store, models that are not served included, with the base's
-        configuration and tokenizer if it has any."""
+        configuration and tokenizer if it has any. shard_size: as for ``Superposition.save``."""
         with self.router.changing:
-            self.superposition.save(path)
+            self.superposition.save(path, shard_size=shard_size)
 
     def __getattr__(self, name: str) -> Any:
         """Every other attribute of the base model: its configuration, device, and what pipelines ask for. A call of one

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from randes.checkpoints import schema
+from randes.checkpoints import schema, sources
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import (
     CONFIG,
@@ -23,13 +24,17 @@ from randes.checkpoints.huggingface import (
     check_version,
     config_of,
     configuration,
+    for_store,
     library,
     model_class,
+    model_files,
     on_meta,
 )
 from randes.checkpoints.lazy_tensors import headers
 from randes.checkpoints.paths.folder import INDEX
-from randes.checkpoints.safetensors import File
+from randes.checkpoints.paths.written import FILE, write_checkpoint
+from randes.checkpoints.remote.locations import Remote, location
+from randes.checkpoints.safetensors import File, write_file
 from randes.checkpoints.sources import weight_map
 from randes.errors import CheckpointError, RandesError, StoreError
 from randes.superposition.store.manifest import MANIFEST
@@ -52,12 +57,11 @@ def load_base(
             "path_or_name must be a folder or a name, as Transformers takes it, got a module: serve one of your own"
             " with randes.load(store, module)"
         )
-    transformers = library()
-    check_version(transformers)
+    check_version(library())
     check_one_device(kwargs.get("device_map"))
     if cut := [name for name in CUTTING if kwargs.get(name) is not None]:
         raise ValueError(f"{cut[0]} must be left out: {CUT_LATER}")
-    path = Path(path_or_name)
+    path = location(path_or_name)
     if store is None:
         if not (path / MANIFEST).is_file() or not (path / CONFIG).is_file():
             raise StoreError(
@@ -65,6 +69,30 @@ def load_base(
             )
         store = path
     superposition = store if isinstance(store, Superposition) else Superposition.load(store)
+    if isinstance(path, Remote):
+        with TemporaryDirectory(prefix="randes-") as folder:
+            try:
+                _fetch(path, Path(folder), superposition)
+                return _loaded(folder, superposition, kwargs), superposition
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(folder, str(path))) from error
+    return _loaded(path_or_name, superposition, kwargs), superposition
+
+
+def _fetch(path: Remote, folder: Path, superposition: Superposition) -> None:
+    """Write the base at an address to a folder, for Transformers, which reads none: a store's, or a model's."""
+    if not (path / MANIFEST).is_file():
+        write_checkpoint(folder, sources.read(path), model_files(path))
+        return
+    # What the store was opened as, each tensor held to its digest: not what lies there now.
+    write_file(folder / FILE, superposition.layout.joined(superposition.base, ties=False))
+    for name, text in for_store(superposition.model_files, FILE).items():
+        (folder / name).write_bytes(text)
+
+
+def _loaded(path_or_name: str | os.PathLike[str], superposition: Superposition, kwargs: dict[str, Any]) -> nn.Module:
+    """The base, as Transformers loads it."""
+    transformers, path = library(), Path(path_or_name)
     with _own_errors(path_or_name):
         if path.is_dir():
             _check_files(path)
@@ -81,7 +109,7 @@ def load_base(
         kwargs.setdefault("use_safetensors", True)  # nothing is unpickled
         model: nn.Module = kind.from_pretrained(path_or_name, config=config, **kwargs)
     check_one_device(getattr(model, "hf_device_map", None))  # what "auto" has become
-    return model, superposition
+    return model
 
 
 def _check_files(folder: Path) -> None:

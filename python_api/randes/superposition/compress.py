@@ -22,6 +22,7 @@ from randes.superposition.basis.calibration import calibrated, matched
 from randes.superposition.basis.shared_basis import PASSES, loudest
 from randes.superposition.members import BASE_NAME, NewModel, check_alpha, check_name
 from randes.superposition.reading import heads_of_others, read
+from randes.superposition.state import State
 from randes.superposition.superposition import Superposition
 
 
@@ -64,25 +65,51 @@ def compress(
     that is not finite in fp32 and for a calibration that does not fit, and whatever ``Superposition.create`` and
     ``add`` raise.
     """
-    config = _with_options(config or Config(), options).resolved(together=True)
-    rank = config.rank or 0
+    config = with_options(config or Config(), options).resolved(together=True)
+    check_models(models, config, alpha, calibration)
+    superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
+    sources, config = read_all(superposition, models, config)
+    if not sources:  # there are heads of other sizes, which are kept whole
+        return compress(base, models, config, alpha=alpha, calibration=calibration, progress=progress)
+    return together(superposition, sources, config, alpha=alpha, calibration=calibration, progress=progress)
+
+
+def check_models(
+    models: Mapping[str, Checkpoint], config: Config, alpha: float, calibration: Mapping[str, Tensor] | None = None
+) -> None:
+    """Raise ``ValueError`` for what ``compress`` does not take."""
     if not models:
         raise ValueError("models must hold at least one fine-tune, got none")
     check_alpha(alpha)
     for name in models:
         check_name(name)
-    if calibration is not None and not rank:
+    if calibration is not None and not config.rank:
         raise ValueError("calibration is for shared bases: config.rank must be 'auto' or above 0, got 0")
-    superposition = Superposition.create(base, replace(config, centre=False, rank=0), progress=progress)
-    for name in models:
-        check_configuration(superposition.model_files, models[name])
+
+
+def read_all(sup: State, models: Mapping[str, Checkpoint], config: Config) -> tuple[dict[str, Tensors], Config]:
+    """The models' tensors over a base; none where some have heads of other sizes, which the configuration then keeps.
+
+    Raises ``CheckpointError`` for a model that does not fit, or whose configuration is another.
+    """
+    for model in models.values():
+        check_configuration(sup.model_files, model)
     try:
-        sources = {name: read(superposition, model) for name, model in models.items()}
+        return {name: read(sup, model) for name, model in models.items()}, config
     except CheckpointError:
-        if not (heads := heads_of_others(superposition, models.values())):
+        if not (heads := heads_of_others(sup, models.values())):
             raise
-        config = replace(config, exclude=(*config.exclude, *map(escape, heads)))
-        return compress(base, models, config, alpha=alpha, calibration=calibration, progress=progress)
+        return {}, replace(config, exclude=(*config.exclude, *map(escape, heads)))
+
+
+def together(
+    superposition: Superposition, sources: Mapping[str, Tensors], config: Config, *, alpha: float = 1.0,
+    calibration: Mapping[str, Tensor] | None = None, progress: Progress = silent,
+    put_away: update.PutAway | None = None,
+) -> Superposition:  # fmt: skip
+    """The models' superposition. superposition: an empty one over their base, or over some tensors of it, which are
+    then those that ``sources`` has of each. config: of all of it. put_away: as for ``add_models``."""
+    rank = config.rank or 0
     original, superposed = superposition.base, superposition.superposed
     shared = tuple(name for name in superposed if name not in superposition.unshared)
     moments = matched(calibration, original, shared, superposition.layout) if calibration is not None else {}
@@ -112,11 +139,11 @@ def compress(
     for number, (name, tensors) in enumerate(sources.items()):
         joining.append(NewModel(name, number // config.group_size, float(alpha), tensors, number if shifts else 0))
     step = progress("superposing", size(original) * len(joining))
-    update.add_models(superposition, joining, step)
+    update.add_models(superposition, joining, step, put_away)
     return superposition
 
 
-def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
+def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     """Raises ``TypeError`` for a name that is no field of ``Config``."""
     known = [field.name for field in fields(Config)]
     for name in options.keys() - known:

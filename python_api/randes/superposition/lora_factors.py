@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.huggingface import model_files
 from randes.checkpoints.lazy_tensors import Progress, silent
 from randes.checkpoints.lora import AdapterTensors, Update, read_adapter
+from randes.checkpoints.remote.locations import Location, location
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.config import Config
 from randes.errors import CheckpointError
@@ -50,7 +50,7 @@ def superpose_adapters(
     for folder in adapters.values():
         check_configuration(model_files(base), folder)
     tensors = sources.read(base)
-    factors = {name: _factors(Path(folder), tensors) for name, folder in adapters.items()}
+    factors = {name: _factors(location(folder), tensors) for name, folder in adapters.items()}
     first = next(iter(factors.values()))
     zeros = {name: torch.zeros_like(value) for name, value in first.items()}
     config = replace(
@@ -82,7 +82,7 @@ def merge_adapter(superposition: Superposition, name: str, base: Checkpoint, *, 
     return AdapterTensors(tensors, updates, {})
 
 
-def _factors(folder: Path, base: Tensors) -> dict[str, Tensor]:
+def _factors(folder: Location, base: Tensors) -> dict[str, Tensor]:
     adapter = read_adapter(folder, base)
     if whole := adapter.touched - adapter.updates.keys():
         raise CheckpointError(f"{folder} must hold LoRA factors alone, got all of {min(whole)}")

@@ -56,7 +56,7 @@ def packed(
     )  # fmt: skip
     made.model_files, made.to_files = superposition.model_files, superposition.to_files
     made.packing = replace(packing, master=checksum_of(superposition))
-    made.averages, made.device = superposition.averages, superposition.device
+    made.averages, made.device, made.shard_size = superposition.averages, superposition.device, superposition.shard_size
     for name, member in superposition.members.items():
         if coordinates < 16:
             own = {tensor: coordinates_of(held) for tensor, held in member.coordinates.items()}

@@ -53,6 +53,7 @@ class State:
         self.model_files: dict[str, bytes] = {}  # files that go with a Transformers base, by name
         self.to_files = Conversion()  # back to the names that the base's files had, where those are others
         self.torn = ""  # why it can be used no more
+        self.shard_size = 0  # bytes of tensors in a file of that store; 0 for one file of each kind
         self.stored: object = None  # what store.py knows of the store that this came from or went to
         self._families = families(headers(base), tuple(name for name in self.superposed if name not in self.unshared))
         self._family_of = {name: family for family, names in self._families.items() for name in names}

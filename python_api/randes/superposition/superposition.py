@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 from randes.checkpoints import sources
 from randes.checkpoints.configurations import check_configuration
 from randes.checkpoints.huggingface import model_files
+from randes.checkpoints.layout import Layout
 from randes.checkpoints.lazy_tensors import LazyTensors, Progress, digests, headers, silent, size
 from randes.checkpoints.matrices import matrices_of
 from randes.checkpoints.names.pieces import Rearranged
 from randes.checkpoints.on_disk import StoredTensors
+from randes.checkpoints.remote.locations import Location
 from randes.checkpoints.sources import Checkpoint, Tensors
 from randes.checkpoints.tensor_views import SplitTensors, replaced
 from randes.config import Config
@@ -55,7 +56,17 @@ class Superposition(State):
         for option in ("centre", "rank"):
             if getattr(config, option):
                 raise ValueError(f"config.{option} needs all models at once: use randes.compress(base, models, config)")
-        tensors, layout, superposed, config, to_files, _ = matrices_of(base, config)
+        found = matrices_of(base, config)
+        superposition = cls.over(found.tensors, found.layout, found.superposed, found.config, progress=progress)
+        superposition.model_files, superposition.to_files = model_files(base), found.to_files
+        return superposition
+
+    @classmethod
+    def over(
+        cls, tensors: Tensors, layout: Layout, superposed: Sequence[str], config: Config, *,
+        progress: Progress = silent,
+    ) -> "Superposition":  # fmt: skip
+        """For ``create``: over a base's tensors, or some of them, as they are superposed or kept."""
         sources.check_values(tensors, "the base")
         step = progress("reading base", size(tensors))
         found = digests(tensors, look=sources.check_finite, step=step)
@@ -64,9 +75,7 @@ class Superposition(State):
         if config.origin == "zero":
             zeros = {name: _zeros(headers(tensors)[name]) for name in superposed}
             tensors, found = replaced(tensors, zeros), found | digests(zeros)
-        superposition = cls(config, tensors, superposed, found, layout=layout)
-        superposition.model_files, superposition.to_files = model_files(base), to_files
-        return superposition
+        return cls(config, tensors, superposed, found, layout=layout)
 
     # ---------------------------------------------------------------- models
 
@@ -212,9 +221,19 @@ class Superposition(State):
 
     # ---------------------------------------------------------------- stores
 
-    def save(self, path: str | os.PathLike[str], *, progress: Progress = silent) -> None:
-        """Write a store: a folder of safetensors and one manifest. See ``randes.superposition.store``."""
-        save(self, path, progress=progress)
+    def save(
+        self, path: str | os.PathLike[str], *, shard_size: int | str | None = None, progress: Progress = silent
+    ) -> None:
+        """Write a store: a folder of safetensors and one manifest. See ``randes.superposition.store``.
+
+        path: a folder that is new, empty, or the store that this came from or went to last.
+        shard_size: bytes of tensors in a file, as a number or as "2GiB"; 0 for one file of each kind, however large. By
+            default as in the store that this came from or went to last, and 0 for a new one. A tensor stays whole.
+        progress: told of each stage and its bytes, for a progress bar.
+        Raises ``StoreError`` for another folder, and for a store that somebody else has changed since; ``ValueError``
+        for a ``shard_size`` that is none; ``OSError`` where the disk does not take it. The store is the old one then.
+        """
+        save(self, path, shard_size=shard_size, progress=progress)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, check: bool = True, progress: Progress = silent) -> "Superposition":
@@ -230,5 +249,5 @@ def _zeros(header: Tensor) -> Tensor:
     return torch.zeros((), dtype=header.dtype, device="cpu").expand(header.shape)
 
 
-def _changed(path: Path, tensor: str) -> BaseMismatchError:
+def _changed(path: Location, tensor: str) -> BaseMismatchError:
     return BaseMismatchError(f"{tensor} of the base was changed after the superposition was created of it, in {path}")

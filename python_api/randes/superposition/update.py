@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from randes.checkpoints.lazy_tensors import chunks, headers
-from randes.checkpoints.on_disk import own
+from randes.checkpoints.lazy_tensors import LazyTensors, chunks, headers
+from randes.checkpoints.on_disk import Overlay, own
 from randes.checkpoints.sources import check_finite
 from randes.checkpoints.threads import ahead, one_thread
 from randes.errors import CheckpointError, RandesError
@@ -31,6 +32,7 @@ from randes_kernels.format import Matrix
 
 NOTHING_LEFT = 2.0**-40
 """The gain of a delta that lies wholly in the shared basis; the rest of it is zero."""
+PutAway: TypeAlias = Callable[[State, str, str], LazyTensors]
 SUMMED = ("average", "sum")
 """What ``Config.others`` makes of a sum over the models."""
 
@@ -71,8 +73,14 @@ def _measured(name: str, held: Member, tensors: Mapping[str, Tensor]) -> NewMode
     return model
 
 
-def add_models(sup: State, models: list[NewModel], step: Callable[[int], None]) -> None:
-    """Superpose the models of a new superposition, which what raises leaves unfinished."""
+def add_models(
+    sup: State, models: list[NewModel], step: Callable[[int], None], put_away: PutAway | None = None
+) -> None:
+    """Superpose the models of a new superposition, which what raises leaves unfinished.
+
+    put_away: called with the superposition, a model's name and a tensor that it shares with no other, once its delta is
+    complete; what it answers with has it from then on, and memory need not. For superpositions with one such tensor.
+    """
     for model in models:
         keep_added(model)
     with Prefetch(sup, models, step) as reading:
@@ -80,6 +88,8 @@ def add_models(sup: State, models: list[NewModel], step: Callable[[int], None]) 
             for model, incoming in reading.models():
                 pairs = _measure(sup, model, tensor, incoming, reading.computing, hold=True)
                 _superpose(sup, model, tensor, reading.spent(pairs), reading.computing, in_place=True)
+                if put_away is not None and tensor in sup.unshared and tensor in model.gains:
+                    sup.deltas[model.name] = Overlay({}, put_away(sup, model.name, tensor))
                 pairs.clear()  # before the next tensor comes
             for model in models:
                 if _is_averaged(sup, model, tensor):

@@ -10,7 +10,6 @@ both contiguous. Read from right to left it is the way back.
 
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from randes.checkpoints.lazy_tensors import LazyTensors, chunk_bounds, digests, headers, rows
 from randes.checkpoints.on_disk import StoredTensors
+from randes.checkpoints.remote.locations import Location
 
 
 class Piece(NamedTuple):
@@ -122,7 +122,7 @@ class Rearranged(LazyTensors):
         own = {new: self.own_names[old] for new, old in names.items() if old in self.own_names}
         return Rearranged(self.source, {new: self._shapes[names[new]] for new in pieces}, pieces, own)
 
-    def expect(self, known: Mapping[str, str], altered: Callable[[Path, str], Exception]) -> None:
+    def expect(self, known: Mapping[str, str], altered: Callable[[Location, str], Exception]) -> None:
         """Hold the files that the source lies in to these digests, of the tensors here, which were just found."""
         if isinstance(self.source, StoredTensors):
             own = {before: known[name] for name, before in self.own_names.items()}

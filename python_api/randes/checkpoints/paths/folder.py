@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
+from randes.checkpoints.remote.locations import Location
 from randes.errors import CheckpointError
 
 INDEX = ".safetensors.index.json"
@@ -14,7 +14,7 @@ AGAIN = "consolidated"
 """What the names begin with of files that hold the same tensors again, as Mistral and Meta name them."""
 
 
-def index_of(folder: Path) -> Path | None:
+def index_of(folder: Location) -> Location | None:
     """The index that says which files are a folder's checkpoint, None where none does.
 
     Raises ``CheckpointError`` for several.
@@ -28,7 +28,7 @@ def index_of(folder: Path) -> Path | None:
     return indexes[0] if indexes else None
 
 
-def files_of(folder: Path) -> list[Path]:
+def files_of(folder: Location) -> list[Location]:
     """The files of a folder without an index: the one that Transformers or Diffusers would read, or all.
 
     Warns of files that are left out. Raises ``CheckpointError`` where there are none.
@@ -44,12 +44,12 @@ def files_of(folder: Path) -> list[Path]:
     return [whole]
 
 
-def _without_again(files: Iterable[Path]) -> list[Path]:
+def _without_again(files: Iterable[Location]) -> list[Location]:
     """In order of their names; those that hold the same tensors again only where there are no others."""
     found = sorted(files)
     return [file for file in found if not file.name.startswith(AGAIN)] or found
 
 
-def _hint(folder: Path) -> str:
+def _hint(folder: Location) -> str:
     inside = sorted(part.name for part in folder.iterdir() if part.is_dir() and any(part.glob("*.safetensors")))
     return f"; there are some in {', '.join(inside)}: give one of these" if inside else ""

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.huggingface import CONFIG, METHOD
+from randes.checkpoints.remote.locations import Location
 from randes.checkpoints.schema import parsed
 from randes.errors import CheckpointError
 
@@ -42,7 +42,7 @@ FEW_BITS = (
 """Of single tensors."""
 
 
-def check_format(path: Path) -> None:
+def check_format(path: Location) -> None:
     """Raise ``CheckpointError`` for a store, for weights in few bits by a folder's configuration, and for other files
     than safetensors."""
     if not path.is_dir():
@@ -56,9 +56,9 @@ def check_format(path: Path) -> None:
     if any(path.glob("*.safetensors")):
         return
     for pattern, what in OTHER_FILES.items():
-        if found := sorted(path.glob(pattern)):
+        if found := sorted(file.name for file in path.glob(pattern)):
             if pattern == "*.gguf":
-                raise CheckpointError(_gguf(path, path, found[0].name))
+                raise CheckpointError(_gguf(path, path, found[0]))
             raise CheckpointError(
                 f"{path} holds no *.safetensors file but {what}: save it as safetensors"
                 " (AutoModel.from_pretrained(path).save_pretrained(folder)) and give that folder"
@@ -91,7 +91,7 @@ def few_bits(where: str, method: str, seen: str = "") -> str:
     )
 
 
-def _gguf(path: Path, folder: Path, name: str) -> str:
+def _gguf(path: Location, folder: Location, name: str) -> str:
     return (
         f"{path} is GGUF: weights in safetensors are superposed. Give the model that it was made from; or load it with"
         f' Transformers (from_pretrained("{folder}", gguf_file="{name}",'
@@ -100,7 +100,7 @@ def _gguf(path: Path, folder: Path, name: str) -> str:
     )
 
 
-def _is_store(folder: Path) -> bool:
+def _is_store(folder: Location) -> bool:
     try:
         manifest = json.loads(read_whole(folder / "manifest.json"))
     except (OSError, ValueError, RecursionError):
@@ -108,7 +108,7 @@ def _is_store(folder: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == METHOD
 
 
-def _method(folder: Path) -> str | None:
+def _method(folder: Location) -> str | None:
     """The method that a folder's configuration names for its weights in few bits."""
     for file, keys in ((CONFIG, ("quantization_config", "compression_config")), ("quantize_config.json", ("",))):
         try:

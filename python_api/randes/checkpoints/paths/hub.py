@@ -10,6 +10,7 @@ from typing import Any
 
 from randes.checkpoints.files import read_whole
 from randes.checkpoints.paths.folder import INDEX
+from randes.checkpoints.remote.locations import is_remote, location
 from randes.errors import CheckpointError
 
 NAME = re.compile(r"(?P<name>[\w][\w.-]*(/[\w][\w.-]*)?)(@(?P<revision>[\w./-]+))?")
@@ -21,11 +22,14 @@ SPARE = ["original/*", "onnx/*", "openvino/*", "coreml/*", "consolidated*"]
 
 
 def local(source: Any) -> Any:
-    """A source that is the name of a model on the hub as the folder of its files; any other source as it is.
+    """A source that is the name of a model on the hub as the folder of its files, one that is an address elsewhere as
+    what reads it; any other source as it is.
 
     A path that is there is never a name. Files are taken from the cache where they are in it whole, and fetched where
     not, unless ``HF_HUB_OFFLINE`` is set. Raises ``CheckpointError`` where the hub does not give them.
     """
+    if is_remote(source):
+        return location(source)
     if not isinstance(source, str | os.PathLike) or os.path.lexists(source):
         return source
     found = NAME.fullmatch(os.fspath(source))

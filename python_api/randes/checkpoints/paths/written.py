@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from randes.checkpoints.files import make_folder, write_whole
 from randes.checkpoints.huggingface import CONFIG, METHOD, configuration
 from randes.checkpoints.lazy_tensors import headers
+from randes.checkpoints.remote.locations import Location
 from randes.checkpoints.safetensors import write_file
 from randes.config import is_embedding
 from randes.errors import CheckpointError
@@ -18,13 +18,13 @@ FILE = "model.safetensors"
 
 
 def write_checkpoint(
-    out: Path,
+    out: Location,
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, bytes],
     *,
     base: Mapping[str, Tensor] | None = None,
     step: Callable[[int], None] = lambda _: None,
-) -> Path:
+) -> Location:
     """Write a model to the folder ``out``, or to the file where it ends in .safetensors; missing folders are made.
 
     beside: files that go with the model by name; only a folder has them. base: the tensors that these are of, where

@@ -9,7 +9,8 @@
     average-<digest>.safetensors               sums behind others="average"
     config.json, tokenizer...                  what a Transformers base has beside its weights
 
-Files are named by what they hold and never rewritten. A save writes the new ones beside the old, renames the
-manifest last, and only then removes what no manifest names: a crash at any moment leaves the old store or the
-new one. The bytes depend on the models and their groups alone, not on the order in which they were added.
+Of each there may be several, of a chosen size (contents.py). Files are named by what they hold and never rewritten. A
+save writes the new ones beside the old, renames the manifest last, and only then removes what no manifest names: a
+crash at any moment leaves the old store or the new one. The bytes depend on the models and their groups alone, not on
+the order in which they were added.
 """

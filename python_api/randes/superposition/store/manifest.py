@@ -1,30 +1,33 @@
 """A store's manifest: what it says of files, models and tensors, and how it is checked."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 from randes.checkpoints import schema, sources
 from randes.checkpoints.files import read_whole
-from randes.checkpoints.huggingface import for_store
-from randes.checkpoints.layout import ADDED, COORDINATES, DIRECTIONS, STEPS, Layout
+from randes.checkpoints.huggingface import CONFIG, for_store
+from randes.checkpoints.layout import Layout
 from randes.checkpoints.names.conversion import RECORD
-from randes.checkpoints.on_disk import Overlay, StoredTensors, known_digests
-from randes.checkpoints.sources import Tensors
+from randes.checkpoints.paths.folder import INDEX
+from randes.checkpoints.remote.locations import Location
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError, UnknownModelError
 from randes.superposition.integers import AVERAGE_STEP, STEP
 from randes.superposition.members import Member, check_scales
-from randes.superposition.packed_tensors import Packing, flattened
-from randes.superposition.state import Group, State
-from randes.superposition.store.files import companion_name, tensors_name
+from randes.superposition.packed_tensors import Packing
+from randes.superposition.state import State
+from randes.superposition.store.contents import StoreFile, files_of, letters_of
+from randes.superposition.store.files import by_stem, companion_name, tensors_name
 from randes_kernels import FORMAT_VERSION, model_key
 from randes_kernels.packing import HALF
 
 MANIFEST = "manifest.json"
+SHARDED = 2
+"""The version of a manifest whose groups are in several files each. Seeds mean what they mean in ``FORMAT_VERSION``;
+who reads only that says so, and reads nothing."""
 
 
 def _option(default: object) -> schema.Check:
@@ -55,7 +58,7 @@ _VIEW = schema.record(
 )  # fmt: skip
 _MANIFEST = schema.record(
     {
-        "format": schema.one_of("randes"), "version": schema.one_of(FORMAT_VERSION), "checksum": schema.digest,
+        "format": schema.one_of("randes"), "version": schema.one_of(FORMAT_VERSION, SHARDED), "checksum": schema.digest,
         "config": schema.record({}, {one.name: _option(getattr(_PLAIN, one.name)) for one in fields(Config)}),
         "step": schema.one_of(STEP), "average_step": schema.one_of(AVERAGE_STEP), "base": schema.digest,
         "superposed": schema.listed(schema.text, 1), "models": schema.each(_MODEL),
@@ -68,11 +71,12 @@ _MANIFEST = schema.record(
         "companions": schema.each(schema.digest, companion_name),
         "names": RECORD,
         "packed": schema.each(schema.either(schema.text, schema.one_of(HALF), schema.integer())),
+        "shard_size": schema.integer(1), "sizes": schema.each(schema.integer(1), tensors_name),
     },
 )  # fmt: skip
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Location) -> dict[str, Any]:
     """The manifest alone, checked against its own checksum and what a manifest must be. Raises ``StoreError``."""
     try:
         data = read_whole(folder / MANIFEST, links=False)
@@ -85,8 +89,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{folder / MANIFEST} is torn: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != "randes":
         raise StoreError(f"{folder / MANIFEST} is not a manifest of randes")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise StoreError(f"{folder} must be of format version {FORMAT_VERSION}, got {manifest.get('version')}")
+    if (version := manifest.get("version")) not in (FORMAT_VERSION, SHARDED):
+        raise StoreError(f"{folder} must be of format version {FORMAT_VERSION} or {SHARDED}, got {version}")
     if manifest.get("checksum") != _checksum(manifest) or data.decode() != text_of(manifest):
         raise StoreError(f"{folder / MANIFEST} was altered: its checksum does not match its content")
     try:
@@ -94,15 +98,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         for name, digests in manifest["files"].items():
             right = name.rsplit("-", 1)[1] == f"{sources.combined_digest(digests)}.safetensors"
             schema.must(right, "a file", "named by the digests of its tensors", name)
-        stems = {name.rsplit("-", 1)[0] for name in manifest["files"]}
-        schema.must(len(stems) == len(manifest["files"]), "files", "one of each kind", sorted(manifest["files"]))
+        stems = by_stem(manifest["files"])
         schema.must("base" in stems, "files", "some with a base", sorted(manifest["files"]))
+        sharded = manifest["version"] == SHARDED
+        for name, held in manifest["files"].items():
+            schema.must(bool(held) or not sharded, name, "a file of some tensors", held)
+        for kind, names in stems.items():
+            schema.must(sharded or len(names) == 1, f"the files of {kind}", "one", names)
+            tensors = [tensor for name in names for tensor in manifest["files"][name]]
+            schema.must(len({*tensors}) == len(tensors), f"the tensors of {kind}", "each in one file", tensors)
+        expected = manifest["files"].keys() if sharded else set()
+        schema.must(manifest.get("sizes", {}).keys() == expected, "sizes", "those of all files", manifest.get("sizes"))
+        schema.must(("shard_size" in manifest) == sharded, "version", f"{SHARDED}, for files of a size", version)
     except ValueError as error:
         raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
     return manifest
 
 
-def described(folder: Path, manifest: dict[str, Any]) -> tuple[Config, Layout, Packing | None, dict[str, Member]]:
+def described(folder: Location, manifest: dict[str, Any]) -> tuple[Config, Layout, Packing | None, dict[str, Member]]:
     """What a manifest says of all tensors and of each model, without these. Raises ``StoreError`` for other values."""
     try:
         config = Config.from_dict(manifest["config"])
@@ -125,59 +138,29 @@ def _floats(numbers: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
-def contents_of(superposition: State) -> dict[str, Tensors]:
-    """What each file holds, by the part of its name before the digest."""
-    base = superposition.layout.joined(superposition.base, ties=False)
-    contents: dict[str, Tensors] = {"base": base, "basis": superposition.bases}
-    contents |= {group_file(superposition, group): flattened(held) for group, held in superposition.held.items()}
-    for name in superposition.served:
-        member = superposition.members[name]
-        own, coordinates = member.kept, member.coordinates
-        if (
-            isinstance(own, StoredTensors)
-            and isinstance(coordinates, StoredTensors)
-            and not (member.directions or member.added)
-        ):
-            own = Overlay({}, own, coordinates.renamed({f"{tensor}{COORDINATES}": tensor for tensor in coordinates}))
-        else:
-            held = flattened(coordinates)
-            own = {**own, **{_coordinates_in(stem): held[stem] for stem in held}}
-            own |= {f"{tensor}{DIRECTIONS}": value for tensor, value in member.directions.items()}
-            own |= {f"{tensor}{ADDED}": value for tensor, value in member.added.items()}
-        contents[model_file(superposition, name)] = own
-    contents["average"] = superposition.averages
-    return {stem: contents[stem] for stem in sorted(contents) if contents[stem]}
-
-
-def _coordinates_in(stem: str) -> str:
-    """What a file calls a tensor's coordinates, or their steps."""
-    tensor = stem.removesuffix(STEPS)
-    return f"{tensor}{COORDINATES}{stem[len(tensor) :]}"
-
-
-def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str, Any]:
-    files = {}
-    for stem, tensors in sorted(contents.items()):
-        # The base's have just been checked against its bytes.
-        digests = superposition.base_digests if tensors is superposition.base else known_digests(tensors)
-        files[f"{stem}-{sources.combined_digest(digests)}.safetensors"] = dict(sorted(digests.items()))
-    manifest = {
+def manifest_of(superposition: State, files: Mapping[str, StoreFile], shard_size: int) -> dict[str, Any]:
+    """What a manifest says of these ``files``. Only one of a sharded store has sizes, and another version."""
+    tensors = {name: file.digests for name, file in files.items()}
+    manifest: dict[str, Any] = {
         "format": "randes",
-        "version": FORMAT_VERSION,
+        "version": SHARDED if shard_size else FORMAT_VERSION,
         "config": superposition.config.to_dict(),
         "step": STEP,
         "average_step": AVERAGE_STEP,
         "base": sources.combined_digest(superposition.base_digests),
         "superposed": list(superposition.superposed),
         "models": {name: record_of(superposition.members[name]) for name in superposition.served},
-        "files": files,
+        "files": tensors,
     }
+    if shard_size:
+        manifest |= {"shard_size": shard_size, "sizes": {name: file.nbytes for name, file in files.items()}}
     if layout := superposition.layout:
         split = sorted(part for view in layout.views.values() for part in view.parts)
         own = {part: superposition.base_digests[part] for part in split}
         manifest["layout"] = layout.to_dict() | {"digests": own}
     if superposition.model_files:
-        manifest["companions"] = {name: digest_of(text) for name, text in model_files_in(superposition, files).items()}
+        beside = model_files_in(superposition, tensors)
+        manifest["companions"] = {name: digest_of(text) for name, text in beside.items()}
     if superposition.to_files:
         manifest["names"] = superposition.to_files.to_dict()
     if superposition.packing is not None:
@@ -187,10 +170,15 @@ def manifest_of(superposition: State, contents: dict[str, Tensors]) -> dict[str,
     return manifest
 
 
-def model_files_in(superposition: State, files: Iterable[str]) -> dict[str, bytes]:
-    """The files beside the tensors, as they stand in a store that has these ``files``."""
-    base_file = next(name for name in files if name.startswith("base-"))
-    return for_store(superposition.model_files, base_file)
+def model_files_in(superposition: State, files: Mapping[str, Mapping[str, str]]) -> dict[str, bytes]:
+    """The files beside the tensors, as they stand in a store that has these ``files``: what Transformers reads."""
+    base = {name: digests for name, digests in files.items() if name.startswith("base-")}
+    if len(base) == 1 or CONFIG not in superposition.model_files:
+        return for_store(superposition.model_files, next(iter(base)))
+    digest = sources.combined_digest({tensor: one for digests in base.values() for tensor, one in digests.items()})
+    index = {"metadata": {}, "weight_map": {tensor: name for name, own in base.items() for tensor in own}}
+    name = f"base-{digest}{INDEX}"
+    return {**for_store(superposition.model_files, name), name: (json.dumps(index, indent=1) + "\n").encode()}
 
 
 def digest_of(text: bytes) -> str:
@@ -199,7 +187,8 @@ def digest_of(text: bytes) -> str:
 
 def checksum_of(superposition: State) -> str:
     """What the manifest of a store of this superposition says of itself."""
-    checksum: str = manifest_of(superposition, contents_of(superposition))["checksum"]
+    files = files_of(superposition, superposition.shard_size)
+    checksum: str = manifest_of(superposition, files, superposition.shard_size)["checksum"]
     return checksum
 
 
@@ -211,30 +200,11 @@ def version_of(manifest: Mapping[str, Any], name: str) -> str:
     models = manifest["models"]
     if name not in models:
         raise UnknownModelError(f"no model is called {name!r}; there are: {', '.join(sorted(models)) or 'no models'}")
-    letters = _letters_of(model_key(manifest["config"]["seed"], name))
+    letters = letters_of(model_key(manifest["config"]["seed"], name))
     own = {f"group-{models[name]['group']}", f"model-{letters}", f"unshared-{letters}", "base", "basis", "average"}
     files = sorted(file for file in manifest["files"] if file.rsplit("-", 1)[0] in own)
     content = {"files": files, "model": models[name]} | {key: manifest.get(key) for key in ("config", "packed")}
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def model_file(superposition: State, name: str) -> str:
-    """What a model keeps of its own."""
-    return f"model-{_letters(superposition, name)}"
-
-
-def group_file(superposition: State, group: Group) -> str:
-    """A group's superpositions, or the deltas of one model that no other shares."""
-    return f"group-{group}" if isinstance(group, int) else f"unshared-{_letters(superposition, group)}"
-
-
-def _letters(superposition: State, name: str) -> str:
-    # A model's name may hold what a file's name may not; its key is as unique.
-    return _letters_of(superposition.key(name))
-
-
-def _letters_of(key: int) -> str:
-    return f"{key & (1 << 64) - 1:016x}"
 
 
 def record_of(member: Member) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from randes.checkpoints.huggingface import CONFIG, is_model_file, read_files
@@ -11,6 +10,7 @@ from randes.checkpoints.layout import COORDINATES, DIRECTIONS, STEPS, Layout
 from randes.checkpoints.lazy_tensors import Progress, headers, silent, size
 from randes.checkpoints.names.conversion import Conversion
 from randes.checkpoints.on_disk import Overlay, StoredTensors
+from randes.checkpoints.remote.locations import Location, location
 from randes.config import Config
 from randes.errors import CheckpointError, StoreError
 from randes.superposition.added_rows import added_in
@@ -18,15 +18,9 @@ from randes.superposition.members import Member
 from randes.superposition.packed_tensors import PackedTensors, Packing, SuperposedDelta
 from randes.superposition.state import Group, State
 from randes.superposition.store.check import check_whole
-from randes.superposition.store.files import open_tensors, state_of, stored_now
-from randes.superposition.store.manifest import (
-    MANIFEST,
-    described,
-    digest_of,
-    group_file,
-    model_file,
-    read_manifest,
-)
+from randes.superposition.store.contents import group_file, model_file
+from randes.superposition.store.files import INDEX_OF_BASE, is_companion, open_tensors, state_of, stored_now
+from randes.superposition.store.manifest import MANIFEST, described, digest_of, read_manifest
 
 S = TypeVar("S", bound=State)
 _ALTERED = (
@@ -47,7 +41,7 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
     check: False to check each file's tensors when they are first used. progress: told of each stage and its bytes.
     Raises ``StoreError`` for anything missing, torn, truncated, altered, or of another version.
     """
-    folder = Path(path)
+    folder = location(path)
     manifest = read_manifest(folder)
     for _ in range(TRIES):
         try:
@@ -60,10 +54,10 @@ def load(kind: type[S], path: str | os.PathLike[str], *, check: bool = True, pro
     return _load(kind, folder, manifest, check=check, progress=progress)
 
 
-def _load(kind: type[S], folder: Path, manifest: dict[str, Any], *, check: bool, progress: Progress) -> S:
+def _load(kind: type[S], folder: Location, manifest: dict[str, Any], *, check: bool, progress: Progress) -> S:
     found = described(folder, manifest)
     stored = stored_now(folder, manifest)  # before they are read: what is written to since is not what was read
-    contents = {name.rsplit("-", 1)[0]: open_tensors(folder, name, known) for name, known in manifest["files"].items()}
+    contents = open_tensors(folder, manifest["files"], manifest)
     beside = _companions(folder, manifest)
     if check:
         step = progress("checking", sum(map(size, contents.values())))
@@ -74,15 +68,17 @@ def _load(kind: type[S], folder: Path, manifest: dict[str, Any], *, check: bool,
         check_whole(superposition)
     except _UNUSABLE as error:
         raise StoreError(f"{folder / MANIFEST} cannot be used: {error}") from error
-    superposition.model_files, superposition.stored = beside, stored
+    superposition.model_files = {name: text for name, text in beside.items() if not INDEX_OF_BASE.fullmatch(name)}
+    superposition.stored, superposition.shard_size = stored, manifest.get("shard_size", 0)
     return superposition
 
 
-def _companions(folder: Path, manifest: dict[str, Any]) -> dict[str, bytes]:
+def _companions(folder: Location, manifest: dict[str, Any]) -> dict[str, bytes]:
     """What the manifest names beside the tensors, held to its digests; of a store from before it did, what is there."""
     known: dict[str, str] | None = manifest.get("companions")
-    files = {file.name for file in folder.iterdir() if state_of(file) is not None and is_model_file(file.name)}
-    names = (files if CONFIG in files else set()) if known is None else known.keys()
+    files = {file.name for file in folder.iterdir() if is_companion(file.name) and state_of(file) is not None}
+    old = {name for name in files if is_model_file(name)} if CONFIG in files else set()
+    names = old if known is None else known.keys()
     for name in names - files:
         raise StoreError(f"{folder / name} {_ALTERED}")
     try:

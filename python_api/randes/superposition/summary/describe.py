@@ -31,6 +31,7 @@ def summary(superposition: State) -> dict[str, Any]:
         "config": superposition.config.to_dict(),
         "packed": None if superposition.packing is None else asdict(superposition.packing),
         "bytes": {**asdict(sizes), "total": sizes.total},
+        "shard_size": superposition.shard_size,
         "coverage": {
             "superposed": {
                 name: f"{text}, rank {rank}" if (rank := rank_of(superposition, name)) else text
