@@ -226,3 +226,55 @@ def test_a_stream_is_the_same_from_any_place_on(first: int) -> None:
         moved = fmt.column_permutation(1, 2, 9 * 37, transform)
         own = transform._replace(segments=4, first_column=2 * 37)
         assert torch.equal(fmt.column_permutation(1, 2, 4 * 37, own) + 2 * 37, moved[2 * 37 : 6 * 37])
+
+
+PERMUTED = Transform(granule=2, segments=4)
+
+
+def test_a_shard_of_a_shard_has_the_origin_of_both() -> None:
+    whole = Transform()
+    shard = fmt.shard_of(whole, (100, 300), range(10, 60), range(37, 237))
+    assert fmt.shard_of(shard, (50, 200), range(5, 6), range(3, 9)) == whole._replace(first_row=15, first_column=40)
+
+
+def test_segments_of_a_shard_are_permuted_as_in_the_whole() -> None:
+    whole = fmt.column_permutation(5, 7, 64, PERMUTED)
+    shard = fmt.shard_of(PERMUTED, (8, 64), range(8), range(16, 48))
+    assert (shard.segments, shard.granule) == (2, 2)
+    assert torch.equal(fmt.column_permutation(5, 7, 32, shard) + 16, whole[16:48])
+
+
+def test_columns_that_no_permutation_moves_can_be_cut_anywhere() -> None:
+    shard = fmt.shard_of(Transform(granule=40), (8, 32), range(8), range(3, 7))
+    assert shard == Transform(first_column=3)
+    assert fmt.column_permutation(5, 7, 4, shard).tolist() == [0, 1, 2, 3]
+
+
+def test_all_columns_of_a_rotation_and_some_of_its_rows_are_a_shard() -> None:
+    rotated = Transform(column_signs=False, matrix=int(fmt.Matrix.ROTATION))
+    assert fmt.shard_of(rotated, (8, 32), range(2, 8), range(32)) == rotated._replace(first_row=2)
+
+
+@pytest.mark.parametrize(
+    ("transform", "rows", "columns", "message"),
+    [
+        (Transform(), range(9), range(8), "rows of a shard must be a range"),
+        (Transform(), range(0, 8, 2), range(8), "rows of a shard must be a range"),
+        (Transform(), range(8), range(-1, 8), "columns of a shard must be a range"),
+        (Transform(column_signs=False, matrix=int(fmt.Matrix.DENSE)), range(8), range(8), "dense cannot be cut"),
+        (PERMUTED, range(8), range(12), "can be cut at multiples of 8 alone"),
+        (PERMUTED, range(8), range(8, 8), "can be cut at multiples of 8 alone"),
+    ],
+)
+def test_what_is_no_shard_is_refused(transform: Transform, rows: range, columns: range, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fmt.shard_of(transform, (8, 32), rows, columns)
+
+
+def test_a_shard_that_begins_inside_of_a_segment_is_refused() -> None:
+    with pytest.raises(ValueError, match="must begin where a segment of 8 does"):
+        fmt.column_permutation(5, 7, 32, PERMUTED._replace(first_column=3))
+
+
+def test_no_columns_have_no_segments_before_them() -> None:
+    assert fmt.segments_before(Transform(first_column=5), 0) == 0
