@@ -18,7 +18,8 @@ WHOLE = (
 TESTS = (
     "tests/kernels/test_format.py", "tests/checkpoints/test_files.py", "tests/checkpoints/test_schema.py",
     "tests/checkpoints/test_on_disk.py", "tests/superposition/test_store_refusals.py",
-    "tests/superposition/test_hostile_stores.py", "tests/superposition/test_members.py", "tests/vllm/test_paths.py",
+    "tests/superposition/test_hostile_stores.py", "tests/superposition/test_members.py",
+    "tests/vllm/test_adapter_paths.py",
     "tests/superposition/test_sharded_stores.py", "tests/remote/test_memory.py", "tests/remote/test_cluster.py",
 )  # fmt: skip
 REPEATED = "twenty_fresh_processes or flipped_bit or before_the_manifest or of_one_byte or command_line"

@@ -25,8 +25,8 @@ from randes.cli import app
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = ("demo", "serve")
 """Commands that have tests of their own, and take minutes or do not end."""
-OTHER_ENVIRONMENTS = ("litserve", "vllm")
-"""Pages whose Python runs where their server is installed: in ``tests/litserve`` and ``tests/vllm``."""
+OTHER_ENVIRONMENTS = ("litserve", "vllm", "remote")
+"""Pages whose Python needs a server: what it does is done in ``tests/litserve``, ``tests/vllm`` and ``tests/remote``."""
 FILES = ("german", "legal", "medical", "json", "rot90", "flip", "a")
 FOLDERS, ADAPTERS = ("german", "legal", "medical"), ("german-lora", "legal-lora", "labels-lora")
 
@@ -57,7 +57,7 @@ BLOCK = re.compile(r"^```python\n(?P<python>.*?)^```$|^    (?P<command>randes [^
 def code_of(page: Path) -> list[Code]:
     text = page.read_text(encoding="utf-8")
     found = (Code(block["python"] or block["command"], bool(block["python"])) for block in BLOCK.finditer(text))
-    return [code for code in found if code.is_python or code.text.split()[1] not in ELSEWHERE]
+    return [code for code in found if code.is_python or not (code.text.split()[1] in ELSEWHERE or "://" in code.text)]
 
 
 ALL = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

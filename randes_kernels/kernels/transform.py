@@ -46,8 +46,11 @@ def transformed_tile(
         sign ^= column_bits[None, :]
     turned_columns = columns
     if PERMUTED:
+        first_segment = 0  # a constant, where there is no origin: one register less, and none is spilled on sm_80
+        if COLUMN_ORIGIN != 0:
+            first_segment = segment
         turned_columns = permute_columns(
-            columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, segment, COLUMN_PERMUTATION, SEGMENTS
+            columns, k0, k1, tensor_lo, tensor_hi, granule, width, bits, first_segment, COLUMN_PERMUTATION, SEGMENTS
         )
     return rows, columns[None, :], inside, sign, turned_columns[None, :]
 

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 OLDEST = "3.6.0"
 TARGETS = {"sm_80", "sm_90", "gfx942"}
 OF_OLDEST = {"sm_90"}
-"""What the oldest compiles here: all of them by both would take half of the time of all tests. The others by hand, with
-``PYTHONPATH=.cache/triton-3.6.0 python tests/kernels/aot.py``, where kernels or tables change."""
+"""What the oldest compiles here, and of products with D every second one: all of them by both would take half of the time
+of all tests. The others by hand, with ``PYTHONPATH=.cache/triton-3.6.0 python tests/kernels/aot.py``, where kernels or
+tables change."""
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 """What one program may use, bytes."""
 
@@ -44,11 +45,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
     jobs += [(OLDEST, oldest_triton(), target) for target in sorted(OF_OLDEST)]
     compilers = []
     for version, path, target in jobs:
+        half = () if path is None else ("--half",)
         environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
         environment.pop("TRITON_INTERPRET", None)
         if path is not None:
             environment["PYTHONPATH"] = str(path)
-        command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py"), target]
+        command = [sys.executable, str(ROOT / "tests" / "kernels" / "aot.py"), target, *half]
         started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         compilers.append((version, started))
     found: dict[str, list[Row]] = {}

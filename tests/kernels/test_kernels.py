@@ -85,7 +85,7 @@ def layers(draw: st.DrawFn, transforms: list[Transform], largest_m: int, largest
     return case, transposed
 
 
-@settings(interpreted, max_examples=100)
+@settings(interpreted, max_examples=50)
 @given(layers(UNPERMUTED, 36, 90))
 def test_signed_layers_equal_the_specification(layer: tuple[LinearCase, bool]) -> None:
     assert_exact(*layer)
@@ -99,7 +99,7 @@ PERMUTED = [
 ]
 
 
-@settings(interpreted, max_examples=60)
+@settings(interpreted, max_examples=40)
 @given(layers(PERMUTED, 3, 140))
 def test_permuted_layers_equal_the_specification(layer: tuple[LinearCase, bool]) -> None:
     assert_exact(*layer)

@@ -47,7 +47,7 @@ def test_superposing_is_bit_identical(transform: Transform, shape: Any, dtype: t
     assert torch.equal(superposed(before, *arguments), specified(before, *arguments))
 
 
-@settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 50)),
     transform=st.builds(
