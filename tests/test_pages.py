@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = ("demo", "serve")
 """Commands that have tests of their own, and take minutes or do not end."""
 OTHER_ENVIRONMENTS = ("litserve", "vllm", "remote")
-"""Pages whose Python needs a server: what it does is done in ``tests/litserve``, ``tests/vllm`` and ``tests/remote``."""
+"""Pages whose Python needs a server: what it does is done in ``tests/litserve``, ``vllm`` and ``remote``."""
 FILES = ("german", "legal", "medical", "json", "rot90", "flip", "a")
 FOLDERS, ADAPTERS = ("german", "legal", "medical"), ("german-lora", "legal-lora", "labels-lora")
 
