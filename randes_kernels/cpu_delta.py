@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from randes_kernels import native
 from randes_kernels.format import SIGNS_PER_BLOCK as SPAN
 from randes_kernels.packing import Packed, unpack
 
@@ -13,16 +14,21 @@ SLICE_BYTES = 4 << 20
 FEW_ROWS = {8: 16, 4: 32, 2: 32, 1: 32, 0.5: 32}
 """Up to how many rows torch's products with packed weights beat unpacking slices, in bf16 at 4096×4096; in fp32 and
 fp16 they are slower at every number of rows."""
+NATIVE_ROWS = 64
+"""Up to how many rows ``native.product`` beats unpacking slices for torch's."""
 _vendor_layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def product(turned: Tensor, held: Tensor | Packed, slot: int) -> Tensor:
-    """``turned`` (..., K) times D (N, K) transposed, in its dtype; of fp16 in fp32."""
+    """``turned`` (..., K) times D (N, K) transposed, in its dtype or in fp32; of fp16 always in fp32."""
     if isinstance(held, Packed):
         rows = turned.numel() // held.columns
         if turned.dtype == torch.bfloat16 and rows <= FEW_ROWS[held.bits] and _fits_vendor(held):
             return _vendor_product(turned, held, slot)
-        return _unpacked_product(turned, packed_in_slot(held, slot))
+        packed = packed_in_slot(held, slot)
+        if rows <= NATIVE_ROWS and (y := native.product(turned.reshape(-1, held.columns), packed)) is not None:
+            return y.view(*turned.shape[:-1], -1)
+        return _unpacked_product(turned, packed)
     delta = held[slot]
     if turned.dtype != torch.float16:
         return F.linear(turned, delta)

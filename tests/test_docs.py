@@ -9,6 +9,7 @@ import architecture_sweep
 import architecture_tables
 import claim_tables
 import claims
+import generate
 import language
 import plots
 import pytest
@@ -99,6 +100,11 @@ def test_the_first_screen_says_what_was_measured() -> None:
     assert f"{min(many):.1f} to {max(many):.1f} times ([speed]" in readme
     assert all("cuda" not in str(row["device"]).lower() for row in KERNEL_ROWS)
     assert "**No GPU has been measured.**" in readme
+
+
+def test_the_table_of_generated_tokens_is_that_of_the_rows() -> None:
+    rows = json.loads(generate.FILE.read_text(encoding="utf-8"))["rows"]
+    assert table_in(SPEED, "generate").strip() == generate.table(rows)
 
 
 def test_every_command_is_shown_and_every_one_shown_exists() -> None:
