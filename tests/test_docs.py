@@ -105,6 +105,9 @@ def test_the_first_screen_says_what_was_measured() -> None:
 def test_the_table_of_generated_tokens_is_that_of_the_rows() -> None:
     rows = json.loads(generate.FILE.read_text(encoding="utf-8"))["rows"]
     assert table_in(SPEED, "generate").strip() == generate.table(rows)
+    seconds = {(row["dtype"], row["way"]): row["seconds"] for row in rows}
+    fp32, bf16 = (f"{seconds[kind, generate.MIXED] / seconds[kind, generate.BASE]:.1f}" for kind in ("fp32", "bf16"))
+    assert f"in {fp32} times its base's time in fp32 and {bf16} times in bf16" in " ".join(README.split())
 
 
 def test_every_command_is_shown_and_every_one_shown_exists() -> None:

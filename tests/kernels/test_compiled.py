@@ -18,8 +18,8 @@ OLDEST = "3.6.0"
 TARGETS = {"sm_80", "sm_90", "gfx942"}
 OF_OLDEST = {"sm_90"}
 """What the oldest compiles here, and of products with D every second one: all of them by both would take half of the
-time of all tests. The others by hand, with ``PYTHONPATH=.cache/triton-3.6.0 python tests/kernels/aot.py``, where kernels
-or tables change."""
+time of all tests. The others by hand, where kernels or tables change:
+``PYTHONPATH=.cache/triton-3.6.0 python tests/kernels/aot.py``."""
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "gfx942": 65_536}
 """What one program may use, bytes."""
 
