@@ -206,15 +206,21 @@ def on_meta(kind: Any, config: Any, tensors: int, where: object) -> nn.Module:
     return model
 
 
-def class_named(base: object) -> str:
-    """The class of Transformers that a folder's configuration names first; empty where it is none."""
+def class_of(base: object) -> Any:
+    """The class of Transformers that a folder's configuration names first; None where there is none such, or no
+    Transformers."""
     text = config_of(base) if isinstance(base, str | os.PathLike) and location(base).is_dir() else None
-    if text is None or not is_supported():
-        return ""
+    if text is None or importlib.util.find_spec("transformers") is None:
+        return None
     try:
-        return str(model_class(SimpleNamespace(**configuration(text, str(base))), base).__name__)
+        return model_class(SimpleNamespace(**configuration(text, str(base))), base)
     except BaseMismatchError:
-        return ""
+        return None
+
+
+def class_named(base: object) -> str:
+    """The name of ``class_of``; empty where it is none, or Transformers is older than what stores are opened with."""
+    return "" if not is_supported() or (found := class_of(base)) is None else str(found.__name__)
 
 
 @contextmanager

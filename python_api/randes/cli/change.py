@@ -23,10 +23,10 @@ from randes.cli.terminal import (
     print_sizes,
     progress,
     say,
+    shard_bytes,
 )
 from randes.superposition.lora_factors import merge_adapter as merged
 from randes.superposition.members import BASE_NAME
-from randes.superposition.store.contents import bytes_of
 from randes.superposition.store.write import alone, check_new
 from randes.superposition.superposition import Superposition
 
@@ -90,7 +90,7 @@ def pack(
     """Write a store in few bits, for serving: models are added to and removed from the one it is made of."""
     with errors(), progress() as begin:
         check_new(location(out))
-        limit = None if shard_size is None else bytes_of(shard_size)
+        limit = shard_bytes(shard_size)
         superposition = Superposition.load(store, progress=begin)
         how = {"bits": bits, "group": group, "coordinates": coordinates, "embeddings": embeddings}
         superposition = packed(superposition, begin, **how)

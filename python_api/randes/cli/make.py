@@ -20,6 +20,7 @@ from randes.cli.terminal import (
     progress,
     rank_of,
     say,
+    shard_bytes,
 )
 from randes.cluster import compress as by_cluster
 from randes.cluster import on_ray
@@ -28,12 +29,12 @@ from randes.fusionbench import Options
 from randes.inspect.choose import Wanted, choose, settled
 from randes.serving.servable import compress as make
 from randes.superposition.lora_factors import superpose_adapters as make_of_adapters
-from randes.superposition.store.contents import bytes_of
+from randes.superposition.store.contents import UNITS
 from randes.superposition.store.manifest import MANIFEST
 from randes.superposition.store.write import check_new
 from randes.superposition.superposition import Superposition
 
-BYTES = {"mb": 10**6, "gb": 10**9, "mib": 2**20, "gib": 2**30}
+BYTES = {unit: UNITS[unit] for unit in ("mb", "gb", "mib", "gib")}
 
 
 def compress(
@@ -148,7 +149,7 @@ def compress(
             options["exclude"] = (*(() if everything else chosen.config.exclude), *(exclude or ()))
             chosen = _overridden(chosen, context, options)
         check_new(location(out))
-        files = {"shard_size": None if shard_size is None else bytes_of(shard_size)}
+        files = {"shard_size": shard_bytes(shard_size)}
         wanted = _wanted(context, budget, memory, quality, master)
         if wanted is not None and chosen.lora:
             raise ValueError("--budget, --memory and --quality are for fine-tunes, got a configuration of adapters")
@@ -245,7 +246,7 @@ def superpose_adapters(
     """Superpose the factors of LoRA adapters, A and B, which merge-adapter multiplies again."""
     with errors(), progress() as begin:
         check_new(location(out))
-        files = {"shard_size": None if shard_size is None else bytes_of(shard_size)}
+        files = {"shard_size": shard_bytes(shard_size)}
         options: dict[str, Any] = {"matrix": matrix, "gains": gains, "per_layer": per_layer}
         config = Config(signs, 0, shuffle_layers, group_size, seed, **options)  # type: ignore[arg-type]
         superposition = make_of_adapters(base, named(adapter), config, progress=begin)

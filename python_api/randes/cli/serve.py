@@ -8,15 +8,14 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
 
-from randes.checkpoints.huggingface import config_of, configuration, model_class
+from randes.checkpoints.huggingface import class_of
 from randes.checkpoints.remote.locations import Remote, location
 from randes.cli.terminal import Store, errors, note, say
-from randes.errors import BaseMismatchError, RandesError
+from randes.errors import RandesError
 from randes.superposition.members import BASE_NAME
 from randes.superposition.store.manifest import read_manifest
 from randes.vllm.paths import path_of
@@ -113,13 +112,8 @@ def _run_litserve(store: Path, host: str, port: int, *, module: str | None, room
 def generates(store: Path) -> bool:
     """Whether a store's models generate text: what the class says that its configuration names, in whatever
     Transformers is there. vLLM brings an older one than stores are opened with."""
-    text = config_of(store)
-    if text is None or importlib.util.find_spec("transformers") is None:
-        return False
-    try:
-        return bool(model_class(SimpleNamespace(**configuration(text, str(store))), store).can_generate())
-    except BaseMismatchError:
-        return False
+    found = class_of(store)
+    return found is not None and bool(found.can_generate())
 
 
 def vllm_command(store: Path, host: str, port: int, room: int, flags: Sequence[str]) -> list[str]:

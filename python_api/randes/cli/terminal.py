@@ -26,6 +26,7 @@ from rich.text import Text
 from randes.checkpoints.lazy_tensors import Progress as Reading
 from randes.checkpoints.lazy_tensors import size
 from randes.errors import RandesError
+from randes.superposition.store.contents import bytes_of
 from randes.superposition.superposition import Superposition
 
 
@@ -149,6 +150,11 @@ def bits_of(text: str) -> float:
     """A number of bits; whole ones, as everywhere, an int."""
     bits = float(text)
     return int(bits) if bits.is_integer() else bits
+
+
+def shard_bytes(text: str | None) -> int | None:
+    """What ``--shard-size`` says, looked at before any work is done; None where it is not given."""
+    return None if text is None else bytes_of(text)
 
 
 def name_and_path(text: str) -> tuple[str, str]:

@@ -18,6 +18,8 @@ from randes.errors import CheckpointError
 URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>.*)", re.DOTALL)
 COLLAPSED = re.compile(r"(s3|s3a|gs|gcs|hf|az|abfs|abfss|memory|http|https|file):/(?!/).*", re.DOTALL)
 """What ``pathlib.Path`` makes of an address."""
+LOCAL = ("file", "local")
+"""Protocols of paths here."""
 LIBRARIES = {
     "s3": "'randes[remote]'",
     "s3a": "'randes[remote]'",
@@ -199,7 +201,7 @@ def location(where: str | os.PathLike[str]) -> Location:
         raise CheckpointError(f"an address must be given as a text, got a Path, which leaves out slashes: {text}")
     if (found := URL.fullmatch(text)) is None:
         return Path(where)
-    return Path(found["path"]) if found["protocol"] in ("file", "local") else Remote.of(text)
+    return Path(found["path"]) if found["protocol"] in LOCAL else Remote.of(text)
 
 
 def each(where: Location, function: Callable[[A], B], values: Iterable[A]) -> list[B]:
@@ -218,4 +220,5 @@ def is_remote(where: object) -> bool:
     """Whether a path, as a user gives it, is an address elsewhere."""
     if isinstance(where, Remote):
         return True
-    return isinstance(where, str) and URL.fullmatch(where) is not None and not where.startswith(("file:", "local:"))
+    found = URL.fullmatch(where) if isinstance(where, str) else None
+    return found is not None and found["protocol"] not in LOCAL
